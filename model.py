@@ -1,0 +1,657 @@
+"""
+The dense decoder: Llama, Qwen2 and Qwen3 from one config.json, and loading it from safetensors.
+
+    x = x + o_proj(attend(q, k, v));   x = x + down(silu(gate(x)) * up(x))        (pre-norm, RoPE, grouped queries)
+
+Module names are the checkpoints' own, so a state dict needs no table of names. `attend` is handed in: causal attention
+over the tokens themselves, over a KVCache, or whatever a trainer wants to put there. This file knows nothing of pages,
+of eviction beyond handing each layer's decision logits to `attend`, or of training.
+
+    model = load_model("Qwen/Qwen3-0.6B")            # folder or hub id, dense or DMS, as the checkpoint says
+    logits = model(ids)                              # (B, T) -> (B, T, V)
+
+References: Touvron et al. 2302.13971 (Llama), Yang et al. 2505.09388 (Qwen3), Su et al. 2104.09864 (RoPE),
+Peng et al. 2309.00071 (YaRN).
+"""
+import json
+import math
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+import dms
+from dms import DMSConfig, InputError, read_json
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ADAPTER_FILE = "dms_adapters.safetensors"
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+@dataclass
+class ModelConfig:
+    """What config.json says of the architecture, under its own names. Letters: C = hidden_size, L = num_hidden_layers,
+    Hq = num_attention_heads, Hkv = num_key_value_heads, D = head_dim, V = vocab_size."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": one of ROPE_KINDS, ...}; None is "default"
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dms: DMSConfig | None = None  # None: a dense model
+    extra: dict = field(default_factory=dict)  # keys of config.json that mean nothing here but are written back
+
+    @property
+    def eviction(self):
+        """The DMS settings in force: None for a dense model and for a DMS model whose eviction is switched off."""
+        return self.dms if self.dms is not None and not self.dms.disable_eviction else None
+
+    @property
+    def qkv_bias(self):
+        return self.attention_bias or self.model_type == "qwen2"
+
+    @property
+    def o_bias(self):
+        return self.attention_bias and self.model_type != "qwen2"
+
+    @classmethod
+    def from_dict(cls, raw, where="config.json"):
+        """Read a parsed config.json, in the older spelling (rope_theta, rope_scaling, torch_dtype) or the newer one
+        (rope_parameters, dtype). Raises InputError naming whatever this engine would compute wrongly."""
+        def refuse(problem, remedy="use a Llama, Qwen2 or Qwen3 checkpoint that this engine covers"):
+            raise InputError(f"{where}: {problem}; {remedy}")
+
+        kind = raw.get("model_type")
+        if kind not in ARCHITECTURES:
+            refuse(f"model_type {kind!r} is not supported")
+        if raw.get("quantization_config"):
+            refuse("quantized weights are not supported", "use the bf16, fp16 or fp32 checkpoint")
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse(f"hidden_act {raw['hidden_act']!r} is not supported")
+        layer_types = raw.get("layer_types")
+        if layer_types is not None and (not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}):
+            refuse(f"layer_types {str(layer_types)[:80]} include attention that is not full")
+        if raw.get("use_sliding_window") and raw.get("sliding_window") and layer_types is None:
+            if raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 32):  # defaults of transformers
+                refuse("use_sliding_window is true and layers use it")
+
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+            refuse(f"rope parameters {str(rope)[:80]!r} are not one flat object")
+        rope = {k: v for k, v in rope.items() if v is not None}
+        rope["rope_type"] = rope.pop("type", None) if "rope_type" not in rope else rope["rope_type"]
+        rope["rope_type"] = rope["rope_type"] or "default"
+        rope.pop("type", None)
+        theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+        if rope.pop("partial_rotary_factor", None) not in (None, 1, 1.0) or raw.get("partial_rotary_factor", 1.0) != 1:
+            refuse("partial rotary embeddings are not supported")
+        if rope["rope_type"] not in ROPE_KINDS:
+            refuse(f"RoPE kind {rope['rope_type']!r} is not supported (known: {', '.join(ROPE_KINDS)})")
+
+        def number(key, default=None, kind=int, least=1):
+            value = raw.get(key, default)
+            value = default if value is None else value
+            if value is None:
+                refuse(f"{key} is missing", "the file is not a complete model config")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+                refuse(f"{key} = {value!r} is not {'a whole number' if kind is int else 'a number'}", "fix the config")
+            if not least <= value < 2**31:
+                refuse(f"{key} = {value!r} is out of range", "fix the config")
+            return kind(value)
+
+        hidden, heads = number("hidden_size"), number("num_attention_heads")
+        kv_heads = number("num_key_value_heads", heads)
+        head_dim = number("head_dim", max(hidden // heads, 1))
+        if heads % kv_heads:
+            refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}", "fix the config")
+        if head_dim % 2:
+            refuse(f"head_dim {head_dim} is odd, which RoPE cannot rotate", "fix the config")
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
+            refuse(f"rope_theta = {theta!r} is not a positive number", "fix the config")
+        flags = {k: raw.get(k, False) for k in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+        for key, value in flags.items():
+            if not isinstance(value, bool):
+                refuse(f"{key} = {value!r} is not true or false", "fix the config")
+        config = cls(
+            model_type=kind, vocab_size=number("vocab_size"), hidden_size=hidden, head_dim=head_dim,
+            intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers"),
+            num_attention_heads=heads, num_key_value_heads=kv_heads, rope_theta=float(theta),
+            rms_norm_eps=number("rms_norm_eps", 1e-6, float, 0), rope_scaling=rope,
+            max_position_embeddings=number("max_position_embeddings", 2048), **flags)
+        known = set(config.to_dict()) | {"rope_parameters", "torch_dtype", "dtype", "architectures", "auto_map"}
+        config.extra = {k: v for k, v in raw.items() if k not in known and not k.startswith("dms_")}
+        try:
+            rope_frequencies(config)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as e:
+            refuse(f"RoPE kind {rope['rope_type']!r} has a missing or unusable parameter ({e!r})", "fix the config")
+        return config
+
+    def to_dict(self):
+        """The parsed config.json that `from_dict`, and transformers, read back. DMS settings are dms.py's to add."""
+        raw = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("dms", "extra")}
+        raw["rope_scaling"] = None if (self.rope_scaling or {}).get("rope_type", "default") == "default" \
+            else self.rope_scaling
+        return {"architectures": [ARCHITECTURES[self.model_type]], **raw, "hidden_act": "silu", **self.extra}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RoPE
+
+
+def rope_frequencies(config):
+    """Inverse frequencies (D/2,) float32 and the factor by which cos and sin are multiplied.
+    linear: all frequencies divided by `factor`; llama3: long wavelengths divided, short ones kept, a ramp between;
+    yarn: the same in terms of rotations over the original context, and logits scaled by 0.1 ln(factor) + 1."""
+    rope, D = config.rope_scaling or {}, config.head_dim
+    kind = rope.get("rope_type", "default")
+    freq = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
+    if kind == "default":
+        return freq, 1.0
+    factor = float(rope["factor"])
+    if kind == "linear":
+        return freq / factor, 1.0
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        rotations = original * freq / (2 * math.pi)
+        keep = ((rotations - low) / (high - low)).clamp(0, 1)  # 1: high frequency, unchanged; 0: divided
+        return freq * (keep + (1 - keep) / factor), 1.0
+
+    def boundary(rotations):  # the dimension that turns this many times over the original context
+        return D * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = boundary(rope.get("beta_fast", 32)), boundary(rope.get("beta_slow", 1))
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    divide = ((torch.arange(D // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
+
+    def mscale(m):
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    scale = rope.get("attention_factor")
+    if scale is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        scale = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
+    return freq * (1 - divide + divide / factor), mscale(1) if scale is None else float(scale)
+
+
+def apply_rope(x, cos, sin):
+    """Rotate x (B, H, T, D) by cos, sin (B or 1, 1, T, D), pairing channel i with i + D/2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C, D, Hq, Hkv = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.config, self.layer = config, layer
+        self.q_proj = nn.Linear(C, Hq * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(Hq * D, C, bias=config.o_bias)
+        if config.model_type == "qwen3":
+            self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+        if config.dms is not None and config.dms.source == "adapter":
+            self.add_adapter()
+
+    def add_adapter(self):
+        """The decision's own weights, set to decide nothing (s = 0)."""
+        config = self.config
+        self.dms_proj_alpha_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dms_proj_alpha = nn.Linear(config.hidden_size, config.num_key_value_heads, bias=config.attention_bias)
+        for p in self.dms_proj_alpha.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, residual, x, rope, attend):
+        """residual, x: (B, T, C) before and after the input norm; rope: cos, sin (B or 1, 1, T, D)."""
+        config, (B, T, _) = self.config, x.shape
+        q = self.q_proj(x).view(B, T, -1, config.head_dim)  # (B, T, Hq, D)
+        k = self.k_proj(x).view(B, T, -1, config.head_dim)  # (B, T, Hkv, D)
+        v = self.v_proj(x).view(B, T, -1, config.head_dim)
+        if config.model_type == "qwen3":
+            q, k = self.q_norm(q), self.k_norm(k)
+        logits = None
+        if config.dms is not None and config.dms.source == "adapter" and config.eviction is not None:
+            residual = residual.to(self.dms_proj_alpha.weight.dtype)  # float32 while it is trained
+            logits = config.dms.logits(self.dms_proj_alpha(self.dms_proj_alpha_norm(residual)))  # (B, T, Hkv)
+        borrowed = config.dms is not None and config.dms.source == "neuron"
+        if borrowed:
+            s, q = dms.borrow_neuron(q, config.num_key_value_heads)
+            logits = config.dms.logits(s) if config.eviction is not None else None
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if borrowed:  # RoPE turned another channel into the borrowed one: silence it again
+            q = dms.borrow_neuron(q.transpose(1, 2), config.num_key_value_heads)[1].transpose(1, 2)
+        logits = None if logits is None else logits.transpose(1, 2)  # (B, Hkv, T)
+        y = attend(self.layer, q, k, v, logits)  # (B, Hq, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, I = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, I, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, I, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, attend):
+        x = x + self.self_attn(x, self.input_layernorm(x), rope, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Model(nn.Module):
+    """A causal language model. `model(ids)` needs no cache: dense attention, or for a DMS model the dense masked
+    computation with hard decisions. `model(ids, cache=cache)` appends ids to what the cache holds."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        freq, self.rope_scale = rope_frequencies(config)
+        self.register_buffer("rope_freq", freq, persistent=False)
+        self.recompute = False  # training: keep only each block's input, compute the rest again in backward
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self):
+        return self.lm_head.weight.dtype
+
+    def check_ids(self, ids, room=0):
+        """Raise InputError unless the list of token ids can be fed and followed by `room` more tokens."""
+        limit = self.config.max_position_embeddings
+        if not ids:
+            raise InputError("the prompt is empty; give at least one token")
+        if len(ids) + room > limit:
+            raise InputError(f"the prompt has {len(ids)} tokens and {room} more are to come, but the model's context is "
+                             f"{limit}; shorten the prompt or ask for fewer new tokens")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise InputError(f"token id {max(ids) if min(ids) >= 0 else min(ids)} is outside the model's vocabulary of "
+                             f"{self.config.vocab_size}; the tokenizer belongs to another model")
+
+    def hidden(self, ids, attend, start=None):
+        """The final normed states (B, T, C) of ids (B, T) int64. start: position of each row's first token, (B,)
+        int64 or None for 0. attend(layer, q, k, v, logits) -> (B, Hq, T, D), with q (B, Hq, T, D), k and v
+        (B, Hkv, T, D), rotated, and the decision logits (B, Hkv, T) float32, or None where nothing is evicted."""
+        position = torch.arange(ids.shape[1], device=ids.device)[None]
+        if start is not None:
+            position = position + start[:, None]
+        angle = position[:, None, :, None] * self.rope_freq.float()  # (B or 1, 1, T, D/2)
+        angle = torch.cat((angle, angle), dim=-1)
+        x = self.model.embed_tokens(ids)
+        rope = [(f(angle) * self.rope_scale).to(x.dtype) for f in (torch.cos, torch.sin)]
+        for block in self.model.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, attend, use_reentrant=False)
+            else:
+                x = block(x, rope, attend)
+        return self.model.norm(x)
+
+    def forward(self, ids, cache=None, lengths=None, last_only=False):
+        """Next-token logits (B, T, V) of ids (B, T) int64 on the model's device.
+
+        cache: a KVCache; ids are appended to what it holds, in pieces of at most cache.chunk tokens.
+        lengths: (B,) int64, only with a cache: row b brings ids[b, :lengths[b]], the rest is padding that is never
+            stored and whose logits mean nothing.
+        last_only: return (B, 1, V), each row's last token alone: a long prompt's logits need not fit in memory.
+        """
+        if cache is None:
+            x = self.hidden(ids, dms.masked_attention(self.config))
+            return self.lm_head(x[:, -1:] if last_only else x)
+        lengths = cache.check_lengths(ids.shape[1], lengths)
+        out = []
+        for t in range(0, ids.shape[1], cache.chunk):
+            piece = ids[:, t:t + cache.chunk]
+            with cache.append((lengths - t).clamp(0, piece.shape[1])) as attend:
+                x = self.hidden(piece, attend, cache.seen)
+            if last_only:  # (B, 1, C): each row's last token if it lies in this piece, else what was there before
+                last = (lengths - 1 - t)[:, None, None]
+                here = (last >= 0) & (last < piece.shape[1])
+                x = x.gather(1, last.clamp(0, piece.shape[1] - 1).expand(-1, 1, x.shape[2]))
+                out = [torch.where(here, x, out[0]) if out else x]
+            else:
+                out.append(x)
+        return self.lm_head(torch.cat(out, dim=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def sample(logits, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
+    """Draw one token per row: logits (B, V) -> (B,) int64. temperature 0 takes the most likely one. Otherwise the
+    distribution at that temperature is cut to the top_k most likely tokens (0: all), then to the fewest that hold
+    top_p of the mass, then to those at least min_p times as likely as the first, and drawn from."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p < 1:
+        probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
+        drop = probabilities.cumsum(-1) - probabilities >= top_p  # the mass before it suffices; never the first
+        drop[:, 0] = False
+        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+    probabilities = logits.softmax(-1)
+    if min_p > 0:
+        probabilities = probabilities.where(probabilities >= min_p * probabilities.amax(-1, keepdim=True), 0)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model, cache, prompts, max_new_tokens, end_ids=(), choose=sample, stop=None, chains=1, release=False):
+    """Feed prompts (lists of token ids, one per sequence of the cache) and generate; yields after each step the list
+    of (chain, token id) drawn, ends included. A chain ends on an id of end_ids, when stop(chain, token id) is true, or
+    after max_new_tokens. chains: how many continuations fork from each prompt, chain i continuing prompt i // chains.
+    choose: (B, V) logits -> (B,) ids. release: give the pages of a chain back when it ends; otherwise the cache holds
+    everything but each chain's last token, ready for more."""
+    lengths = torch.tensor([len(p) for p in prompts])
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+    for row, prompt in zip(ids, prompts):
+        row[:len(prompt)] = torch.tensor(prompt)
+    logits = model(ids.to(model.device), cache=cache, lengths=lengths, last_only=True)[:, -1]
+    if chains > 1:
+        forks = [b for b in range(len(prompts)) for _ in range(chains)]
+        cache.select(forks)
+        logits = logits[forks]
+    rows = list(range(cache.batch_size))  # the chain in each row of the cache
+    going = [True] * len(rows)
+    for step in range(max_new_tokens):
+        tokens = choose(logits)
+        drawn = [(chain, token) for chain, token, on in zip(rows, tokens.tolist(), going) if on]
+        yield drawn
+        ended = {chain for chain, token in drawn if token in end_ids or (stop is not None and stop(chain, token))}
+        going = [on and chain not in ended for chain, on in zip(rows, going)]
+        if not any(going) or step + 1 == max_new_tokens:
+            break
+        if release and not all(going):
+            left = [i for i, on in enumerate(going) if on]
+            cache.select(left)
+            tokens, rows, going = tokens[left], [rows[i] for i in left], [True] * len(left)
+        logits = model(tokens[:, None], cache=cache, lengths=torch.tensor(going).long())[:, -1]
+    if release:
+        cache.release(range(cache.batch_size))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and saving: safetensors and JSON only, nothing in a model folder is ever executed
+
+
+def resolve(path_or_hub_id, relative_to=None):
+    """The local folder of a model: an existing folder (also tried relative to `relative_to`), or a hub repository's
+    snapshot with its weights, configs and tokenizer only. Raises InputError if it is neither."""
+    for folder in ([Path(relative_to) / path_or_hub_id] if relative_to else []) + [Path(path_or_hub_id)]:
+        if folder.is_dir():
+            return folder
+    name = str(path_or_hub_id)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise InputError(f"{name}: no such folder, and not a hub id of the form owner/name; check the path")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+    except Exception as e:  # the hub client raises a family of its own, requests' and httpx's
+        raise InputError(f"{name}: not a local folder, and the hub did not give it ({type(e).__name__}: "
+                         f"{str(e).strip().splitlines()[0][:120]}); check the name, the network or HF_TOKEN") from None
+
+
+def write_atomic(file, write):
+    """Call write(temporary path) and move the result to `file` in one step, so that no reader sees half of it."""
+    file = Path(file)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        write(scratch)
+        os.replace(scratch, file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(file, data):
+    write_atomic(file, lambda scratch: scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n"))
+
+
+def weight_files(folder):
+    """The safetensors files of a model folder, from its index or by the standard name."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if (folder / "model.safetensors").exists():
+            return [folder / "model.safetensors"]
+        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        raise InputError(f"{folder}: no model.safetensors or model.safetensors.index.json" +
+                         ("; pickled weights are not read, convert them to safetensors" if pickles else
+                          "; is this a model folder?"))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map; download it again")
+    names = list(dict.fromkeys(str(v) for v in weight_map.values()))
+    for name in names:
+        if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
+            raise InputError(f"{index}: unsafe or unknown shard name {name[:80]!r}; shards lie beside their index")
+        if not (folder / name).exists():
+            raise InputError(f"{folder / name}: this shard is missing; download it again")
+    return [folder / name for name in names]
+
+
+def open_weights(files, stack, device="cpu"):
+    """{tensor name: open safetensors file}. The files stay open as long as `stack`, an ExitStack, does."""
+    where = {}
+    for file in files:
+        try:
+            handle = stack.enter_context(safe_open(file, framework="pt", device=str(device)))
+            names = list(handle.keys())
+        except (SafetensorError, OSError, ValueError) as e:
+            raise InputError(f"{file}: truncated or damaged safetensors file ({str(e)[:80]}); download it again") \
+                from None
+        for name in names:
+            if name in where:
+                raise InputError(f"{file}: tensor {name} is also in another shard; download the checkpoint again")
+            where[name] = handle
+    return where
+
+
+def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
+    """Load a checkpoint, dense or DMS as it says of itself, straight onto `device` in `dtype`, one tensor at a time.
+
+    adapter: a safetensors file, or a folder, that holds only DMS adapter tensors, to be laid over the model.
+    Returns a Model in eval mode whose parameters do not require gradients. Raises InputError, before any weight is
+    read, for a missing, truncated or unsafe file, an unsupported architecture, or a tensor of the wrong shape.
+    """
+    folder = resolve(path_or_hub_id)
+    raw = read_json(folder / "config.json")
+    config = ModelConfig.from_dict(raw, folder / "config.json")
+    config.dms = dms.read_settings(folder, raw)
+    base, overlay = folder, []
+    if raw.get("dms_base_model"):  # an adapter-only checkpoint: the weights are elsewhere
+        base, overlay = resolve(raw["dms_base_model"], relative_to=folder), [folder / ADAPTER_FILE]
+    if adapter is not None:
+        config.dms, file = dms.read_adapter_settings(adapter)
+        overlay = [file]
+    with torch.device("meta"):
+        model = Model(config)
+    with ExitStack() as stack:
+        where = open_weights(weight_files(base), stack, device)
+        if raw.get("dms_base_model") and dms.fingerprint(where) != raw.get("dms_base_fingerprint"):
+            raise InputError(f"{folder}: these adapters were trained on other weights than {base} holds (the "
+                             f"fingerprint differs); restore the base model that they name, {raw['dms_base_model']}")
+        where.update(open_weights(overlay, stack, device))
+        wanted = dict(model.named_parameters())  # a tied head is not in it
+        ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        missing = [name for name in wanted if name not in where]
+        if missing:
+            raise InputError(f"{base}: {len(missing)} tensors are missing, the first {missing[0]}; the checkpoint is "
+                             f"incomplete or its config.json belongs to another model")
+        for name in where:
+            if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+                raise InputError(f"{base}: tensor {name} has no place in a {config.model_type} model; its config.json "
+                                 f"belongs to another model, or a feature of it is not supported")
+        for name, parameter in wanted.items():
+            part = where[name].get_slice(name)
+            if tuple(part.get_shape()) != tuple(parameter.shape):
+                raise InputError(f"{base}: tensor {name} has shape {list(part.get_shape())}, config.json makes it "
+                                 f"{list(parameter.shape)}; one of the two belongs to another model")
+            if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{base}: tensor {name} is {part.get_dtype()}; quantized weights are not supported")
+        for name in wanted:
+            module, leaf = name.rsplit(".", 1)
+            tensor = where[name].get_tensor(name).to(dtype)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.rope_freq = model.rope_freq.to(device)
+    return model.eval()
+
+
+def save_model(model, folder, dtype=torch.bfloat16, base=None):
+    """Write config.json, DMS settings included, and model.safetensors with every weight, each atomically.
+    base: path or hub id of the unchanged base model: then only the adapters are written, to ADAPTER_FILE, and
+    config.json names the base and its fingerprint."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()
+               if base is None or "dms_proj_alpha" in name}
+    raw = {**model.config.to_dict(), **dms.settings_to_dict(model.config.dms),
+           "torch_dtype": str(dtype).removeprefix("torch.")}
+    if base is not None:
+        with ExitStack() as stack:
+            raw["dms_base_fingerprint"] = dms.fingerprint(open_weights(weight_files(resolve(base)), stack))
+        raw["dms_base_model"] = os.path.relpath(base, folder) if os.path.isdir(base) else str(base)
+    file = folder / (ADAPTER_FILE if base is not None else "model.safetensors")
+    write_atomic(file, lambda scratch: save_file(tensors, scratch, {"format": "pt"}))
+    write_json(folder / "config.json", raw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+                   "generation_config.json")
+
+
+class Tokenizer:
+    """tokenizer.json run by `tokenizers`, and the chat template run in jinja2's sandbox."""
+
+    def __init__(self, folder):
+        from tokenizers import Tokenizer as FastTokenizer
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            raise InputError(f"{file}: not found; only tokenizers in this format are read")
+        try:
+            self.fast = FastTokenizer.from_file(str(file))
+        except Exception as e:  # `tokenizers` raises bare Exceptions
+            raise InputError(f"{file}: not a usable tokenizer ({str(e)[:80]}); download it again") from None
+        settings = folder / "tokenizer_config.json"
+        self.settings = read_json(settings) if settings.exists() else {}
+        self.template = self.settings.get("chat_template")
+        if (folder / "chat_template.jinja").exists():
+            self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(self.template, list):  # several named templates
+            named = {t.get("name"): t.get("template") for t in self.template if isinstance(t, dict)}
+            self.template = named.get("default")
+
+    def special(self, name):
+        """The text of a special token such as "eos_token", or None."""
+        token = self.settings.get(name)
+        return token.get("content") if isinstance(token, dict) else token
+
+    def token_id(self, token):
+        return None if token is None else self.fast.token_to_id(token)
+
+    def encode(self, text, add_special_tokens=True):
+        """text -> list of token ids; add_special_tokens as the tokenizer file defines it (Llama's begin of text)."""
+        return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids, skip_special_tokens=False):
+        return self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(self, messages, add_generation_prompt=False, **variables):
+        """[{"role": ..., "content": ...}, ...] -> the text the model expects; encode it with
+        add_special_tokens=False. variables: what the template knows besides, such as enable_thinking."""
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        if not isinstance(self.template, str):
+            raise InputError("this tokenizer has no chat template; give a plain prompt instead")
+
+        def raise_exception(message):
+            raise TemplateError(message)
+
+        def strftime_now(pattern):
+            from datetime import datetime
+            return datetime.now().strftime(pattern)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+        environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+        special = {k: self.special(k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        special = {k: v for k, v in special.items() if v is not None}
+        try:
+            return environment.from_string(self.template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+                **special, **variables)
+        except Exception as e:  # a template can fail in any way that Python can
+            raise InputError(f"the chat template failed on these messages ({type(e).__name__}: {str(e)[:120]})") \
+                from None
+
+
+def load_tokenizer(path_or_hub_id):
+    """The tokenizer of a model folder or hub id: .encode, .decode, .apply_chat_template."""
+    return Tokenizer(resolve(path_or_hub_id))

@@ -1,0 +1,416 @@
+"""
+The retrofit: teach a dense model, by distillation from itself, which tokens each KV head can forget.
+
+    loss = KL(teacher || student) + max(1 - 1/CR(step) - fraction let go, 0)
+
+The teacher is the model as it was; the student is the same with relaxed eviction decisions (dms.py). CR(step) grows
+linearly to the target. Every step is a function of (seed, step, weights, optimizer state) alone, so an interrupted run
+continues to the same result.
+
+    python retrofit.py                                     # the shipped toy teacher to 8x, on a laptop
+    python retrofit.py --model Qwen/Qwen3-8B --data openr1-math.jsonl --seq-len 8192
+    python retrofit.py --resume --out out/teacher-dms-8x   # after any interruption
+
+Afterwards it measures, from the real cache: accuracy where the data brings a checker, KL, compression, reads, bytes.
+"""
+import argparse
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import dms
+from dms import DMSConfig, InputError, read_json
+from kv_cache import KVCache
+from model import TOKENIZER_FILES, generate, load_model, load_tokenizer, resolve, save_model, write_atomic, write_json
+
+TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: batch(step) -> token ids (B, T) and real lengths (B,), a function of (seed, step); held_out() alike
+
+
+class TextData:
+    """A .txt file (documents separated by blank lines) or .jsonl file ("text", or "messages" for the chat template),
+    packed to full sequences. Every 50th document is held out. A data source without a checker."""
+
+    problems = None
+
+    def __init__(self, file, tokenizer, seq_len, batch_size, seed):
+        self.tokenizer, self.seq_len, self.batch_size, self.seed = tokenizer, seq_len, batch_size, seed
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{file}: not readable as UTF-8 text ({e}); give a .txt or .jsonl file, or toy") from None
+        self.documents = []
+        if str(file).endswith(".jsonl"):
+            for number, line in enumerate(text.splitlines(), 1):
+                try:
+                    row = json.loads(line) if line.strip() else {}
+                    document = row.get("messages") or row.get("text")
+                except (ValueError, AttributeError):
+                    raise InputError(f"{file}: line {number} is not a JSON object; one object per line is needed") from None
+                if document:
+                    self.documents.append(document)
+        else:
+            self.documents = [d for d in text.split("\n\n") if d.strip()]
+        if len(self.documents) < 2:
+            raise InputError(f"{file}: has {len(self.documents)} usable documents; needed are at least 2, as blank-line "
+                             f"separated text, or JSON lines with \"text\" or \"messages\"")
+
+    def encode(self, document):
+        if isinstance(document, str):
+            return self.tokenizer.encode(document)
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(document), add_special_tokens=False)
+
+    def pack(self, documents, rng, rows):
+        end = self.tokenizer.token_id(self.tokenizer.special("eos_token"))
+        ids, budget = [], rows * self.seq_len
+        while len(ids) < budget:
+            more = self.encode(rng.choice(documents)) + ([end] if end is not None else [])
+            if not more and not ids:
+                raise InputError("the data gives no tokens; check the file and the tokenizer")
+            ids += more
+        return torch.tensor(ids[:budget]).view(rows, self.seq_len), torch.full((rows,), self.seq_len)
+
+    def batch(self, step):
+        rng = random.Random(f"{self.seed} {step}")
+        return self.pack([d for i, d in enumerate(self.documents) if i % 50 != 1], rng, self.batch_size)
+
+    def held_out(self, rows):
+        return self.pack(self.documents[1::50], random.Random("held out"), rows)
+
+
+class ToyData:
+    """The toy world: chat-formatted problems, one to a row, padded; test problems and a checker for each task."""
+
+    def __init__(self, tokenizer, seq_len, batch_size, seed):
+        from toy import tasks
+        self.tasks, self.tokenizer = tasks, tokenizer
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.end = tokenizer.token_id(tokenizer.special("eos_token"))
+
+    def encode(self, problem, with_answer):
+        text = self.tokenizer.apply_chat_template(self.tasks.messages(problem, with_answer),
+                                                  add_generation_prompt=not with_answer)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def rows(self, rng, split, rows):
+        ids, lengths = torch.zeros(rows, self.seq_len, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+        for row in range(rows):
+            task = self.tasks.TASKS[row % len(self.tasks.TASKS)] if split == "test" else rng.choice(self.tasks.TASKS)
+            text = self.encode(self.tasks.make_problem(task, rng, split), True)[:self.seq_len]
+            ids[row, :len(text)], lengths[row] = torch.tensor(text), len(text)
+        return ids[:, :lengths.max()], lengths
+
+    def batch(self, step):
+        return self.rows(random.Random(f"{self.seed} {step}"), "train", self.batch_size)
+
+    def held_out(self, rows):
+        return self.rows(random.Random("held out"), "test", rows)
+
+    def problems(self, count):
+        """{task: [(prompt ids, check(text) -> bool), ...]} from the test split."""
+        out = {}
+        for task in self.tasks.TASKS:
+            rng = random.Random(f"evaluate {task}")
+            made = [self.tasks.make_problem(task, rng, "test") for _ in range(count)]
+            out[task] = [(self.encode(p, False), lambda text, p=p: self.tasks.is_correct(p, text)) for p in made]
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_step(student, teacher, data, optimizer, step, args):
+    """One step; returns its metrics. teacher is None where the student without eviction is the teacher."""
+    torch.manual_seed(args.seed * 1_000_003 + step)
+    ids, lengths = (x.to(student.device) for x in data.batch(step))
+    keep = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None] - 1  # the last token predicts nothing here
+    config, cr = student.config, dms.scheduled_cr(step + 1, args.steps, args.target_cr)
+    with torch.no_grad():
+        config.dms.disable_eviction = teacher is None
+        source = teacher or student
+        target = source.hidden(ids, dms.masked_attention(source.config))
+        config.dms.disable_eviction = False
+    relaxed = dms.RelaxedAttention(config, lengths)
+    states = student.hidden(ids, relaxed)
+    kl = dms.distillation_loss(states, target, student.lm_head.weight, source.lm_head.weight, keep, args.reverse_kl)
+    compression = dms.compression_loss(relaxed.gone(), cr)
+    (kl + args.compression_weight * compression).backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1.0, (step + 1) / 20, (args.steps - step) / max(0.2 * args.steps, 1))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"step": step + 1, "kl": kl.item(), "compression_loss": compression.item(), "target_cr": round(cr, 4),
+            "cr": 1 / (1 - min(relaxed.gone().item(), 1 - 1e-6)), "grad_norm": norm.item()}
+
+
+def save_state(file, names, optimizer, step):
+    """Weights in training and AdamW's moments, one safetensors file, replaced atomically."""
+    tensors = {}
+    for name, p in names.items():
+        tensors[f"weight.{name}"] = p.detach()
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{key}.{name}"] = optimizer.state[p][key]
+    tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    write_atomic(file, lambda scratch: save_file(tensors, scratch, {"step": str(step)}))
+
+
+def load_state(file, names, optimizer):
+    """The inverse of save_state; returns the number of steps done."""
+    try:
+        with safe_open(file, "pt") as f:
+            step = int(f.metadata()["step"])
+            for name, p in names.items():
+                p.data.copy_(f.get_tensor(f"weight.{name}"))
+                moments = {key: f.get_tensor(f"{key}.{name}").to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+    except Exception as e:  # safetensors' own, or a missing tensor
+        raise InputError(f"{file}: does not belong to this run ({str(e)[:80]}); start again with another --out") from None
+    return step
+
+
+def train(args, out):
+    """Run the steps that are still to do and write the checkpoint into `out`. Nothing is written before the model and
+    the data have been loaded and checked."""
+    student = load_model(args.model, args.device, torch.float32 if args.train == "all" else args.torch_dtype)
+    teacher = load_model(args.model, args.device, args.torch_dtype) if args.train == "all" else None
+    if args.seq_len > student.config.max_position_embeddings:
+        raise InputError(f"--seq-len {args.seq_len} is longer than the model's context of "
+                         f"{student.config.max_position_embeddings}; make it shorter")
+    data = make_data(args)
+    student.check_ids(data.batch(0)[0].unique().tolist())
+    settings = DMSConfig(window=args.window, source=args.decision, shift=args.shift, per=args.per,
+                         target_cr=args.target_cr)
+    dms.start_retrofit(student, settings)
+    for name, p in student.named_parameters():
+        p.requires_grad_(args.train == "all" or "dms_proj_alpha" in name)
+    student.recompute = args.recompute
+    names = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(names.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "settings.json", settings_of(args))
+    state, metrics = out / "state.safetensors", out / "metrics.jsonl"
+    done = load_state(state, names, optimizer) if state.exists() else 0
+    lines = metrics.read_text().splitlines(keepends=True)[:done] if metrics.exists() else []
+    write_atomic(metrics, lambda scratch: scratch.write_text("".join(lines)))
+    bar = tqdm(range(done, args.steps), initial=done, total=args.steps, desc="retrofit", dynamic_ncols=True)
+    with open(metrics, "a") as log:
+        for step in bar:
+            row = train_step(student, teacher, data, optimizer, step, args)
+            log.write(json.dumps(row) + "\n")
+            bar.set_postfix_str(f"KL {row['kl']:.4f}, target {row['target_cr']:.2f}x, actual {row['cr']:.2f}x")
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                log.flush()
+                save_state(state, names, optimizer, step + 1)
+    for file in (resolve(args.model) / name for name in TOKENIZER_FILES):
+        if file.exists():
+            write_atomic(out / file.name, lambda scratch: shutil.copyfile(file, scratch))
+    if args.train == "all":
+        save_model(student, out, args.torch_dtype if args.torch_dtype != torch.float32 else torch.bfloat16)
+    else:
+        save_model(student, out, torch.float32, base=args.model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+@torch.inference_mode()
+def measure(model, data, args, desc, reference=None):
+    """Accuracy per task, free-running and greedy, with the cache's own counts; KL to the reference model on held-out
+    text with hard decisions; and where the data has no checker, the counts of a cache that has read that text."""
+    result = {"accuracy": {}}
+    counts = {"tokens": 0, "pairs": 0, "peak_pairs": 0, "reads": 0, "peak_page_bytes": 0}
+
+    def count(cache, peak_bytes):
+        stats = cache.stats()
+        counts["tokens"] += cache.ended_tokens + stats["tokens"]
+        counts["pairs"] += cache.ended_pairs + stats["pairs"]
+        counts["reads"] += stats["reads"]
+        counts["peak_pairs"] = max(counts["peak_pairs"], stats["peak_pairs"])
+        counts["peak_page_bytes"] = max(counts["peak_page_bytes"], peak_bytes)
+
+    def new_cache(batch):
+        return KVCache(model.config, batch, model.device, model.dtype)
+
+    ids, lengths = data.held_out(32)
+    if reference is not None:
+        keep = (torch.arange(ids.shape[1]) < lengths[:, None] - 1).to(model.device)
+        states = [m.hidden(ids.to(m.device), dms.masked_attention(m.config)) for m in (model, reference)]
+        result["kl"] = dms.distillation_loss(*states, model.lm_head.weight, reference.lm_head.weight, keep).item()
+    for task, problems in (data.problems(args.eval_problems) if data.problems else {}).items():
+        right = 0
+        for start in tqdm(range(0, len(problems), args.eval_batch), desc=f"{desc}: {task}", leave=False):
+            batch = problems[start:start + args.eval_batch]
+            cache, texts, peak = new_cache(len(batch)), [[] for _ in batch], 0
+            for drawn in generate(model, cache, [p for p, _ in batch], args.eval_tokens, {data.end}, release=True):
+                for chain, token in drawn:
+                    texts[chain].append(token)
+                peak = max(peak, cache.stats()["page_bytes"])
+            right += sum(check(data.tokenizer.decode(t, skip_special_tokens=True)) for t, (_, check) in zip(texts, batch))
+            count(cache, peak)
+        result["accuracy"][task] = right / len(problems)
+    if not data.problems:
+        for row, n in zip(ids, lengths.tolist()):
+            cache = new_cache(1)
+            model(row[None, :n].to(model.device), cache=cache, last_only=True)
+            count(cache, cache.stats()["page_bytes"])
+    all_heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    return {**result, "compression_ratio": counts["tokens"] * all_heads / counts["pairs"], **counts}
+
+
+def evaluate(args, out):
+    """Measure the dense model, the retrofitted one and a sliding window of the same budget; print and save a table."""
+    data = make_data(args)
+    teacher = load_model(args.model, args.device, args.torch_dtype)
+    student = load_model(out, args.device, args.torch_dtype)
+    results = {"dense": measure(teacher, data, args, "dense"), "DMS": measure(student, data, args, "DMS", teacher)}
+    # a sliding window is a DMS model that evicts everything; its budget is what DMS held of an average sequence
+    mean_length = results["dense"]["tokens"] / (len(data.tasks.TASKS) * args.eval_problems if data.problems else 32)
+    budget = max(round(mean_length / results["DMS"]["compression_ratio"]), 1)
+    sliding = load_model(args.model, args.device, args.torch_dtype)
+    dms.start_retrofit(sliding, DMSConfig(window=budget - 1, offset=-1.0))
+    results["window"] = measure(sliding.requires_grad_(False), data, args, f"window of {budget}", teacher)
+    write_json(out / "results.json", {"settings": settings_of(args), "hardware": hardware(), "torch": torch.__version__,
+                                      "window_tokens": budget, "results": results})
+    names = list(results)
+    rows = [(task, [f"{results[n]['accuracy'][task]:.1%}" for n in names]) for task in results["dense"]["accuracy"]]
+    rows += [("KL to the teacher, nats", ["0"] + [f"{results[n]['kl']:.4f}" for n in names[1:]]),
+             ("compression ratio", [f"{results[n]['compression_ratio']:.2f}x" for n in names]),
+             ("peak pairs held", [f"{results[n]['peak_pairs']:,}" for n in names]),
+             ("KV reads, pairs", [f"{results[n]['reads']:,}" for n in names]),
+             ("peak bytes in pages", [f"{results[n]['peak_page_bytes']:,}" for n in names])]
+    titles = ["dense", f"DMS {args.target_cr:g}x", f"window of {budget}"]
+    print(f"\n{'':26}" + "".join(f"{t:>18}" for t in titles))
+    for name, values in rows:
+        print(f"{name:26}" + "".join(f"{v:>18}" for v in values))
+
+
+def hardware():
+    import platform
+    cpu = platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def make_data(args):
+    tokenizer = load_tokenizer(args.model)
+    if args.data == "toy":
+        return ToyData(tokenizer, args.seq_len, args.batch_size, args.seed)
+    return TextData(args.data, tokenizer, args.seq_len, args.batch_size, args.seed)
+
+
+def settings_of(args):
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "torch_dtype", "out", "device")}
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description="Retrofit a model with Dynamic Memory Sparsification.")
+    p.add_argument("--model", default=str(TEACHER), help="folder or hub id of a dense model (default: the toy teacher)")
+    p.add_argument("--data", help="toy, or a .txt or .jsonl file (default: toy, for the toy teacher)")
+    p.add_argument("--out", help="folder for the checkpoint (default: out/NAME-dms-CRx)")
+    p.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
+    p.add_argument("--target-cr", type=float, default=8.0, help="compression ratio to reach")
+    p.add_argument("--window", type=int, help="tokens always readable (default: 16 for toy data, else 512)")
+    p.add_argument("--train", choices=["adapters", "all"], help="what to train (default: all for toy data, else adapters)")
+    p.add_argument("--decision", choices=["adapter", "neuron"], default="adapter", help="where decisions come from")
+    p.add_argument("--shift", type=int, choices=[0, 1], default=1, help="the logit at t decides token t - shift")
+    p.add_argument("--per", choices=["head", "layer"], default="head", help="granularity of decisions")
+    p.add_argument("--steps", type=int, help="(default: 400 for toy data, else 1000)")
+    p.add_argument("--lr", type=float, help="(default: 1e-3 for toy data, else 3e-5)")
+    p.add_argument("--batch-size", type=int, help="sequences per step (default: 8)")
+    p.add_argument("--seq-len", type=int, help="tokens per sequence (default: 512 for toy data, else 4096)")
+    p.add_argument("--compression-weight", type=float, default=1.0, help="weight of the compression loss")
+    p.add_argument("--reverse-kl", action="store_true", help="weigh the KL by the student's probabilities")
+    p.add_argument("--recompute", action="store_true", help="recompute blocks in backward: less memory, more time")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--save-every", type=int, default=50, help="steps between saved states")
+    p.add_argument("--eval-problems", type=int, default=200, help="held-out problems per task")
+    p.add_argument("--eval-batch", type=int, default=100, help="problems generated side by side")
+    p.add_argument("--eval-tokens", type=int, default=400, help="most new tokens of an answer")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                   help="of frozen weights (default: float32 on a CPU, bfloat16 on a GPU)")
+    args = p.parse_args(argv)
+    toy = args.data == "toy" or (args.data is None and Path(args.model).resolve() == TEACHER)
+    if args.resume:
+        out = Path(args.out or default_out(args))
+        if not (out / "settings.json").exists():
+            raise InputError(f"{out}: holds no run to resume; name its folder with --out, or leave --resume out")
+        saved = read_json(out / "settings.json")
+        p.set_defaults(**saved)
+        args = p.parse_args(argv)
+        changed = [k for k in saved if getattr(args, k, None) != saved[k]]
+        if changed:
+            raise InputError(f"{out}: was started with another --{changed[0].replace('_', '-')} "
+                             f"({saved[changed[0]]!r}); resume it unchanged, or start another --out")
+    elif args.data is None and not toy:
+        raise InputError("--data is missing; give a .txt or .jsonl file of text like what the model will be used for")
+    for name, for_toy, otherwise in (("data", "toy", None), ("window", 16, 512), ("train", "all", "adapters"),
+                                     ("steps", 400, 1000), ("lr", 1e-3, 3e-5), ("batch_size", 8, 8),
+                                     ("seq_len", 512, 4096)):
+        if getattr(args, name) is None:
+            setattr(args, name, for_toy if toy else otherwise)
+    args.out = args.out or default_out(args)
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.torch_dtype = getattr(torch, args.dtype)
+    return args
+
+
+def default_out(args):
+    return str(Path("out") / f"{Path(args.model).name}-dms-{args.target_cr:g}x")
+
+
+def check(args):
+    """Everything that can be known to be wrong before the work begins."""
+    dms.check_target(args.target_cr, args.window, args.seq_len)
+    for name in ("steps", "batch_size", "seq_len", "save_every", "eval_problems", "eval_batch", "eval_tokens"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.window < 0 or not args.lr > 0:
+        raise InputError("--window must be 0 or more and --lr positive")
+    if args.decision == "neuron" and args.train == "adapters":
+        raise InputError("--decision neuron has no adapters to train; add --train all")
+    out = Path(args.out)
+    if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: already holds something; continue it with --resume, or choose another --out")
+    folder = resolve(args.model)
+    if any(k.startswith("dms_") for k in read_json(folder / "config.json")):
+        raise InputError(f"{folder}: is already a DMS checkpoint; give the dense model that it came from")
+
+
+def main(argv=None):
+    args = parse(argv)
+    check(args)
+    out = Path(args.out)
+    begin = time.time()
+    if not (out / "config.json").exists():  # written last: the checkpoint is complete
+        train(args, out)
+        print(f"{out}: checkpoint written, {time.time() - begin:.0f} s")
+    evaluate(args, out)
+    print(f"\n{out / 'results.json'}: written, {time.time() - begin:.0f} s in all")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped; continue with --resume", file=sys.stderr) or 130)

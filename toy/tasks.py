@@ -1,0 +1,199 @@
+"""The toy world: three tasks in short English, each with a free-running checker.
+
+needles      facts hidden in filler sentences, several of them asked for at the end
+variables    chains of assignments among filler and other chains, one value asked for
+arithmetic   a program of one-digit statements (modulo 10), evaluated line by line (chain of thought)
+
+Most of each text is filler that can be forgotten at once; what is needed sits on few tokens, far back.
+
+`level` is one of
+  "easy"   the standard evaluation problem, 400 to 480 tokens with the chat template and the answer
+  "hard"   the same length and more to do: more facts and questions, longer chains, three-operand statements
+  an int   a training problem of about that many tokens (at least 96), its other numbers drawn at random
+
+Train and test problems are disjoint by construction: a checksum of the statements and the question,
+filler left out, says which of the two a problem belongs to.
+"""
+import random
+import re
+import zlib
+from dataclasses import dataclass
+
+TASKS = ("needles", "variables", "arithmetic")
+
+NAMES = ("ann bob carl dora emma finn gina hugo iris jack kate liam mona nora oscar paul quinn rosa sam tom "
+         "ursula vera will xena yara zoe adam beth cora dean elsa fred greta hank ivan jane karl lena max nina").split()
+LETTERS = "bcdefghjklmnopqrstuvwxyz"
+ADJECTIVES = ("old small green quiet slow bright cold warm heavy gentle narrow dusty clever happy lonely pale "
+              "round silver wooden young").split()
+NOUNS = ("boat river garden bird stone window cloud teacher market horse road lamp forest bridge farmer cat "
+         "village train child mountain dog kitchen sailor harbor field").split()
+VERBS = "follows watches passes likes finds leaves sees crosses reaches forgets".split()
+TIMES = "today again slowly often tonight early later together".split()
+
+TEMPLATE_TOKENS = 10        # what the chat template adds around a prompt and an answer
+
+
+@dataclass(frozen=True)
+class Problem:
+    task: str
+    prompt: str             # the user's message
+    answer: str             # the assistant's whole reply, without special tokens
+    expected: tuple         # ((name, value), ...): what is asked for, in order
+
+
+def count_tokens(text):
+    """Length of `text` in tokens of the toy tokenizer: one for each word, digit and mark."""
+    return len(re.findall(r"\d|[A-Za-z]+|[^\w\s]", text))
+
+
+def filler(rng):
+    """A sentence that says nothing any question asks for (7 or 8 tokens)."""
+    subject, thing = rng.sample(NOUNS, 2)
+    if rng.random() < 0.5:
+        return f"The {rng.choice(ADJECTIVES)} {subject} {rng.choice(VERBS)} the {thing}."
+    return f"The {subject} {rng.choice(VERBS)} the {thing} {rng.choice(TIMES)}."
+
+
+def needles(rng, level):
+    if level == "easy":
+        facts, asked = 6, 4
+    elif level == "hard":
+        facts, asked = 12, 8
+    else:
+        facts = rng.randint(2, 12)
+        asked = rng.randint((facts + 1) // 2, min(facts, 8))
+    codes = {name: f"{rng.randrange(100):02d}" for name in rng.sample(NAMES, facts)}
+    statements = [f"The code of {name} is {code}." for name, code in codes.items()]
+    names = rng.sample(list(codes), asked)
+    question = f"Give the codes of {', '.join(names)}."
+    answer = ", ".join(f"{name} is {codes[name]}" for name in names) + "."
+    return statements, question, answer, tuple((name, codes[name]) for name in names)
+
+
+def variables(rng, level):
+    if level == "easy":
+        depths, asked = [3, 3, 3], 1
+    elif level == "hard":
+        depths, asked = [6, 6, 6], 1
+    else:
+        depths = [rng.randint(1, rng.randint(1, 6)) for _ in range(rng.randint(1, 5))]
+        asked = rng.randint((len(depths) + 1) // 2, len(depths))
+    letters = rng.sample(LETTERS, len(LETTERS))
+    while sum(depths) > 20:
+        depths[depths.index(max(depths))] -= 1
+    chains = []                                         # each [(variable, its value or the next variable), ...]
+    for depth in depths:
+        links = [letters.pop() for _ in range(depth)]
+        chains.append(list(zip(links, [str(rng.randrange(10))] + links)))
+    turns = [i for i, depth in enumerate(depths) for _ in range(depth)]
+    rng.shuffle(turns)                                  # the chains are interleaved, each in its own order
+    rest = [iter(chain) for chain in chains]
+    statements = ["{} is {}.".format(*next(rest[i])) for i in turns]
+    picked = rng.sample(chains, asked)
+    question = f"Trace {', '.join(chain[-1][0] for chain in picked)}."
+    answer = " ".join(", ".join(f"{name} is {value}" for name, value in reversed(chain)) + "." for chain in picked)
+    return statements, question, answer, tuple((chain[-1][0], chain[0][1]) for chain in picked)
+
+
+def arithmetic(rng, level):
+    if level == "easy":
+        constants, lines, hard = 3, 7, 0.0
+    elif level == "hard":
+        constants, lines, hard = 3, 6, 1.0
+    else:
+        constants, lines, hard = rng.randint(1, 4), rng.randint(1, 8), rng.choice((0.0, 0.0, 0.0, 0.0, 0.5))
+    names = rng.sample(LETTERS, constants + lines)
+    values = {name: rng.randrange(10) for name in names[:constants]}
+    statements = [f"{name} is {value}." for name, value in values.items()]
+    steps = []
+    last = names[constants - 1]                         # every line needs the one before it, so any slip shows
+    for name in names[constants:]:
+        others = [v for v in values if v != last]
+        rng.shuffle(others)
+        free = [others.pop() if others and rng.random() < 0.6 else str(rng.randrange(10)) for _ in range(2)]
+        if rng.random() < hard:
+            expression = f"{last} {rng.choice('+-')} {free[0]} * {free[1]}"
+        else:
+            pair = [last, free[0]]
+            rng.shuffle(pair)
+            expression = f"{pair[0]} {rng.choice('++--*')} {pair[1]}"
+        used = re.findall("[a-z]", expression)
+        looked_up = "".join(f", {v} is {values[v]}" for v in used)
+        numbers = re.sub("[a-z]", lambda m: str(values[m.group()]), expression)
+        values[name] = evaluate(numbers)
+        statements.append(f"{name} = {expression}.")
+        steps.append(f"{name} = {expression}{looked_up}, {numbers} is {values[name]}, {name} is {values[name]}.")
+        last = name
+    question = f"Work out {', '.join(names[constants:])} modulo ten."
+    answer = " ".join(steps) + f" The answer is {values[last]}."
+    return statements, question, answer, ((last, str(values[last])),)
+
+
+def evaluate(expression):
+    """Value modulo 10 of "3 + 4" or "3 - 4 * 5"; `*` binds tighter than + and -."""
+    words = expression.split()
+    total, sign = 0, 1
+    for i in range(0, len(words), 2):
+        if i and words[i - 1] == "*":
+            continue                                    # taken into the product with its left neighbour below
+        sign = -1 if i and words[i - 1] == "-" else 1
+        product = int(words[i])
+        if i + 2 < len(words) and words[i + 1] == "*":
+            product *= int(words[i + 2])
+        total += sign * product
+    return total % 10
+
+
+BUILDERS = {"needles": needles, "variables": variables, "arithmetic": arithmetic}
+
+
+def make_problem(task, rng, split="train", level="easy"):
+    """Draw one problem of `task` from `rng` (a random.Random); see the module's head for `level`."""
+    length = level if isinstance(level, int) else rng.randint(430, 480)
+    while True:
+        statements, question, answer, expected = BUILDERS[task](rng, level)
+        core = " ".join(statements + [question])
+        in_test = zlib.crc32(core.encode()) % 8 == 0
+        room = length - count_tokens(core + answer) - TEMPLATE_TOKENS
+        if room >= 0 and in_test == (split == "test"):
+            break
+    sentences = []
+    while room >= 8:
+        sentences.append(filler(rng))
+        room -= count_tokens(sentences[-1])
+    # the last part of the filler comes after all statements, so that what is needed lies far back
+    tail = int(len(sentences) * (rng.uniform(0.0, 0.6) if isinstance(level, int) else 0.3))
+    before = len(sentences) - tail
+    for i, place in enumerate(sorted(rng.randint(0, before) for _ in statements)):
+        sentences.insert(place + i, statements[i])
+    return Problem(task, " ".join(sentences + [question]), answer, expected)
+
+
+def final_answer(problem, text):
+    """The values `text` ends with as one string (so that several chains can vote), or None if there are none."""
+    text = text.split("<|im_end|>")[0]
+    if problem.task == "needles":
+        said = dict(re.findall(r"\b([a-z]+) is (\d\d)(?!\d)", text))
+        values = [said.get(name) for name, _ in problem.expected]
+    elif problem.task == "variables":
+        traces = [re.findall(r"\bis (\d)(?!\d)", sentence) for sentence in text.split(".")]
+        values = [found[-1] for found in traces if found][-len(problem.expected):]
+    else:
+        values = re.findall(r"\banswer is (\d)(?!\d)", text)[-1:]
+    if len(values) < len(problem.expected) or None in values:
+        return None
+    return " ".join(values)
+
+
+def is_correct(problem, text):
+    """Does `text`, an assistant's reply, end with the expected value(s)?"""
+    return final_answer(problem, text) == " ".join(value for _, value in problem.expected)
+
+
+def messages(problem, with_answer=True):
+    """The problem as a chat."""
+    chat = [{"role": "user", "content": problem.prompt}]
+    if with_answer:
+        chat.append({"role": "assistant", "content": problem.answer})
+    return chat
