@@ -32,7 +32,7 @@ class DMSConfig:
     """How a checkpoint decides. Everything here is part of the checkpoint, nothing is hard-wired."""
 
     window: int = 512  # tokens behind the query that it always sees, besides its own
-    source: str = "adapter"  # "adapter": W_a on the normed residual; "neuron": borrowed from the first query of a group
+    source: str = "adapter"  # "adapter": W_a on the normed residual; "neuron": borrowed from a group's first query
     shift: int = 1  # the logit computed at token t decides the fate of token t - shift (0 or 1)
     scale: float = 100.0
     offset: float = 5.0
@@ -133,10 +133,9 @@ class RelaxedAttention:
         """q (B, Hkv, G, n, D) at position (n,), k and v (B, Hkv, S, D), bias (B, Hkv, S) -> (B, Hkv, G, n, D)."""
         keys = torch.arange(k.shape[2], device=q.device)
         distance = position[:, None] - keys  # (n, S)
-        score = q.flatten(2, 3) @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B, Hkv, G * n, S)
-        score = score.view(*q.shape[:4], -1)
-        score = score + torch.where(distance > self.dms.window, bias[:, :, None, None, :], 0)
-        score = score.masked_fill(distance < 0, float("-inf"))
+        mask = torch.where(distance > self.dms.window, bias[:, :, None, :], 0).masked_fill(distance < 0, float("-inf"))
+        score = (q.flatten(2, 3) * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, Hkv, G * n, S)
+        score = score.view(*q.shape[:4], -1) + mask[:, :, None]
         weight = torch.softmax(score.float(), dim=-1).to(v.dtype)
         return (weight.flatten(2, 3) @ v).view(q.shape)
 
@@ -162,9 +161,9 @@ def check_target(target_cr, window, length):
     if not target_cr >= 1:
         raise InputError(f"target CR {target_cr} is not a compression; give 1 or more")
     if (window + 1) * target_cr > length:
-        raise InputError(f"target CR {target_cr:g} is impossible for sequences of {length} tokens: the window alone holds "
-                         f"{window + 1} of them, and 1/{target_cr:g} is {length / target_cr:.0f}; use a smaller --window, "
-                         f"a smaller --target-cr or longer sequences")
+        raise InputError(f"target CR {target_cr:g} is impossible for sequences of {length} tokens: the window alone "
+                         f"holds {window + 1} of them, and 1/{target_cr:g} is {length / target_cr:.0f}; use a smaller "
+                         f"--window, a smaller --target-cr or longer sequences")
 
 
 def distillation_loss(student, teacher, student_head, teacher_head, keep, reverse=False, piece=1024):
@@ -247,14 +246,14 @@ def read_settings(folder, raw):
     for name, key, default, other_key, other_default in FIELDS:
         stated = [source[k] for source, k in ((config, key), (metadata or {}, other_key)) if source.get(k) is not None]
         if len(stated) == 2 and stated[0] != stated[1]:
-            raise InputError(f"{folder}: config.json says {key} = {stated[0]!r} and dms_metadata.json says {other_key} = "
-                             f"{stated[1]!r}; remove the wrong one")
+            raise InputError(f"{folder}: config.json says {key} = {stated[0]!r} and dms_metadata.json says {other_key} "
+                             f"= {stated[1]!r}; remove the wrong one")
         value = stated[0] if stated else default if metadata is None else other_default
         if not stated and name in ("window", "scale", "offset", "shift"):
             assumed.append(f"{name} = {value}")
         kind = type(default)
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise InputError(f"{folder}: {key} = {value!r} is not of type {kind.__name__}; fix the checkpoint's settings")
+            raise InputError(f"{folder}: {key} = {value!r} is not of type {kind.__name__}; fix that file")
         values[name] = value
     values["source"] = "adapter" if values["source"] else "neuron"
     settings = DMSConfig(**values)
@@ -275,8 +274,8 @@ def settings_to_dict(settings):
 
 
 def read_adapter_settings(path):
-    """(DMSConfig, file) of adapter tensors to be laid over a base model: a safetensors file, or a folder with just one,
-    and beside it config.json or dms_metadata.json for the settings; without them the defaults, printed."""
+    """(DMSConfig, file) of adapter tensors to be laid over a base model: a safetensors file, or a folder with just
+    one, and beside it config.json or dms_metadata.json for the settings; without them the defaults, printed."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if len(files) != 1:

@@ -1,7 +1,7 @@
 """
 Generate from a dense or DMS checkpoint with the compacting cache, and see what it forgets.
 
-    python generate.py                                             # the last retrofit, or the toy model of this repository
+    python generate.py                                             # the last retrofit, or the shipped toy model
     python generate.py --model Qwen/Qwen3-8B-my-dms --prompt "How many primes are below 100?"
     python generate.py --chat                                      # several turns over one cache
     python generate.py -n 8 --temperature 1.0                      # 8 chains that share one prompt
@@ -46,7 +46,8 @@ class Stream:
 
     def __init__(self, tokenizer, stop_strings=()):
         self.tokenizer, self.stops = tokenizer, [s for s in stop_strings if s]
-        self.ids, self.text, self.stopped = [], "", False
+        self.ids, self.text = [], ""
+        self.stopped = self.ended = False  # by a stop string; by an end token
 
     def push(self, token):
         """Take one token; returns the new text, "" while undecided."""
@@ -102,20 +103,22 @@ class Session:
         return sample(logits, a.temperature, a.top_k, a.top_p, a.min_p, self.generator)
 
     def run(self, prompt, chains=1, show=print):
-        """Continue the cache with prompt (token ids); returns the chains' Streams. show: takes the first chain's text."""
+        """Continue the cache with prompt (token ids); returns the chains' Streams. show takes chain 0's text."""
         seen = int(self.cache.seen.max())
         self.model.check_ids(prompt, seen + self.args.max_new_tokens)
         streams = [Stream(self.tokenizer, self.args.stop) for _ in range(chains)]
         begin = time.perf_counter()
 
         def stop(chain, token):
-            new = streams[chain].push(token) if token not in self.ends else ""
+            stream = streams[chain]
+            stream.ended = token in self.ends
+            new = "" if stream.ended else stream.push(token)
             if chain == 0:
                 show(new)
-            return streams[chain].stopped
+            return stream.stopped or stream.ended
 
-        for drawn in generate(self.model, self.cache, [prompt], self.args.max_new_tokens, self.ends, self.choose, stop,
-                              chains):
+        for drawn in generate(self.model, self.cache, [prompt], self.args.max_new_tokens, choose=self.choose, stop=stop,
+                              chains=chains):
             self.steps += len(drawn)
         show(streams[0].finish())
         for stream in streams[1:]:
@@ -136,20 +139,21 @@ def show_now(text):
 
 
 def chat(session):
-    """Turns from standard input over one cache. What a turn adds to the rendered conversation is all that is fed."""
-    messages, fed, last = [], "", None  # fed: the text that the cache holds, last: a token drawn but not yet fed
+    """Turns from standard input over one cache: each feeds only what the template puts after an answer, the new turn
+    included. What the model said stays as it was said, thoughts too, as the cache cannot unsay it."""
+    template, mark, pending = session.tokenizer.apply_chat_template, "@ANSWER@", None
     for line in iter(lambda: prompt_line("> "), None):
         if not line.strip():
             continue
-        messages.append({"role": "user", "content": line})
-        text = session.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        if not text.startswith(fed):  # a template that rewrites earlier turns: feed the new turn by itself
-            text = fed + session.tokenizer.apply_chat_template(messages[-1:], add_generation_prompt=True)
-        ids = session.tokenizer.encode(text[len(fed):], add_special_tokens=False)
-        stream = session.run(([last] if last is not None else []) + ids, show=show_now)[0]
+        turn = {"role": "user", "content": line}
+        if pending is None:
+            text, pending = template([turn], add_generation_prompt=True), []
+        else:
+            before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+            text = template([*before, turn], add_generation_prompt=True).rsplit(mark, 1)[-1]
+        stream = session.run(pending + session.tokenizer.encode(text, add_special_tokens=False), show=show_now)[0]
+        pending = [] if stream.ended else stream.ids[-1:]  # drawn but not yet fed; the template itself ends the turn
         print(flush=True)
-        messages.append({"role": "assistant", "content": stream.text})
-        fed, last = text + session.tokenizer.decode(stream.ids[:-1]), (stream.ids or [None])[-1]
 
 
 def prompt_line(mark):
@@ -207,10 +211,10 @@ def parse(argv=None):
     p.add_argument("--top-k", type=int)
     p.add_argument("--top-p", type=float)
     p.add_argument("--min-p", type=float)
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be given several times")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dense", action="store_true", help="switch eviction off")
-    p.add_argument("--show-evictions", action="store_true", help="print the text shaded by how many heads still hold it")
+    p.add_argument("--show-evictions", action="store_true", help="print the text shaded by how many heads hold it")
     p.add_argument("--color", action="store_true", help="shade even if the output is not a terminal")
     p.add_argument("--page-size", type=int, default=32)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,8 +1,8 @@
 """
 The KV cache: pages, slots and the ring.
 
-Every (sequence, KV head) of every layer holds its own number of key/value pairs, in pages of `page_size` slots from its
-layer's pool. Attention does not care in which order keys are stored, since RoPE is already inside them. Hence:
+Every (sequence, KV head) of every layer holds its own number of key/value pairs, in pages of `page_size` slots from
+its layer's pool. Attention does not care in which order keys are stored, since RoPE is already inside them. Hence:
 
     when token t arrives, token j = t - (window + 1) leaves the window
         evict[j]   ->  t is written over j's slot     (length unchanged)
@@ -15,8 +15,8 @@ decode mode; a dense model is the same cache with nothing evicted.
 
 This file knows nothing of training, of tokenizers, or of how a decision was made: it is told evict or keep.
 
-Letters: N = B * Hkv rows of a layer, row b * Hkv + h being sequence b's KV head h; P pages of a layer's pool; S slots in
-use; n new tokens.
+Letters: N = B * Hkv rows of a layer, row b * Hkv + h being sequence b's KV head h; P pages of a layer's pool; S slots
+in use; n new tokens.
 """
 from contextlib import contextmanager
 
@@ -60,7 +60,8 @@ class KVCache:
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=32, chunk=512, max_pages=None):
         if batch_size < 1 or page_size < 1 or chunk < 1:
             raise InputError("a cache needs batch_size, page_size and chunk of at least 1")
-        self.layers, self.kv_heads, self.head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        self.layers, self.kv_heads = config.num_hidden_layers, config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.window = config.eviction.window if config.eviction else 0
         self.shift = config.eviction.shift if config.eviction else 0
         self.device, self.dtype = torch.device(device), dtype
@@ -91,7 +92,7 @@ class KVCache:
     # ------------------------------------------------------------------------------------------------ feeding tokens
 
     def check_lengths(self, T, lengths):
-        """lengths as (B,) int64 on the cache's device, T for all rows if None. Raises InputError if they do not fit."""
+        """lengths as (B,) int64 on the cache's device, all T if None. Raises InputError if they do not fit."""
         if lengths is None:
             lengths = torch.full((self.batch_size,), T)
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
@@ -104,23 +105,28 @@ class KVCache:
         """Within it, attend(layer, q, k, v, logits) takes every layer's new tokens once; see Model.hidden for the
         shapes. lengths (B,) int64: how many of them are real. The sequences count as longer when it ends."""
         def attend(layer, q, k, v, logits):
-            B, H, T, D = k.shape
-            k, v = k.reshape(B * H, T, D), v.reshape(B * H, T, D)
-            evict = torch.zeros(B * H, T, dtype=torch.bool, device=k.device)
-            if logits is not None:
-                evict = self._decide(layer, (logits > 0).reshape(B * H, T), lengths)
-            if T == 1:
-                self._write(layer, k, v, evict, lengths)
-                self.reads[layer] += (self.length[layer].view(B, H) * (lengths > 0)[:, None]).sum(0)
-                y = self._attend_one(layer, q.reshape(B * H, -1, D))
-            else:
-                y = self._attend_block(layer, q.reshape(B * H, -1, T, D), k, v, evict, lengths)
-                self._write(layer, k, v, evict, lengths)
-            return y.reshape(q.shape)
+            y = self._append(layer, q, k, v, logits, lengths)
+            return y if torch.is_inference_mode_enabled() else y.clone()  # a clone may be part of a gradient graph
 
         yield attend
         self.seen = self.seen + lengths
         self.peak = max(self.peak, int(self.length.sum()))
+
+    @torch.inference_mode()
+    def _append(self, layer, q, k, v, logits, lengths):
+        B, H, T, D = k.shape
+        k, v = k.reshape(B * H, T, D), v.reshape(B * H, T, D)
+        evict = torch.zeros(B * H, T, dtype=torch.bool, device=k.device)
+        if logits is not None:
+            evict = self._decide(layer, (logits > 0).reshape(B * H, T), lengths)
+        if T == 1:
+            self._write(layer, k, v, evict, lengths)
+            self.reads[layer] += (self.length[layer].view(B, H) * (lengths > 0)[:, None]).sum(0)
+            y = self._attend_one(layer, q.reshape(B * H, -1, D))
+        else:
+            y = self._attend_block(layer, q.reshape(B * H, -1, T, D), k, v, evict, lengths)
+            self._write(layer, k, v, evict, lengths)
+        return y.reshape(q.shape)
 
     def _rows(self, per_sequence):
         """(B, ...) -> (N, ...), each sequence's value for each of its rows."""
@@ -252,6 +258,7 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------------------ sequences
 
+    @torch.inference_mode()
     def release(self, sequences):
         """End sequences (a list of indices): their pages are free again, their rows empty and ready for new ones."""
         b = torch.as_tensor(sequences, dtype=torch.int64, device=self.device).unique()
@@ -267,6 +274,7 @@ class KVCache:
         self.pages[:, rows] = 0
         self.ring_evict[:, rows] = False
 
+    @torch.inference_mode()
     def select(self, sequences):
         """Make row i continue what sequence sequences[i] has fed so far: fork (name one several times), drop (do not
         name it; it ends as in `release`) and reorder in one. Nothing is computed again; a fork's pages are copied."""

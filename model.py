@@ -120,7 +120,7 @@ class ModelConfig:
         kv_heads = number("num_key_value_heads", heads)
         head_dim = number("head_dim", max(hidden // heads, 1))
         if heads % kv_heads:
-            refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}", "fix the config")
+            refuse(f"{heads} attention heads are not a multiple of {kv_heads} key/value heads", "fix the config")
         if head_dim % 2:
             refuse(f"head_dim {head_dim} is odd, which RoPE cannot rotate", "fix the config")
         if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
@@ -321,11 +321,11 @@ class Model(nn.Module):
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
         if len(ids) + room > limit:
-            raise InputError(f"the prompt has {len(ids)} tokens and {room} more are to come, but the model's context is "
-                             f"{limit}; shorten the prompt or ask for fewer new tokens")
+            raise InputError(f"the prompt has {len(ids)} tokens and {room} more are to come, but the model's context "
+                             f"is {limit}; shorten the prompt or ask for fewer new tokens")
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise InputError(f"token id {max(ids) if min(ids) >= 0 else min(ids)} is outside the model's vocabulary of "
-                             f"{self.config.vocab_size}; the tokenizer belongs to another model")
+            raise InputError(f"token id {max(ids) if min(ids) >= 0 else min(ids)} is outside the model's vocabulary "
+                             f"of {self.config.vocab_size}; the tokenizer belongs to another model")
 
     def hidden(self, ids, attend, start=None):
         """The final normed states (B, T, C) of ids (B, T) int64. start: position of each row's first token, (B,)
@@ -418,7 +418,7 @@ def generate(model, cache, prompts, max_new_tokens, end_ids=(), choose=sample, s
         tokens = choose(logits)
         drawn = [(chain, token) for chain, token, on in zip(rows, tokens.tolist(), going) if on]
         yield drawn
-        ended = {chain for chain, token in drawn if token in end_ids or (stop is not None and stop(chain, token))}
+        ended = {chain for chain, token in drawn if token in end_ids or (stop and stop(chain, token))}
         going = [on and chain not in ended for chain, on in zip(rows, going)]
         if not any(going) or step + 1 == max_new_tokens:
             break
@@ -458,6 +458,7 @@ def write_atomic(file, write):
     scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         write(scratch)
+        scratch.chmod(0o644)
         os.replace(scratch, file)
     finally:
         scratch.unlink(missing_ok=True)

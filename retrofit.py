@@ -57,14 +57,14 @@ class TextData:
                     row = json.loads(line) if line.strip() else {}
                     document = row.get("messages") or row.get("text")
                 except (ValueError, AttributeError):
-                    raise InputError(f"{file}: line {number} is not a JSON object; one object per line is needed") from None
+                    raise InputError(f"{file}: line {number} is not a JSON object; it needs one a line") from None
                 if document:
                     self.documents.append(document)
         else:
             self.documents = [d for d in text.split("\n\n") if d.strip()]
         if len(self.documents) < 2:
-            raise InputError(f"{file}: has {len(self.documents)} usable documents; needed are at least 2, as blank-line "
-                             f"separated text, or JSON lines with \"text\" or \"messages\"")
+            raise InputError(f"{file}: has {len(self.documents)} usable documents; needed are at least 2, as text "
+                             f"separated by blank lines, or JSON lines with \"text\" or \"messages\"")
 
     def encode(self, document):
         if isinstance(document, str):
@@ -178,7 +178,7 @@ def load_state(file, names, optimizer):
                 moments = {key: f.get_tensor(f"{key}.{name}").to(p.device) for key in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
     except Exception as e:  # safetensors' own, or a missing tensor
-        raise InputError(f"{file}: does not belong to this run ({str(e)[:80]}); start again with another --out") from None
+        raise InputError(f"{file}: does not belong to this run ({str(e)[:80]}); start anew in another --out") from None
     return step
 
 
@@ -260,7 +260,8 @@ def measure(model, data, args, desc, reference=None):
                 for chain, token in drawn:
                     texts[chain].append(token)
                 peak = max(peak, cache.stats()["page_bytes"])
-            right += sum(check(data.tokenizer.decode(t, skip_special_tokens=True)) for t, (_, check) in zip(texts, batch))
+            texts = [data.tokenizer.decode(t, skip_special_tokens=True) for t in texts]
+            right += sum(check(text) for text, (_, check) in zip(texts, batch))
             count(cache, peak)
         result["accuracy"][task] = right / len(problems)
     if not data.problems:
@@ -273,7 +274,7 @@ def measure(model, data, args, desc, reference=None):
 
 
 def evaluate(args, out):
-    """Measure the dense model, the retrofitted one and a sliding window of the same budget; print and save a table."""
+    """Measure the dense model, the retrofitted one and a sliding window of the same budget; print and save it."""
     data = make_data(args)
     teacher = load_model(args.model, args.device, args.torch_dtype)
     student = load_model(out, args.device, args.torch_dtype)
@@ -322,13 +323,13 @@ def settings_of(args):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Retrofit a model with Dynamic Memory Sparsification.")
-    p.add_argument("--model", default=str(TEACHER), help="folder or hub id of a dense model (default: the toy teacher)")
+    p.add_argument("--model", default=str(TEACHER), help="folder or hub id of a dense model (default: toy teacher)")
     p.add_argument("--data", help="toy, or a .txt or .jsonl file (default: toy, for the toy teacher)")
     p.add_argument("--out", help="folder for the checkpoint (default: out/NAME-dms-CRx)")
     p.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
     p.add_argument("--target-cr", type=float, default=8.0, help="compression ratio to reach")
     p.add_argument("--window", type=int, help="tokens always readable (default: 16 for toy data, else 512)")
-    p.add_argument("--train", choices=["adapters", "all"], help="what to train (default: all for toy data, else adapters)")
+    p.add_argument("--train", choices=["adapters", "all"], help="(default: all for toy data, else adapters)")
     p.add_argument("--decision", choices=["adapter", "neuron"], default="adapter", help="where decisions come from")
     p.add_argument("--shift", type=int, choices=[0, 1], default=1, help="the logit at t decides token t - shift")
     p.add_argument("--per", choices=["head", "layer"], default="head", help="granularity of decisions")

@@ -6,7 +6,7 @@ import torch
 from conftest import random_dms, small_model
 
 import dms
-from dms import InputError, decisions, visible
+from dms import DMSConfig, InputError, decisions, visible
 from kv_cache import KVCache, paged_attention
 
 
@@ -32,7 +32,7 @@ def check_pages(cache):
     """Every page has one owner or none, and every row's table names its own pages, in order."""
     for layer in range(cache.layers):
         owner = cache.owner[layer]
-        assert torch.equal((owner >= 0).nonzero()[:, 0][-1:] + 1, torch.tensor([cache.used[layer]] * (owner >= 0).any()))
+        assert max([0] + ((owner >= 0).nonzero()[:, 0] + 1).tolist()) == cache.used[layer]
         for row in range(cache.length.shape[1]):
             pages = cache.table[layer][row, :cache.pages[layer, row]]
             assert len(pages) == -(-int(cache.length[layer, row]) // cache.page_size)
@@ -71,3 +71,139 @@ def test_any_cut_equals_dense_masked_model(seed):
         assert torch.equal(cache.length.view(cache.layers, B, H)[:, b], held)
     cache.release(range(B))
     assert cache.stats()["pages"] == 0 and all((owner < 0).all() for owner in cache.owner)
+
+
+def uneven_cache(seed=0, B=3, tokens=200, dms=None, **changes):
+    """A model whose heads keep very different shares, and a cache that has read random tokens."""
+    model = small_model(seed, dms or DMSConfig(window=8), 0.5, **changes)
+    for block in model.model.layers:
+        keep = torch.linspace(-2.5, 0.5, model.config.num_key_value_heads)  # from nearly nothing to most
+        block.self_attn.dms_proj_alpha = torch.nn.Linear(model.config.hidden_size, len(keep))
+        torch.nn.init.normal_(block.self_attn.dms_proj_alpha.weight, std=0.05)
+        block.self_attn.dms_proj_alpha.bias.data = -keep
+    model.requires_grad_(False)
+    cache = KVCache(model.config, B, page_size=16)
+    ids = torch.randint(0, 67, (B, tokens), generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        model(ids, cache=cache)
+    return model, cache, ids
+
+
+def test_paged_attention_is_softmax_attention_over_scattered_slots():
+    torch.manual_seed(0)
+    N, G, D, size = 5, 3, 8, 4
+    lengths = [1, 9, 4, 17, 30]
+    pages = torch.randperm(40)
+    q, k, v = torch.randn(N, G, D), torch.randn(40, size, D), torch.randn(40, size, D)
+    owner, fill, taken = torch.zeros(40, dtype=torch.int64), torch.zeros(40, dtype=torch.int64), 0
+    expected = torch.empty(N, G, D)
+    for row, n in enumerate(lengths):
+        mine = pages[taken:taken + -(-n // size)]
+        taken += len(mine)
+        owner[mine], fill[mine] = row, size
+        fill[mine[-1]] = n - size * (len(mine) - 1)
+        keys, values = k[mine].flatten(0, 1)[:n], v[mine].flatten(0, 1)[:n]
+        expected[row] = torch.softmax(q[row] @ keys.T / D ** 0.5, -1) @ values
+    torch.testing.assert_close(paged_attention(q, k, v, owner, fill), expected)
+
+
+def test_pages_fall_with_compression_at_2048_tokens():
+    """At 8x with uneven heads, the pages' bytes are at most a sixth of the dense cache's."""
+    model = small_model(0, DMSConfig(window=16), 0.5, num_key_value_heads=4, max_position_embeddings=4096)
+    ids = torch.randint(0, 67, (1, 2048))
+    shares = torch.tensor([0.02, 0.05, 0.1, 0.3])  # kept by each head; 8x on average with the window
+    generator = torch.Generator().manual_seed(0)
+
+    def attend_with(decide):
+        def attend(layer, q, k, v, logits):
+            return decide(layer, q, k, v, (torch.rand(logits.shape, generator=generator) > shares[:, None]).float() - 0.5)
+        return attend
+
+    cache, dense = KVCache(model.config, 1), KVCache(small_model(0, None, num_key_value_heads=4).config, 1)
+    with torch.inference_mode():
+        for t in range(0, 2048, 256):
+            with cache.append(torch.tensor([256])) as attend:
+                model.hidden(ids[:, t:t + 256], attend_with(attend), cache.seen)
+            with dense.append(torch.tensor([256])) as attend:
+                model.hidden(ids[:, t:t + 256], lambda layer, q, k, v, logits: attend(layer, q, k, v, None), dense.seen)
+    sparse, full = cache.stats(), dense.stats()
+    assert 7.5 < sparse["compression_ratio"] < 8.5 and full["compression_ratio"] == 1
+    assert sparse["page_bytes"] * 6 <= full["page_bytes"]
+    assert sparse["pool_bytes"] <= 1.2 * sparse["page_bytes"]
+    assert full["page_bytes"] == 2048 * 2 * 4 * 2 * 8 * 4  # T * L * Hkv * (k, v) * D * float32
+    assert sparse["peak_pairs"] == sparse["pairs"] == sum(map(sum, sparse["pairs_per_head"]))
+
+
+def test_select_forks_drops_and_reorders():
+    model, cache, ids = uneven_cache()
+    chosen = [2, 0, 2, 2]
+    cache.select(chosen)
+    check_pages(cache)
+    more = torch.randint(0, 67, (4, 60))
+    with torch.inference_mode():
+        logits = torch.cat([model(more[:, :20], cache=cache)] +
+                           [model(more[:, t:t + 1], cache=cache) for t in range(20, 60)], dim=1)
+        for row, b in enumerate(chosen):
+            expected = model(torch.cat((ids[b], more[row]))[None])[0, ids.shape[1]:]
+            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+    check_pages(cache)
+    for wrong in ([], [4], [-1]):
+        with pytest.raises(InputError, match="indices below 4"):
+            cache.select(wrong)
+
+
+def test_released_pages_serve_the_next_sequence():
+    model, cache, ids = uneven_cache()
+    before = cache.stats()
+    cache.release([1])
+    check_pages(cache)
+    freed = before["pages"] - cache.stats()["pages"]
+    assert freed > 0 and cache.stats()["pool_bytes"] == before["pool_bytes"]
+    with torch.inference_mode():
+        logits = model(ids, cache=cache, lengths=torch.tensor([0, 150, 0]))
+        torch.testing.assert_close(logits[1, :150], model(ids[1:2, :150])[0], atol=1e-4, rtol=1e-4)
+        one_more = model(ids[:, :1], cache=cache)
+        expected = model(torch.cat((ids[0], ids[0, :1]))[None])[0, -1]
+        torch.testing.assert_close(one_more[0, 0], expected, atol=1e-4, rtol=1e-4)
+    check_pages(cache)
+    assert cache.stats()["pool_bytes"] == before["pool_bytes"]
+
+
+def test_random_life_of_a_batch():
+    """Append, end, begin anew and fork at random: no page leaks or has two owners, and every sequence stays right."""
+    rng = random.Random(11)
+    model, cache, ids = uneven_cache(tokens=30)
+    fed = [row.tolist() for row in ids]
+    with torch.inference_mode():
+        for _ in range(150):
+            action = rng.random()
+            if action < 0.1:
+                ended = rng.sample(range(len(fed)), rng.randint(1, len(fed)))
+                cache.release(ended)
+                fed = [[] if b in ended else row for b, row in enumerate(fed)]
+            elif action < 0.2:
+                chosen = [rng.randrange(len(fed)) for _ in range(rng.randint(1, 5))]
+                cache.select(chosen)
+                fed = [list(fed[b]) for b in chosen]
+            T = rng.choice([1, 1, 1, 2, 9])
+            step = [rng.randint(0, T) if rng.random() < 0.3 else T for _ in fed]
+            new = torch.tensor([[rng.randrange(67) for _ in range(T)] for _ in fed])
+            logits = model(new, cache=cache, lengths=torch.tensor(step))
+            fed = [row + new[b, :step[b]].tolist() for b, row in enumerate(fed)]
+            check_pages(cache)
+            b = rng.randrange(len(fed))
+            if step[b]:
+                expected, held = oracle(model, torch.tensor(fed[b]))
+                torch.testing.assert_close(logits[b, :step[b]], expected[-step[b]:], atol=1e-4, rtol=1e-4)
+                assert torch.equal(cache.length.view(cache.layers, len(fed), -1)[:, b], held)
+
+
+def test_wrong_calls_say_what_is_wrong():
+    model = small_model(0, None)
+    with pytest.raises(InputError, match="at least 1"):
+        KVCache(model.config, 0)
+    cache = KVCache(model.config, 2, page_size=4, max_pages=8)
+    with pytest.raises(InputError, match="2 numbers from 0 to 3"):
+        model(torch.zeros(2, 3, dtype=torch.int64), cache=cache, lengths=torch.tensor([4, 1]))
+    with pytest.raises(InputError, match="full: all 8 pages"):
+        model(torch.zeros(2, 30, dtype=torch.int64), cache=cache)
