@@ -26,22 +26,39 @@ import torch.nn.functional as F
 from dms import InputError, visible
 
 
-def paged_attention(q, k_pages, v_pages, owner, fill):
+def page_attention(q, k, v, fill):
+    """Softmax attention within each page by itself: q (M, g, D), k and v (M, page_size, D), fill (M,) int64 slots in
+    use -> float32 (top (M, g), total (M, g), out (M, g, D)): the largest score, sum(exp(score - top)) and
+    sum(exp(score - top) * v). A page with nothing in use gets top = -1e30."""
+    score = torch.bmm(k, q.transpose(1, 2)).float() * q.shape[-1] ** -0.5  # (M, page_size, g)
+    slot = torch.arange(k.shape[1], device=q.device)
+    score.masked_fill_((slot >= fill[:, None])[:, :, None], -1e30)
+    top = score.amax(1)
+    weight = score.sub_(top[:, None]).exp_()
+    return top, weight.sum(1), torch.bmm(weight.transpose(1, 2).to(v.dtype), v).float()
+
+
+def paged_attention(q, k_pages, v_pages, owner, fill, shared=None):
     """One query token per row against all of the row's pages, wherever they lie in the pool.
 
-    q (N, G, D); k_pages, v_pages (P, page_size, D); owner (P,) int64, the row that page p belongs to; fill (P,) int64,
-    how many of its slots are in use, 0 for a free page. -> (N, G, D).
-    Each page is multiplied as it lies, without a copy; softmax pieces of a row's pages are merged by their maxima.
+    q (N, G, D); k_pages, v_pages (P, page_size, D); owner (P,) int64, the one row that page p belongs to, any where
+    fill is 0; fill (P,) int64, slots in use, 0 for pages that are free or shared. shared: None, or pages (S,), their
+    fill (S,) and the rows (S, R) that share them, padded with -1. -> (N, G, D).
+    An owned page is multiplied as it lies, without a copy; a shared one is read once for all its rows. The pages'
+    results are merged by their largest scores (log-sum-exp).
     """
-    scores = torch.bmm(k_pages, q[owner].transpose(1, 2)).float() * q.shape[-1] ** -0.5  # (P, page_size, G)
-    slot = torch.arange(k_pages.shape[1], device=q.device)
-    scores.masked_fill_((slot[None, :] >= fill[:, None])[:, :, None], float("-inf"))
-    index = owner[:, None].expand(-1, q.shape[1])  # (P, G)
-    top = scores.new_full(q.shape[:2], -1e30).scatter_reduce(0, index, scores.amax(1), "amax")  # (N, G)
-    weight = torch.exp(scores - top[owner][:, None, :])  # (P, page_size, G)
-    total = torch.zeros_like(top).index_add_(0, owner, weight.sum(1))
-    out = torch.bmm(weight.transpose(1, 2).to(v_pages.dtype), v_pages).float()  # (P, G, D)
-    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device).index_add_(0, owner, out)
+    N, G, D = q.shape
+    parts = [(owner, *page_attention(q[owner], k_pages, v_pages, fill))]
+    if shared is not None:
+        pages, shared_fill, rows = shared
+        some = page_attention(q[rows.clamp(min=0)].flatten(1, 2), k_pages[pages], v_pages[pages], shared_fill)
+        real = rows.flatten() >= 0
+        parts.append((rows.flatten()[real], *(x.view(len(real), G, *x.shape[2:])[real] for x in some)))
+    row, top, total, out = (torch.cat(x) for x in zip(*parts)) if shared is not None else parts[0]
+    highest = top.new_full((N, G), -1e30).scatter_reduce(0, row[:, None].expand(-1, G), top, "amax")
+    scale = torch.exp(top - highest[row])
+    total = torch.zeros_like(highest).index_add_(0, row, total * scale)
+    out = out.new_zeros(N, G, D).index_add_(0, row, out * scale[:, :, None])
     return (out / total.clamp(min=1e-30)[:, :, None]).to(q.dtype)
 
 
@@ -75,11 +92,14 @@ class KVCache:
         self.length = state(L, N)  # pairs that each row holds
         self.ring_slot = state(L, N, self.window + 1)
         self.ring_evict = state(L, N, self.window + 1, dtype=torch.bool)
-        self.pages = state(L, N)  # pages that each row owns
+        self.pages = state(L, N)  # pages that each row has
         self.table = [state(N, 0) for _ in range(L)]  # (N, most pages of a row): the row's pages in order
-        self.owner = [state(0) for _ in range(L)]  # (P,): the row that owns the page, -1 where free
-        self.ordinal = [state(0) for _ in range(L)]  # (P,): which of its row's pages this is
-        self.used = [0] * L  # no page of the pool from this one on is owned
+        # the same seen from the pool, for each page: rows that have it, the one if there is one, its place in the table
+        self.references = [state(0) for _ in range(L)]
+        self.owner = [state(0) for _ in range(L)]
+        self.ordinal = [state(0) for _ in range(L)]
+        self.shared = [None] * L  # pages (S,) of several rows and those rows (S, R), padded with -1
+        self.used = [0] * L  # all pages from this one on are free
         self.k_pages = [torch.empty(0, page_size, self.head_dim, dtype=dtype, device=self.device) for _ in range(L)]
         self.v_pages = [torch.empty_like(k) for k in self.k_pages]
         self.reads = state(L, self.kv_heads)
@@ -146,11 +166,17 @@ class KVCache:
 
     def _attend_one(self, layer, q):
         """q (N, G, D), its own pair already written -> (N, G, D)."""
-        P = self.used[layer]
-        owner = self.owner[layer][:P]
-        fill = (self.length[layer][owner] - self.ordinal[layer][:P] * self.page_size).clamp(0, self.page_size)
-        fill = torch.where(owner >= 0, fill, 0)
-        return paged_attention(q, self.k_pages[layer][:P], self.v_pages[layer][:P], owner.clamp(min=0), fill)
+        P, shared = self.used[layer], self.shared[layer]
+        owner, ordinal = self.owner[layer][:P], self.ordinal[layer][:P]
+
+        def fill(row, ordinal):
+            return (self.length[layer][row] - ordinal * self.page_size).clamp(0, self.page_size)
+
+        if shared is not None:
+            pages, rows = shared
+            shared = pages, fill(rows[:, 0], ordinal[pages]), rows
+        return paged_attention(q, self.k_pages[layer][:P], self.v_pages[layer][:P], owner.clamp(min=0),
+                               torch.where(owner >= 0, fill(owner, ordinal), 0), shared)
 
     def _attend_block(self, layer, q, k, v, evict, lengths):
         """q (N, G, T, D), k, v (N, T, D), evict (N, T), nothing of it written yet -> (N, G, T, D). A row's queries see
@@ -206,6 +232,7 @@ class KVCache:
         self._reserve(layer)
         row, t = survive.nonzero(as_tuple=True)
         s = slot[row, t]
+        self._unshare(layer, row, s // self.page_size)
         where = self.table[layer][row, s // self.page_size] * self.page_size + s % self.page_size
         self.k_pages[layer].view(-1, self.head_dim)[where] = k[row, t]
         self.v_pages[layer].view(-1, self.head_dim)[where] = v[row, t]
@@ -217,31 +244,30 @@ class KVCache:
     # ------------------------------------------------------------------------------------------------ pages
 
     def _reserve(self, layer):
-        """Give every row of the layer the pages that its length needs, the lowest free ones first."""
+        """Give every row of the layer the pages that its length needs."""
         have = self.pages[layer]
         need = (-(-self.length[layer] // self.page_size) - have).clamp(min=0)
         total = int(need.sum())
         if total == 0:
             return
-        free = (self.owner[layer] < 0).nonzero()[:, 0]
-        if len(free) < total:
-            self._grow(layer, total - len(free))
-            free = (self.owner[layer] < 0).nonzero()[:, 0]
+        page = self._free(layer, total)
         row = torch.arange(len(need), device=self.device).repeat_interleave(need)
         first = (need.cumsum(0) - need)[row]
         ordinal = have[row] + torch.arange(total, device=self.device) - first
         missing = int(ordinal.max()) + 1 - self.table[layer].shape[1]
         if missing > 0:
             self.table[layer] = F.pad(self.table[layer], (0, missing + self.table[layer].shape[1] // 2))
-        page = free[:total]
         self.table[layer][row, ordinal] = page
-        self.owner[layer][page], self.ordinal[layer][page] = row, ordinal
+        self.owner[layer][page], self.ordinal[layer][page], self.references[layer][page] = row, ordinal, 1
         self.pages[layer] += need
         self.used[layer] = max(self.used[layer], int(page[-1]) + 1)
 
-    def _grow(self, layer, least):
-        """Add at least `least` free pages to the layer's pool, an eighth of it if that is more."""
-        P = len(self.owner[layer])
+    def _free(self, layer, count):
+        """The layer's `count` lowest free pages (count,); its pool grows by an eighth or more where they are too few."""
+        free = (self.references[layer] == 0).nonzero()[:, 0]
+        if len(free) >= count:
+            return free[:count]
+        P, least = len(self.owner[layer]), count - len(free)
         more = max(least, P // 8)
         if self.max_pages is not None:
             room = self.max_pages - sum(len(owner) for owner in self.owner)
@@ -249,12 +275,45 @@ class KVCache:
                 raise InputError(f"the cache is full: all {self.max_pages} pages of {self.page_size} slots are taken; "
                                  f"allow more pages, or fewer or shorter sequences")
             more = min(more, room)
-        self.owner[layer] = F.pad(self.owner[layer], (0, more), value=-1)
-        self.ordinal[layer] = F.pad(self.ordinal[layer], (0, more))
+        for state in (self.owner, self.ordinal, self.references):
+            state[layer] = F.pad(state[layer], (0, more))
         for pool in (self.k_pages, self.v_pages):
             grown = torch.zeros(P + more, self.page_size, self.head_dim, dtype=self.dtype, device=self.device)
             grown[:P] = pool[layer]
             pool[layer] = grown
+        return torch.cat((free, torch.arange(P, P + least, device=self.device)))
+
+    def _unshare(self, layer, row, ordinal):
+        """Copy on write: pages (row, ordinal), both (n,), that other rows have too become their row's own."""
+        if self.shared[layer] is None:
+            return
+        others = self.references[layer][self.table[layer][row, ordinal]] > 1
+        row, ordinal = torch.stack((row[others], ordinal[others])).unique(dim=1)
+        if len(row) == 0:
+            return
+        old, new = self.table[layer][row, ordinal], self._free(layer, len(row))
+        for pool in (self.k_pages[layer], self.v_pages[layer]):
+            pool[new] = pool[old]
+        self.table[layer][row, ordinal] = new
+        self._index(layer)
+
+    def _index(self, layer):
+        """Work out from the rows' tables what each page of the layer's pool is to whom."""
+        table, P = self.table[layer], len(self.owner[layer])
+        row, ordinal = (torch.arange(table.shape[1], device=self.device) < self.pages[layer][:, None]).nonzero().unbind(1)
+        page = table[row, ordinal]
+        count = torch.bincount(page, minlength=P)
+        self.references[layer] = count
+        self.owner[layer] = torch.full((P,), -1, device=self.device).scatter(0, page, row).masked_fill(count > 1, -1)
+        self.ordinal[layer] = torch.zeros(P, dtype=torch.int64, device=self.device).scatter(0, page, ordinal)
+        self.used[layer] = int(page.max()) + 1 if len(page) else 0
+        several, self.shared[layer] = (count > 1).nonzero()[:, 0], None
+        if len(several):
+            page, order = page.sort(stable=True)
+            place = torch.arange(len(page), device=self.device) - (count.cumsum(0) - count)[page]  # among the sharers
+            sharers = torch.full((P, int(count.max())), -1, device=self.device)
+            sharers[page, place] = row[order]
+            self.shared[layer] = several, sharers[several]
 
     # ------------------------------------------------------------------------------------------------ sequences
 
@@ -265,44 +324,30 @@ class KVCache:
         rows = (b[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=self.device)).flatten()
         self.ended_tokens += int(self.seen[b].sum())
         self.ended_pairs += int(self.length[:, rows].sum())
-        for layer in range(self.layers):
-            self.owner[layer][torch.isin(self.owner[layer], rows)] = -1
-            owned = (self.owner[layer] >= 0).nonzero()
-            self.used[layer] = int(owned[-1]) + 1 if len(owned) else 0
         self.seen[b] = 0
         self.length[:, rows] = 0
         self.pages[:, rows] = 0
         self.ring_evict[:, rows] = False
+        for layer in range(self.layers):
+            self._index(layer)
 
     @torch.inference_mode()
     def select(self, sequences):
         """Make row i continue what sequence sequences[i] has fed so far: fork (name one several times), drop (do not
-        name it; it ends as in `release`) and reorder in one. Nothing is computed again; a fork's pages are copied."""
+        name it; it ends as in `release`) and reorder in one. Nothing is computed again, and forks share their pages
+        until one of them writes to it."""
         chosen = torch.as_tensor(sequences, dtype=torch.int64, device=self.device)
         if len(chosen) == 0 or bool((chosen < 0).any()) or bool((chosen >= self.batch_size).any()):
             raise InputError(f"sequences to select must be indices below {self.batch_size}, at least one")
         dropped = [b for b in range(self.batch_size) if b not in set(chosen.tolist())]
         if dropped:
             self.release(dropped)
-        H, N = self.kv_heads, len(chosen) * self.kv_heads
-        old = (chosen[:, None] * H + torch.arange(H, device=self.device)).flatten()  # (N,) old row of each new row
-        copies = torch.ones(N, dtype=torch.bool, device=self.device)  # all but the first that continue an old row
-        first = torch.full((self.length.shape[1],), N, device=self.device)
-        first.scatter_reduce_(0, old, torch.arange(N, device=self.device), "amin")
-        copies[first[first < N]] = False
-        self.seen, self.length = self.seen[chosen], self.length[:, old]
-        self.ring_slot, self.ring_evict = self.ring_slot[:, old], self.ring_evict[:, old]
-        owned, self.pages = self.pages[:, old], torch.where(copies, 0, self.pages[:, old])
+        rows = (chosen[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=self.device)).flatten()
+        self.seen, self.length, self.pages = self.seen[chosen], self.length[:, rows], self.pages[:, rows]
+        self.ring_slot, self.ring_evict = self.ring_slot[:, rows], self.ring_evict[:, rows]
         for layer in range(self.layers):
-            held = self.owner[layer] >= 0
-            self.owner[layer] = torch.where(held, first[self.owner[layer].clamp(min=0)], -1)
-            source = self.table[layer][old]
-            self.table[layer] = source.clone()
-            self._reserve(layer)
-            row, i = (torch.arange(source.shape[1], device=self.device) < owned[layer, :, None]).nonzero(as_tuple=True)
-            row, i = row[copies[row]], i[copies[row]]
-            for pool in (self.k_pages[layer], self.v_pages[layer]):
-                pool[self.table[layer][row, i]] = pool[source[row, i]]
+            self.table[layer] = self.table[layer][rows]
+            self._index(layer)
 
     # ------------------------------------------------------------------------------------------------ counting
 
@@ -311,17 +356,17 @@ class KVCache:
         tokens: fed, of the sequences held now; pairs: (key, value) pairs held now; dense_pairs: what a dense cache of
         the same tokens would hold; compression_ratio: over held and ended sequences, None before any token;
         peak_pairs: the most held at once; reads: pairs attended to, summed over steps, a block counting as one step;
-        pages, page_bytes: in use now; pool_bytes: allocated, free pages included; pairs_per_head and reads_per_head:
+        pages, page_bytes: in use now, a shared page counting once; pool_bytes: allocated, free pages included; pairs_per_head and reads_per_head:
         [L][Hkv], summed over sequences."""
         L, H = self.layers, self.kv_heads
         tokens, pairs = int(self.seen.sum()), int(self.length.sum())
+        pages = sum(int((references > 0).sum()) for references in self.references)
         one_page = 2 * self.page_size * self.head_dim * self.k_pages[0].element_size()
         all_tokens, all_pairs = tokens + self.ended_tokens, pairs + self.ended_pairs
         return {
             "tokens": tokens, "pairs": pairs, "dense_pairs": tokens * L * H, "peak_pairs": self.peak,
             "compression_ratio": all_tokens * L * H / all_pairs if all_pairs else None,
-            "reads": int(self.reads.sum()), "pages": int(self.pages.sum()),
-            "page_bytes": int(self.pages.sum()) * one_page,
+            "reads": int(self.reads.sum()), "pages": pages, "page_bytes": pages * one_page,
             "pool_bytes": sum(len(owner) for owner in self.owner) * one_page,
             "pairs_per_head": self.length.view(L, -1, H).sum(1).tolist(), "reads_per_head": self.reads.tolist(),
         }

@@ -67,8 +67,9 @@ def plain_forward(folder, ids):
 
 @pytest.mark.parametrize("name", ["teacher", "retrofitted"])
 def test_shipped_models_equal_an_independent_computation(name):
-    from toy import tasks
     import random
+
+    from toy import tasks
     tokenizer, model = load_tokenizer(TOY / name), load_model(TOY / name)
     problem = tasks.make_problem("needles", random.Random(5), "test", 220)
     ids = tokenizer.encode(tokenizer.apply_chat_template(tasks.messages(problem)), add_special_tokens=False)

@@ -176,7 +176,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
 def test_tokens_outside_the_vocabulary_are_refused():
     model = small_model(0)
     model.check_ids([0, 66])
-    for ids, room, message in (([67], 0, "token id 67"), ([-1], 0, "token id -1"), ([], 0, "empty"), ([1], 512, "context")):
+    for ids, room, message in (([67], 0, "token id 67"), ([-1], 0, "id -1"), ([], 0, "empty"), ([1], 512, "context")):
         with pytest.raises(InputError, match=message):
             model.check_ids(ids, room)
 

@@ -29,15 +29,26 @@ def oracle(model, ids):
 
 
 def check_pages(cache):
-    """Every page has one owner or none, and every row's table names its own pages, in order."""
+    """Every page belongs to whom the tables say and to nobody else, and no row has more pages than it needs."""
     for layer in range(cache.layers):
-        owner = cache.owner[layer]
-        assert max([0] + ((owner >= 0).nonzero()[:, 0] + 1).tolist()) == cache.used[layer]
+        having = {}
         for row in range(cache.length.shape[1]):
-            pages = cache.table[layer][row, :cache.pages[layer, row]]
-            assert len(pages) == -(-int(cache.length[layer, row]) // cache.page_size)
-            assert (owner[pages] == row).all() and int((owner == row).sum()) == len(pages)
-            assert cache.ordinal[layer][pages].tolist() == list(range(len(pages)))
+            pages = cache.table[layer][row, :cache.pages[layer, row]].tolist()
+            assert len(pages) == -(-int(cache.length[layer, row]) // cache.page_size) and len(set(pages)) == len(pages)
+            for ordinal, page in enumerate(pages):
+                having.setdefault(page, []).append((row, ordinal))
+        shared = () if cache.shared[layer] is None else zip(*map(torch.Tensor.tolist, cache.shared[layer]))
+        sharers = {page: {row for row in rows if row >= 0} for page, rows in shared}
+        assert set(sharers) == {page for page, rows in having.items() if len(rows) > 1}
+        for page in range(len(cache.owner[layer])):
+            rows = having.get(page, [])
+            assert cache.references[layer][page] == len(rows)
+            if len(rows) == 1:
+                assert (cache.owner[layer][page], cache.ordinal[layer][page]) == rows[0]
+            elif rows:
+                assert cache.owner[layer][page] == -1 and {o for _, o in rows} == {int(cache.ordinal[layer][page])}
+                assert sharers[page] == {row for row, _ in rows}
+        assert cache.used[layer] == max(having, default=-1) + 1
 
 
 @pytest.mark.parametrize("seed", range(120))
@@ -70,7 +81,8 @@ def test_any_cut_equals_dense_masked_model(seed):
         H = model.config.num_key_value_heads
         assert torch.equal(cache.length.view(cache.layers, B, H)[:, b], held)
     cache.release(range(B))
-    assert cache.stats()["pages"] == 0 and all((owner < 0).all() for owner in cache.owner)
+    assert cache.stats()["pages"] == 0 and not any(references.any() for references in cache.references)
+    check_pages(cache)
 
 
 def uneven_cache(seed=0, B=3, tokens=200, dms=None, **changes):
@@ -116,7 +128,8 @@ def test_pages_fall_with_compression_at_2048_tokens():
 
     def attend_with(decide):
         def attend(layer, q, k, v, logits):
-            return decide(layer, q, k, v, (torch.rand(logits.shape, generator=generator) > shares[:, None]).float() - 0.5)
+            keep = torch.rand(logits.shape, generator=generator) < shares[:, None]
+            return decide(layer, q, k, v, 0.5 - keep.float())
         return attend
 
     cache, dense = KVCache(model.config, 1), KVCache(small_model(0, None, num_key_value_heads=4).config, 1)
@@ -125,7 +138,7 @@ def test_pages_fall_with_compression_at_2048_tokens():
             with cache.append(torch.tensor([256])) as attend:
                 model.hidden(ids[:, t:t + 256], attend_with(attend), cache.seen)
             with dense.append(torch.tensor([256])) as attend:
-                model.hidden(ids[:, t:t + 256], lambda layer, q, k, v, logits: attend(layer, q, k, v, None), dense.seen)
+                model.hidden(ids[:, t:t + 256], lambda *qkv: attend(*qkv[:4], None), dense.seen)
     sparse, full = cache.stats(), dense.stats()
     assert 7.5 < sparse["compression_ratio"] < 8.5 and full["compression_ratio"] == 1
     assert sparse["page_bytes"] * 6 <= full["page_bytes"]
@@ -137,7 +150,9 @@ def test_pages_fall_with_compression_at_2048_tokens():
 def test_select_forks_drops_and_reorders():
     model, cache, ids = uneven_cache()
     chosen = [2, 0, 2, 2]
+    pages = [int(cache.pages[:, 2 * b:2 * b + 2].sum()) for b in range(3)]
     cache.select(chosen)
+    assert cache.stats()["pages"] == pages[0] + pages[2]  # the three forks share theirs
     check_pages(cache)
     more = torch.randint(0, 67, (4, 60))
     with torch.inference_mode():
