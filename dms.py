@@ -242,12 +242,15 @@ def read_settings(folder, raw):
     config = {k: v for k, v in raw.items() if k.startswith("dms_")}
     if not config and metadata is None:
         return None
+    if config.get("dms_separate_alpha") and metadata is not None:
+        raise InputError(f"{folder}: config.json says that adapters decide, dms_metadata.json belongs to a borrowed "
+                         f"neuron; remove the wrong one")
     values, assumed = {}, []
     for name, key, default, other_key, other_default in FIELDS:
         stated = [source[k] for source, k in ((config, key), (metadata or {}, other_key)) if source.get(k) is not None]
         if len(stated) == 2 and stated[0] != stated[1]:
-            raise InputError(f"{folder}: config.json says {key} = {stated[0]!r} and dms_metadata.json says {other_key} "
-                             f"= {stated[1]!r}; remove the wrong one")
+            raise InputError(f"{folder}: config.json says {key} = {stated[0]!r} and dms_metadata.json says "
+                             f"{other_key} = {stated[1]!r}; remove the wrong one")
         value = stated[0] if stated else default if metadata is None else other_default
         if not stated and name in ("window", "scale", "offset", "shift"):
             assumed.append(f"{name} = {value}")

@@ -117,8 +117,8 @@ class Session:
                 show(new)
             return stream.stopped or stream.ended
 
-        for drawn in generate(self.model, self.cache, [prompt], self.args.max_new_tokens, choose=self.choose, stop=stop,
-                              chains=chains):
+        for drawn in generate(self.model, self.cache, [prompt], self.args.max_new_tokens, choose=self.choose,
+                              stop=stop, chains=chains):
             self.steps += len(drawn)
         show(streams[0].finish())
         for stream in streams[1:]:

@@ -94,7 +94,7 @@ class KVCache:
         self.ring_evict = state(L, N, self.window + 1, dtype=torch.bool)
         self.pages = state(L, N)  # pages that each row has
         self.table = [state(N, 0) for _ in range(L)]  # (N, most pages of a row): the row's pages in order
-        # the same seen from the pool, for each page: rows that have it, the one if there is one, its place in the table
+        # the same seen from the pool, for each page: how many rows have it, which one, its place
         self.references = [state(0) for _ in range(L)]
         self.owner = [state(0) for _ in range(L)]
         self.ordinal = [state(0) for _ in range(L)]
@@ -263,7 +263,7 @@ class KVCache:
         self.used[layer] = max(self.used[layer], int(page[-1]) + 1)
 
     def _free(self, layer, count):
-        """The layer's `count` lowest free pages (count,); its pool grows by an eighth or more where they are too few."""
+        """The layer's `count` lowest free pages (count,); its pool grows by an eighth or more if they are too few."""
         free = (self.references[layer] == 0).nonzero()[:, 0]
         if len(free) >= count:
             return free[:count]
@@ -300,7 +300,8 @@ class KVCache:
     def _index(self, layer):
         """Work out from the rows' tables what each page of the layer's pool is to whom."""
         table, P = self.table[layer], len(self.owner[layer])
-        row, ordinal = (torch.arange(table.shape[1], device=self.device) < self.pages[layer][:, None]).nonzero().unbind(1)
+        valid = torch.arange(table.shape[1], device=self.device) < self.pages[layer][:, None]
+        row, ordinal = valid.nonzero(as_tuple=True)
         page = table[row, ordinal]
         count = torch.bincount(page, minlength=P)
         self.references[layer] = count
@@ -352,12 +353,12 @@ class KVCache:
     # ------------------------------------------------------------------------------------------------ counting
 
     def stats(self):
-        """What is counted (all from real lengths and pages; ended sequences enter the compression ratio only):
-        tokens: fed, of the sequences held now; pairs: (key, value) pairs held now; dense_pairs: what a dense cache of
-        the same tokens would hold; compression_ratio: over held and ended sequences, None before any token;
+        """What is counted, all from real lengths and pages:
+        tokens: fed to the sequences held now; pairs: (key, value) pairs held now; dense_pairs: what a dense cache of
+        the same tokens would hold; compression_ratio: their ratio, ended sequences counted in, None before any token;
         peak_pairs: the most held at once; reads: pairs attended to, summed over steps, a block counting as one step;
-        pages, page_bytes: in use now, a shared page counting once; pool_bytes: allocated, free pages included; pairs_per_head and reads_per_head:
-        [L][Hkv], summed over sequences."""
+        pages, page_bytes: in use now, a shared page counting once; pool_bytes: allocated, free pages included;
+        pairs_per_head, reads_per_head: [L][Hkv], summed over sequences."""
         L, H = self.layers, self.kv_heads
         tokens, pairs = int(self.seen.sum()), int(self.length.sum())
         pages = sum(int((references > 0).sum()) for references in self.references)

@@ -274,7 +274,7 @@ def measure(model, data, args, desc, reference=None):
 
 
 def evaluate(args, out):
-    """Measure the dense model, the retrofitted one and a sliding window of the same budget; print and save it."""
+    """Measure the dense model, the retrofitted one and a sliding window of the same budget."""
     data = make_data(args)
     teacher = load_model(args.model, args.device, args.torch_dtype)
     student = load_model(out, args.device, args.torch_dtype)
@@ -285,8 +285,8 @@ def evaluate(args, out):
     sliding = load_model(args.model, args.device, args.torch_dtype)
     dms.start_retrofit(sliding, DMSConfig(window=budget - 1, offset=-1.0))
     results["window"] = measure(sliding.requires_grad_(False), data, args, f"window of {budget}", teacher)
-    write_json(out / "results.json", {"settings": settings_of(args), "hardware": hardware(), "torch": torch.__version__,
-                                      "window_tokens": budget, "results": results})
+    write_json(out / "results.json", {"settings": settings_of(args), "hardware": hardware(), "window_tokens": budget,
+                                      "torch": torch.__version__, "results": results})
     names = list(results)
     rows = [(task, [f"{results[n]['accuracy'][task]:.1%}" for n in names]) for task in results["dense"]["accuracy"]]
     rows += [("KL to the teacher, nats", ["0"] + [f"{results[n]['kl']:.4f}" for n in names[1:]]),

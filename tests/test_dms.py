@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_config, small_model
-from safetensors.torch import load_file
+from conftest import plain_forward, small_config, small_model
 
 import dms
 from dms import DMSConfig, InputError, RelaxedAttention
@@ -15,54 +14,6 @@ from kv_cache import KVCache
 from model import Model, load_model, load_tokenizer, save_model
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
-
-
-def plain_forward(folder, ids):
-    """Logits (T, V) of a Qwen3 checkpoint, dense or DMS, read and computed with none of the project's code: one token,
-    one head and one pair of channels at a time where that is what the definition says. Also the decisions (L, Hkv, T).
-    """
-    c, w = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    w = {k.removeprefix("model."): v.double() for k, v in w.items()}
-    T, D, eps = len(ids), c["head_dim"], c["rms_norm_eps"]
-    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
-
-    def norm(x, weight):
-        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-    def rotate(x):  # (T, D): channels i and i + D/2 as one complex number, turned by t * theta^(-2i/D)
-        z = torch.complex(x[:, :D // 2], x[:, D // 2:])
-        angle = torch.arange(T)[:, None] * c["rope_theta"] ** (-2 * torch.arange(D // 2).double() / D)
-        z = z * torch.polar(torch.ones_like(angle), angle)
-        return torch.cat((z.real, z.imag), -1)
-
-    x = w["embed_tokens.weight"][ids]
-    decided = []
-    for layer in range(c["num_hidden_layers"]):
-        p = {k.removeprefix(f"layers.{layer}."): v for k, v in w.items() if k.startswith(f"layers.{layer}.")}
-        h = norm(x, p["input_layernorm.weight"])
-        q = norm((h @ p["self_attn.q_proj.weight"].T).view(T, heads, D), p["self_attn.q_norm.weight"])
-        k = norm((h @ p["self_attn.k_proj.weight"].T).view(T, kv_heads, D), p["self_attn.k_norm.weight"])
-        v = (h @ p["self_attn.v_proj.weight"].T).view(T, kv_heads, D)
-        evict = torch.zeros(kv_heads, T, dtype=torch.bool)
-        if "dms_window_size" in c and not c["dms_disable_eviction"]:
-            a = norm(x, p["self_attn.dms_proj_alpha_norm.weight"]) @ p["self_attn.dms_proj_alpha.weight"].T
-            z = c["dms_alpha_scale"] * a - c["dms_initial_alpha_offset"]
-            for t in range(T - c["dms_shift"]):
-                evict[:, t] = z[t + c["dms_shift"]] > 0
-        decided.append(evict)
-        out = torch.zeros(T, heads, D, dtype=torch.float64)
-        for head in range(heads):
-            g = head * kv_heads // heads
-            scores = rotate(q[:, head]) @ rotate(k[:, g]).T / math.sqrt(D)
-            for i in range(T):
-                seen = [j for j in range(i + 1) if not evict[g, j] or i - j <= c["dms_window_size"]]
-                out[i, head] = torch.softmax(scores[i, seen], 0) @ v[seen, g]
-        x = x + out.view(T, -1) @ p["self_attn.o_proj.weight"].T
-        h = norm(x, p["post_attention_layernorm.weight"])
-        gate, up = h @ p["mlp.gate_proj.weight"].T, h @ p["mlp.up_proj.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ p["mlp.down_proj.weight"].T
-    x = norm(x, w["norm.weight"])
-    return (x @ w["embed_tokens.weight"].T).float(), torch.stack(decided)
 
 
 @pytest.mark.parametrize("name", ["teacher", "retrofitted"])
@@ -73,7 +24,11 @@ def test_shipped_models_equal_an_independent_computation(name):
     tokenizer, model = load_tokenizer(TOY / name), load_model(TOY / name)
     problem = tasks.make_problem("needles", random.Random(5), "test", 220)
     ids = tokenizer.encode(tokenizer.apply_chat_template(tasks.messages(problem)), add_special_tokens=False)
-    expected, evict = plain_forward(TOY / name, ids)
+    c = json.loads((TOY / name / "config.json").read_text())
+    settings = {key: c["dms_" + spelled] for key, spelled in (
+        ("window", "window_size"), ("scale", "alpha_scale"), ("offset", "initial_alpha_offset"), ("shift", "shift"),
+        ("per", "alpha_per"), ("separate", "separate_alpha"))} if name == "retrofitted" else None
+    expected, evict = plain_forward(TOY / name, ids, settings)
     torch.testing.assert_close(model(torch.tensor([ids]))[0], expected, atol=1e-4, rtol=1e-4)
     cache = KVCache(model.config, 1)
     torch.testing.assert_close(model(torch.tensor([ids]), cache=cache)[0], expected, atol=1e-4, rtol=1e-4)

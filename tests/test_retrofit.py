@@ -34,7 +34,7 @@ def small_teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "text.txt"
-    file.write_text("\n\n".join(f"The river {i} passes the old stone and the boat number {i * 7}." for i in range(120)))
+    file.write_text("\n\n".join(f"The river {i} passes the old stone and boat {i * 7}." for i in range(120)))
     return file
 
 
