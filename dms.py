@@ -14,6 +14,7 @@ Letters: B batch, T tokens, Hq query heads, Hkv KV heads, G = Hq / Hkv, D head s
 import hashlib
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,20 +250,23 @@ def read_settings(folder, raw):
     for name, key, default, other_key, other_default in FIELDS:
         stated = [source[k] for source, k in ((config, key), (metadata or {}, other_key)) if source.get(k) is not None]
         if len(stated) == 2 and stated[0] != stated[1]:
-            raise InputError(f"{folder}: config.json says {key} = {stated[0]!r} and dms_metadata.json says "
-                             f"{other_key} = {stated[1]!r}; remove the wrong one")
+            raise InputError(f"{folder}: config.json says {key} = {repr(stated[0])[:80]} and dms_metadata.json says "
+                             f"{other_key} = {repr(stated[1])[:80]}; remove the wrong one")
         value = stated[0] if stated else default if metadata is None else other_default
         if not stated and name in ("window", "scale", "offset", "shift"):
             assumed.append(f"{name} = {value}")
         kind = type(default)
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise InputError(f"{folder}: {key} = {value!r} is not of type {kind.__name__}; fix that file")
+        if kind is float and type(value) is int and abs(value) < 2**53:
+            value = float(value)
+        if type(value) is not kind:
+            raise InputError(f"{folder}: {key} = {repr(value)[:80]} is not of type {kind.__name__}; fix that file")
         values[name] = value
     values["source"] = "adapter" if values["source"] else "neuron"
     settings = DMSConfig(**values)
-    finite = all(math.isfinite(x) for x in (settings.scale, settings.offset, settings.tau, settings.target_cr))
-    if settings.window < 0 or settings.shift not in (0, 1) or settings.per not in ("head", "layer") or not finite:
-        raise InputError(f"{folder}: unusable DMS settings {settings}; fix the checkpoint's settings")
+    usable = all(math.isfinite(x) for x in (settings.scale, settings.offset, settings.tau, settings.target_cr)) and \
+        0 <= settings.window <= 2**20 and settings.shift in (0, 1) and settings.per in ("head", "layer")
+    if not usable:
+        raise InputError(f"{folder}: unusable DMS settings {str(settings)[:300]}; fix the checkpoint's settings")
     if assumed:
         print(f"{folder}: not stated by the checkpoint, so assumed: {', '.join(assumed)}", file=sys.stderr)
     return settings
@@ -280,7 +284,7 @@ def read_adapter_settings(path):
     """(DMSConfig, file) of adapter tensors to be laid over a base model: a safetensors file, or a folder with just
     one, and beside it config.json or dms_metadata.json for the settings; without them the defaults, printed."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = [path] if os.path.isfile(path) else sorted(path.glob("*.safetensors")) if os.path.isdir(path) else []
     if len(files) != 1:
         raise InputError(f"{path}: {len(files)} safetensors files there; name the file that holds the adapters")
     folder = files[0].parent

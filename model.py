@@ -16,7 +16,7 @@ Peng et al. 2309.00071 (YaRN).
 import json
 import math
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,68 +79,76 @@ class ModelConfig:
             raise InputError(f"{where}: {problem}; {remedy}")
 
         kind = raw.get("model_type")
-        if kind not in ARCHITECTURES:
-            refuse(f"model_type {kind!r} is not supported")
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
+            refuse(f"model_type {repr(kind)[:80]} is not supported")
         if raw.get("quantization_config"):
             refuse("quantized weights are not supported", "use the bf16, fp16 or fp32 checkpoint")
-        if raw.get("hidden_act", "silu") != "silu":
-            refuse(f"hidden_act {raw['hidden_act']!r} is not supported")
+        if raw.get("hidden_act") not in (None, "silu"):
+            refuse(f"hidden_act {repr(raw['hidden_act'])[:80]} is not supported")
         layer_types = raw.get("layer_types")
-        if layer_types is not None and (not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}):
-            refuse(f"layer_types {str(layer_types)[:80]} include attention that is not full")
-        if raw.get("use_sliding_window") and raw.get("sliding_window") and layer_types is None:
-            if raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 32):  # defaults of transformers
-                refuse("use_sliding_window is true and layers use it")
+        if layer_types is not None and (not isinstance(layer_types, list) or
+                                        any(t != "full_attention" for t in layer_types)):
+            refuse(f"layer_types {repr(layer_types)[:80]} include attention that is not full")
 
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
-            refuse(f"rope parameters {str(rope)[:80]!r} are not one flat object")
+            refuse(f"rope parameters {repr(rope)[:80]} are not one flat object")
         rope = {k: v for k, v in rope.items() if v is not None}
         rope["rope_type"] = rope.pop("type", None) if "rope_type" not in rope else rope["rope_type"]
         rope["rope_type"] = rope["rope_type"] or "default"
         rope.pop("type", None)
         theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-        if rope.pop("partial_rotary_factor", None) not in (None, 1, 1.0) or raw.get("partial_rotary_factor", 1.0) != 1:
+        if any(x.get("partial_rotary_factor") not in (None, 1.0) for x in (rope, raw)):
             refuse("partial rotary embeddings are not supported")
         if rope["rope_type"] not in ROPE_KINDS:
-            refuse(f"RoPE kind {rope['rope_type']!r} is not supported (known: {', '.join(ROPE_KINDS)})")
+            refuse(f"RoPE kind {repr(rope['rope_type'])[:80]} is not supported (known: {', '.join(ROPE_KINDS)})")
 
-        def number(key, default=None, kind=int, least=1):
+        def number(key, default=None, kind=int, least=1, most=2**31):
             value = raw.get(key, default)
             value = default if value is None else value
             if value is None:
                 refuse(f"{key} is missing", "the file is not a complete model config")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
-                refuse(f"{key} = {value!r} is not {'a whole number' if kind is int else 'a number'}", "fix the config")
-            if not least <= value < 2**31:
-                refuse(f"{key} = {value!r} is out of range", "fix the config")
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                refuse(f"{key} = {repr(value)[:80]} is not a number", "fix the config")
+            if not least <= value <= most:
+                refuse(f"{key} = {repr(value)[:80]} is out of range", "fix the config")
+            if kind(value) != value:
+                refuse(f"{key} = {value!r} is not a whole number", "fix the config")
             return kind(value)
 
-        hidden, heads = number("hidden_size"), number("num_attention_heads")
-        kv_heads = number("num_key_value_heads", heads)
-        head_dim = number("head_dim", max(hidden // heads, 1))
+        hidden, heads = number("hidden_size", most=2**20), number("num_attention_heads", most=2**16)
+        kv_heads = number("num_key_value_heads", heads, most=2**16)
+        head_dim = number("head_dim", max(hidden // heads, 1) if kind != "qwen3" or "head_dim" in raw else 128,
+                          most=2**12)
+        if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) and layer_types is None:
+            if number("max_window_layers", 28, least=0) < number("num_hidden_layers"):  # defaults of transformers
+                refuse("use_sliding_window is true and layers use the sliding_window")
         if heads % kv_heads:
             refuse(f"{heads} attention heads are not a multiple of {kv_heads} key/value heads", "fix the config")
         if head_dim % 2:
             refuse(f"head_dim {head_dim} is odd, which RoPE cannot rotate", "fix the config")
         if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
-            refuse(f"rope_theta = {theta!r} is not a positive number", "fix the config")
-        flags = {k: raw.get(k, False) for k in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+            refuse(f"rope_theta = {repr(theta)[:80]} is not a positive number", "fix the config")
+        flags = {k: raw.get(k) for k in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+        flags = {k: False if value is None else value for k, value in flags.items()}
         for key, value in flags.items():
             if not isinstance(value, bool):
-                refuse(f"{key} = {value!r} is not true or false", "fix the config")
+                refuse(f"{key} = {repr(value)[:80]} is not true or false", "fix the config")
         config = cls(
             model_type=kind, vocab_size=number("vocab_size"), hidden_size=hidden, head_dim=head_dim,
             intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers"),
             num_attention_heads=heads, num_key_value_heads=kv_heads, rope_theta=float(theta),
             rms_norm_eps=number("rms_norm_eps", 1e-6, float, 0), rope_scaling=rope,
-            max_position_embeddings=number("max_position_embeddings", 2048), **flags)
+            max_position_embeddings=number("max_position_embeddings", 2048 if kind == "llama" else 32768), **flags)
         known = set(config.to_dict()) | {"rope_parameters", "torch_dtype", "dtype", "architectures", "auto_map"}
         config.extra = {k: v for k, v in raw.items() if k not in known and not k.startswith("dms_")}
         try:
-            rope_frequencies(config)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as e:
-            refuse(f"RoPE kind {rope['rope_type']!r} has a missing or unusable parameter ({e!r})", "fix the config")
+            freq, scale = rope_frequencies(config)
+            if not (freq.isfinite().all() and math.isfinite(scale)):
+                raise ValueError("not finite")
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+            refuse(f"RoPE kind {rope['rope_type']!r} has a missing or unusable parameter ({one_line(repr(e))})",
+                   "fix the config")
         return config
 
     def to_dict(self):
@@ -161,13 +169,16 @@ def rope_frequencies(config):
     yarn: the same in terms of rotations over the original context, and logits scaled by 0.1 ln(factor) + 1."""
     rope, D = config.rope_scaling or {}, config.head_dim
     kind = rope.get("rope_type", "default")
-    freq = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
+    freq = 1 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
     if kind == "default":
         return freq, 1.0
-    factor = float(rope["factor"])
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind == "yarn" and "factor" not in rope:
+        factor = config.max_position_embeddings / original
+    else:
+        factor = float(rope["factor"])
     if kind == "linear":
         return freq / factor, 1.0
-    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         rotations = original * freq / (2 * math.pi)
@@ -435,21 +446,37 @@ def generate(model, cache, prompts, max_new_tokens, end_ids=(), choose=sample, s
 # Loading and saving: safetensors and JSON only, nothing in a model folder is ever executed
 
 
+def one_line(text, most=120):
+    """The beginning of a text, line breaks made spaces: what an InputError may quote."""
+    return " ".join(str(text).split())[:most]
+
+
+@contextmanager
+def refusing(problem):
+    """Whatever a library raises within, a panic of its Rust code included, becomes an InputError of one line."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # tokenizers raises bare Exceptions, and its panics are not even that
+        raise InputError(f"{problem} ({type(e).__name__}: {one_line(e)})") from None
+
+
 def resolve(path_or_hub_id, relative_to=None):
     """The local folder of a model: an existing folder (also tried relative to `relative_to`), or a hub repository's
     snapshot with its weights, configs and tokenizer only. Raises InputError if it is neither."""
     for folder in ([Path(relative_to) / path_or_hub_id] if relative_to else []) + [Path(path_or_hub_id)]:
-        if folder.is_dir():
+        if os.path.isdir(folder):
             return folder
-    name = str(path_or_hub_id)
+    name = one_line(path_or_hub_id, 200)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise InputError(f"{name}: no such folder, and not a hub id of the form owner/name; check the path")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
     except Exception as e:  # the hub client raises a family of its own, requests' and httpx's
         raise InputError(f"{name}: not a local folder, and the hub did not give it ({type(e).__name__}: "
-                         f"{str(e).strip().splitlines()[0][:120]}); check the name, the network or HF_TOKEN") from None
+                         f"{one_line(e)}); check the name, the network or HF_TOKEN") from None
 
 
 def write_atomic(file, write):
@@ -486,8 +513,8 @@ def weight_files(folder):
     for name in names:
         if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
             raise InputError(f"{index}: unsafe or unknown shard name {name[:80]!r}; shards lie beside their index")
-        if not (folder / name).exists():
-            raise InputError(f"{folder / name}: this shard is missing; download it again")
+        if not os.path.isfile(folder / name):
+            raise InputError(f"{folder / one_line(name)}: this shard is missing; download it again")
     return [folder / name for name in names]
 
 
@@ -499,11 +526,12 @@ def open_weights(files, stack, device="cpu"):
             handle = stack.enter_context(safe_open(file, framework="pt", device=str(device)))
             names = list(handle.keys())
         except (SafetensorError, OSError, ValueError) as e:
-            raise InputError(f"{file}: truncated or damaged safetensors file ({str(e)[:80]}); download it again") \
+            raise InputError(f"{file}: truncated or damaged safetensors file ({one_line(e)}); download it again") \
                 from None
         for name in names:
             if name in where:
-                raise InputError(f"{file}: tensor {name} is also in another shard; download the checkpoint again")
+                raise InputError(f"{file}: tensor {one_line(name)} is also in another shard; download the checkpoint "
+                                 f"again")
             where[name] = handle
     return where
 
@@ -521,18 +549,28 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
     config.dms = dms.read_settings(folder, raw)
     base, overlay = folder, []
     if raw.get("dms_base_model"):  # an adapter-only checkpoint: the weights are elsewhere
+        if not isinstance(raw["dms_base_model"], str):
+            raise InputError(f"{folder / 'config.json'}: dms_base_model is not a path or hub id; fix the config")
         base, overlay = resolve(raw["dms_base_model"], relative_to=folder), [folder / ADAPTER_FILE]
     if adapter is not None:
         config.dms, file = dms.read_adapter_settings(adapter)
         overlay = [file]
-    with torch.device("meta"):
-        model = Model(config)
     with ExitStack() as stack:
         where = open_weights(weight_files(base), stack, device)
+        if config.num_hidden_layers > len(where):
+            raise InputError(f"{folder}: num_hidden_layers = {config.num_hidden_layers} in config.json, but there are "
+                             f"only {len(where)} tensors; one of the two belongs to another model")
+        with torch.device("meta"):
+            model = Model(config)
         if raw.get("dms_base_model") and dms.fingerprint(where) != raw.get("dms_base_fingerprint"):
             raise InputError(f"{folder}: these adapters were trained on other weights than {base} holds (the "
                              f"fingerprint differs); restore the base model that they name, {raw['dms_base_model']}")
-        where.update(open_weights(overlay, stack, device))
+        adapters = open_weights(overlay, stack, device)
+        for name in adapters:
+            if "dms_proj_alpha" not in name:
+                raise InputError(f"{overlay[0]}: tensor {one_line(name)} is not an adapter's; give a file that holds "
+                                 f"only those, or load its folder as a model")
+        where.update(adapters)
         wanted = dict(model.named_parameters())  # a tied head is not in it
         ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
         missing = [name for name in wanted if name not in where]
@@ -541,8 +579,8 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
                              f"incomplete or its config.json belongs to another model")
         for name in where:
             if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
-                raise InputError(f"{base}: tensor {name} has no place in a {config.model_type} model; its config.json "
-                                 f"belongs to another model, or a feature of it is not supported")
+                raise InputError(f"{base}: tensor {one_line(name)} has no place in a {config.model_type} model; its "
+                                 f"config.json belongs to another model, or a feature of it is not supported")
         for name, parameter in wanted.items():
             part = where[name].get_slice(name)
             if tuple(part.get_shape()) != tuple(parameter.shape):
@@ -595,39 +633,44 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.exists():
             raise InputError(f"{file}: not found; only tokenizers in this format are read")
-        try:
+        with refusing(f"{file}: not a usable tokenizer, download it again"):
             self.fast = FastTokenizer.from_file(str(file))
-        except Exception as e:  # `tokenizers` raises bare Exceptions
-            raise InputError(f"{file}: not a usable tokenizer ({str(e)[:80]}); download it again") from None
+            self.fast.no_truncation()
+            self.fast.no_padding()
         settings = folder / "tokenizer_config.json"
         self.settings = read_json(settings) if settings.exists() else {}
         self.template = self.settings.get("chat_template")
         if (folder / "chat_template.jinja").exists():
-            self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            with refusing(f"{folder / 'chat_template.jinja'}: not readable, download it again"):
+                self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         if isinstance(self.template, list):  # several named templates
-            named = {t.get("name"): t.get("template") for t in self.template if isinstance(t, dict)}
-            self.template = named.get("default")
+            self.template = next((t.get("template") for t in self.template
+                                  if isinstance(t, dict) and t.get("name") == "default"), None)
 
     def special(self, name):
         """The text of a special token such as "eos_token", or None."""
         token = self.settings.get(name)
-        return token.get("content") if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
 
     def token_id(self, token):
-        return None if token is None else self.fast.token_to_id(token)
+        with refusing("the tokenizer failed on a token's text"):
+            return None if token is None else self.fast.token_to_id(token)
 
     def encode(self, text, add_special_tokens=True):
         """text -> list of token ids; add_special_tokens as the tokenizer file defines it (Llama's begin of text)."""
-        return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        with refusing("the tokenizer failed on this text"):
+            return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids, skip_special_tokens=False):
-        return self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with refusing("the tokenizer failed on these token ids"):
+            return self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages, add_generation_prompt=False, **variables):
         """[{"role": ..., "content": ...}, ...] -> the text the model expects; encode it with
         add_special_tokens=False. variables: what the template knows besides, such as enable_thinking."""
         from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         if not isinstance(self.template, str):
             raise InputError("this tokenizer has no chat template; give a plain prompt instead")
@@ -639,18 +682,27 @@ class Tokenizer:
             from datetime import datetime
             return datetime.now().strftime(pattern)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+        def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+            return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+        class Generation(Extension):
+            """{% generation %} marks what a trainer takes as the answer; here it is just its contents."""
+            tags = {"generation"}
+
+            def parse(self, parser):
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=[loopcontrols, Generation])
+        environment.filters["tojson"] = tojson
         environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
         special = {k: self.special(k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
         special = {k: v for k, v in special.items() if v is not None}
-        try:
+        with refusing("the chat template failed on these messages"):
             return environment.from_string(self.template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
                 **special, **variables)
-        except Exception as e:  # a template can fail in any way that Python can
-            raise InputError(f"the chat template failed on these messages ({type(e).__name__}: {str(e)[:120]})") \
-                from None
 
 
 def load_tokenizer(path_or_hub_id):

@@ -65,6 +65,8 @@ class TextData:
         if len(self.documents) < 2:
             raise InputError(f"{file}: has {len(self.documents)} usable documents; needed are at least 2, as text "
                              f"separated by blank lines, or JSON lines with \"text\" or \"messages\"")
+        self.kept_out = self.documents[1::50]
+        self.documents = [d for i, d in enumerate(self.documents) if i % 50 != 1]
 
     def encode(self, document):
         if isinstance(document, str):
@@ -83,10 +85,10 @@ class TextData:
 
     def batch(self, step):
         rng = random.Random(f"{self.seed} {step}")
-        return self.pack([d for i, d in enumerate(self.documents) if i % 50 != 1], rng, self.batch_size)
+        return self.pack(self.documents, rng, self.batch_size)
 
     def held_out(self, rows):
-        return self.pack(self.documents[1::50], random.Random("held out"), rows)
+        return self.pack(self.kept_out, random.Random("held out"), rows)
 
 
 class ToyData:

@@ -10,7 +10,6 @@ tokens and arithmetic joins. The loss counts answer tokens fully and prompt toke
 Every batch is drawn from a generator seeded with (seed, step), so a resumed run sees what an uninterrupted one sees.
 """
 import argparse
-import json
 import os
 import random
 import sys
@@ -25,8 +24,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from model import Model, ModelConfig, save_model  # noqa: E402
-from toy.tasks import TASKS, final_answer, is_correct, make_problem  # noqa: E402
+from kv_cache import KVCache  # noqa: E402
+from model import Model, ModelConfig, load_model, load_tokenizer, save_model, write_json  # noqa: E402
+from toy.tasks import LETTERS, NAMES, TASKS, evaluate, is_correct, make_problem  # noqa: E402
 from toy.tokenizer import chat_ids, make_tokenizer, save_tokenizer  # noqa: E402
 
 ARCHITECTURE = dict(
@@ -34,52 +34,97 @@ ARCHITECTURE = dict(
     num_key_value_heads=4, head_dim=32, rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=1024,
     tie_word_embeddings=True)
 
-# steps, tokens per row, weights of (needles, variables, arithmetic) in the mix
+# steps, tokens per row, tokens per step, weights of (retrieval drill, sums drill, *TASKS) in the mix
 PHASES = (
-    (1000, 128, (0.45, 0.45, 0.10)),
-    (500, 256, (0.30, 0.30, 0.40)),
-    (1400, 512, (0.25, 0.25, 0.50)),
+    (200, 64, 2048, (1.00, 0.00, 0.00, 0.00, 0.00)),
+    (150, 128, 4096, (0.30, 0.00, 0.30, 0.30, 0.10)),
+    (150, 128, 8192, (0.10, 0.00, 0.25, 0.30, 0.35)),
+    (100, 256, 8192, (0.00, 0.00, 0.25, 0.30, 0.45)),
+    (150, 128, 4096, (0.00, 0.60, 0.10, 0.10, 0.20)),
+    (400, 512, 8192, (0.00, 0.08, 0.24, 0.25, 0.43)),
 )
-TOKENS_PER_STEP = 8192
-PROMPT_WEIGHT = 0.1         # of a prompt token in the loss, where an answer token counts 1
+DECAY = 500                 # the rates fall linearly to 0 over this many last steps
+PROMPT_WEIGHT = 0.03        # of a prompt token in the loss, where an answer token counts 1
 LEVELS = (("needles", "easy"), ("variables", "easy"), ("arithmetic", "easy"), ("arithmetic", "hard"))
 
 
 def phase_of(step):
-    """(tokens per row, weights of the tasks) at `step`."""
-    for steps, length, weights in PHASES:
+    """(tokens per row, tokens per step, weights of the tasks) at `step`."""
+    for steps, *phase in PHASES:
         if step < steps:
-            return length, weights
+            return phase
         step -= steps
     return PHASES[-1][1:]
 
 
-def collate(pairs, pad, width):
-    """[(prompt ids, answer ids), ...] -> ids (B, width) int64, loss weights (B, width) float32 of predicting ids."""
-    ids = torch.full((len(pairs), width), pad)
-    weights = torch.zeros(len(pairs), width)
-    for row, (prompt, answer) in enumerate(pairs):
-        n, m = len(prompt), len(prompt) + len(answer)
-        ids[row, :m] = torch.tensor(prompt + answer)
-        weights[row, :n] = PROMPT_WEIGHT
-        weights[row, n:m] = 1.0
+def chat_row(tokenizer, problem):
+    """A problem as (token ids, their weights in the loss)."""
+    prompt, answer = chat_ids(tokenizer, problem)
+    return prompt + answer, [PROMPT_WEIGHT] * len(prompt) + [1.0] * len(answer)
+
+
+def retrieval_row(tokenizer, rng, width):
+    """Bare retrieval, as (token ids, their weights): a few statements, then the same again and again in any order,
+    where only what follows " is" counts. It teaches retrieval several times faster than the tasks themselves do."""
+    if rng.random() < 0.5:
+        values = {name: f"{rng.randrange(100):02d}" for name in rng.sample(NAMES, rng.randint(2, 6))}
+        statements = [f" The code of {name} is {value}." for name, value in values.items()]
+    else:
+        values = {name: rng.choice(LETTERS + "0123456789") for name in rng.sample(LETTERS, rng.randint(2, 8))}
+        statements = [f" {name} is {value}." for name, value in values.items()]
+    ids = tokenizer.encode("".join(statements)).ids
+    weights = [0.0] * len(ids)
+    while True:
+        name = rng.choice(list(values))
+        more = tokenizer.encode(f" {name} is {values[name]},").ids
+        if len(ids) + len(more) > width:
+            return ids, weights
+        ids += more
+        weights += [0.0, 0.0] + [1.0] * (len(more) - 3) + [0.0]
+
+
+def sums_row(tokenizer, rng, width):
+    """The tables of arithmetic, as (token ids, their weights): sum after sum, where only the results count."""
+    ids, weights = [], []
+    while len(ids) < width - 8:
+        expression = f"{rng.randrange(10)} {rng.choice('++--*')} {rng.randrange(10)}"
+        if rng.random() < 0.25:
+            expression = f"{rng.randrange(10)} {rng.choice('+-')} {rng.randrange(10)} * {rng.randrange(10)}"
+        ids += tokenizer.encode(f" {expression} is {evaluate(expression)},").ids
+        weights += [0.0] * (len(ids) - len(weights) - 2) + [1.0, 0.0]
+    return ids, weights
+
+
+DRILLS = {"retrieval drill": retrieval_row, "sums drill": sums_row}
+
+
+def collate(rows, pad, width):
+    """[(token ids, weights), ...] -> ids (B, width) int64, loss weights (B, width) float32 of predicting ids."""
+    ids = torch.full((len(rows), width), pad)
+    weights = torch.zeros(len(rows), width)
+    for i, (row, row_weights) in enumerate(rows):
+        ids[i, :len(row)] = torch.tensor(row)
+        weights[i, :len(row)] = torch.tensor(row_weights)
     return ids, weights
 
 
 def make_batch(tokenizer, step, seed, rank=0, world=1):
-    """Process `rank`'s share of a batch of TOKENS_PER_STEP tokens, the same for the same (seed, step)."""
+    """Process `rank`'s share of the batch of `step`, the same for the same (seed, step)."""
     rng = random.Random(f"{seed}-{step}")
-    longest, weights = phase_of(step)
-    width = longest if rng.random() < 0.75 else rng.choice([w for w in (128, 256, 512) if w <= longest])
-    pairs = []
+    longest, tokens, mix = phase_of(step)
+    width = longest if rng.random() < 0.75 else rng.choice([w for w in (128, 256, 512) if w <= longest] or [longest])
     rng = random.Random(f"{seed}-{step}-{rank}")
-    for _ in range(TOKENS_PER_STEP // width // world):
-        task = rng.choices(TASKS, weights)[0]
+    rows = []
+    for _ in range(tokens // width // world):
+        task = rng.choices((*DRILLS, *TASKS), mix)[0]
+        if task in DRILLS:
+            rows.append(DRILLS[task](tokenizer, rng, width))
+            continue
         level = rng.randint(max(96, width * 5 // 8), width)
         if width == 512 and rng.random() < 0.4:             # the shape of the evaluation
             level = "hard" if task != "arithmetic" and rng.random() < 0.5 else "easy"
-        pairs.append(chat_ids(tokenizer, make_problem(task, rng, "train", level)))
-    return collate(pairs, tokenizer.token_to_id("<|endoftext|>"), width)
+        rows.append(chat_row(tokenizer, make_problem(task, rng, "train", level)))
+    return collate(rows, tokenizer.token_to_id("<|endoftext|>"), width)
 
 
 def loss_of(model, ids, weights):
@@ -98,9 +143,9 @@ def exact_match(model, tokenizer, task, level, problems, seed=1, batch=16):
     device = next(model.parameters()).device
     right = 0
     for start in range(0, problems, batch):
-        pairs = [chat_ids(tokenizer, make_problem(task, rng, "test", level))
-                 for _ in range(min(batch, problems - start))]
-        ids, weights = (x.to(device) for x in collate(pairs, 0, 512))
+        rows = [chat_row(tokenizer, make_problem(task, rng, "test", level))
+                for _ in range(min(batch, problems - start))]
+        ids, weights = (x.to(device) for x in collate(rows, 0, 512))
         hit = model(ids[:, :-1]).argmax(-1) == ids[:, 1:]
         right += (hit | (weights[:, 1:] < 1)).all(dim=1).sum().item()
     return right / problems
@@ -109,12 +154,11 @@ def exact_match(model, tokenizer, task, level, problems, seed=1, batch=16):
 @torch.no_grad()
 def generate(model, tokenizer, prompts, temperature=0.0, max_new=280):
     """Free-running replies to `prompts` (lists of ids), dense KV cache; temperature 0 is greedy."""
-    from kv_cache import KVCache
     device = next(model.parameters()).device
     end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     ids = torch.tensor([p + [pad] * (int(lengths.max()) - len(p)) for p in prompts], device=device)
-    cache = KVCache(model.config, batch_size=len(prompts))
+    cache = KVCache(model.config, batch_size=len(prompts), device=device)
     logits = model(ids, cache=cache, lengths=lengths, last_only=True)[:, -1]
     alive, replies = torch.ones_like(lengths), [[] for _ in prompts]
     for _ in range(max_new):
@@ -132,6 +176,7 @@ def generate(model, tokenizer, prompts, temperature=0.0, max_new=280):
 def free_running(model, tokenizer, task, level, problems, temperature=0.0, seed=1, batch=50):
     """(accuracy, mean tokens, most tokens) of free-running replies to held-out problems."""
     rng = random.Random(f"{seed}-{task}-{level}")
+    torch.manual_seed(seed)
     drawn = [make_problem(task, rng, "test", level) for _ in range(problems)]
     pairs = [chat_ids(tokenizer, p) for p in drawn]
     right = 0
@@ -143,16 +188,39 @@ def free_running(model, tokenizer, task, level, problems, temperature=0.0, seed=
 
 
 def new_model(vocab_size, seed):
-    """A model with normally distributed weights (std 0.02; what writes to the residual stream: less)."""
+    """A model with random weights, and two head starts without which retrieval takes several times longer to appear.
+
+    Channel 0 of every embedding is the same constant (the tied output layer's softmax does not notice), which gives
+    queries and keys a part that does not depend on the token. From that part, four of the first layer's query heads
+    look 1, 2, 1 and 3 tokens back: with q = exp(-i f d), k = 1 in every rotary pair of frequency f, the logit
+    sum_f cos(f (distance - d)) is largest at distance d. Only the fast frequencies are used.
+    """
     torch.manual_seed(seed)
     model = Model(ModelConfig(vocab_size=vocab_size, **ARCHITECTURE))
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / (2 * ARCHITECTURE["num_hidden_layers"]) ** 0.5 if deep else 0.02
-            torch.nn.init.normal_(parameter, std=std)
+        if parameter.ndim == 1:
+            torch.nn.init.constant_(parameter, 1.5 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
+        elif "embed_tokens" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
         else:
-            torch.nn.init.ones_(parameter)
+            deep = name.endswith(("o_proj.weight", "down_proj.weight"))     # what writes to the residual stream
+            scale = (2 * ARCHITECTURE["num_hidden_layers"]) ** -0.5 if deep else 1.0
+            torch.nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
+    D, group = ARCHITECTURE["head_dim"], ARCHITECTURE["num_attention_heads"] // ARCHITECTURE["num_key_value_heads"]
+    attention = model.model.layers[0].self_attn
+    frequency = ARCHITECTURE["rope_theta"] ** -(torch.arange(0, D, 2) / D)
+    amplitude = torch.zeros(D // 2)
+    amplitude[:6] = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.7, 0.5])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        for head, distance in enumerate((1, 2, 1, 3)):
+            query = attention.q_proj.weight[head * D:(head + 1) * D]
+            key = attention.k_proj.weight[head // group * D:(head // group + 1) * D]
+            angle = frequency * distance
+            query.mul_(0.3)
+            query[:, 0] = 0.5 * torch.cat((amplitude * angle.cos(), -amplitude * angle.sin()))
+            key.mul_(0.3)
+            key[:, 0] = 0.5 * torch.cat((amplitude, torch.zeros(D // 2)))
     return model
 
 
@@ -218,7 +286,7 @@ def save_teacher(model, tokenizer, folder):
     save_tokenizer(tokenizer, folder)
     end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
     settings = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "eos_token_id": [end, pad], "pad_token_id": pad}
-    (Path(folder) / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(Path(folder) / "generation_config.json", settings)
 
 
 def train(args, device):
@@ -243,8 +311,7 @@ def train(args, device):
     bar = tqdm(range(first, total), initial=first, total=total, mininterval=10, disable=rank > 0)
     started, average = time.time(), None
     for step in bar:
-        # linear warm-up, then constant, then linear to 0 over the last half
-        scale = min(1.0, (step + 1) / 100, 2 * (total - step) / total)
+        scale = min(1.0, (step + 1) / 30, (total - step) / DECAY)
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
             group["lr"] = peak * scale
         ids, weights = (x.to(device) for x in make_batch(tokenizer, step, args.seed, rank, world))
@@ -276,7 +343,6 @@ def train(args, device):
 
 def measure(args, device):
     """Free-running accuracy of the finished teacher on held-out problems."""
-    from model import load_model, load_tokenizer
     model = load_model(args.out, device=device)
     tokenizer = load_tokenizer(args.out).fast
     for task, level in (*LEVELS[:2], ("needles", "hard"), ("variables", "hard"), *LEVELS[2:]):
@@ -294,11 +360,11 @@ def main():
     parser.add_argument("--scratch", default=str(ROOT / "toy" / ".pretrain"), help="folder of the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--eval", type=int, default=0, metavar="N", help="only measure --out on N problems a task")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak rate of AdamW")
-    parser.add_argument("--muon-lr", type=float, default=0.02, help="peak rate of Muon")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak rate of AdamW")
+    parser.add_argument("--muon-lr", type=float, default=0.01, help="peak rate of Muon")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
-    parser.add_argument("--every", type=int, default=200, help="steps between saving and checking")
-    parser.add_argument("--check", type=int, default=64, help="held-out problems a task in a check")
+    parser.add_argument("--every", type=int, default=100, help="steps between saving and checking")
+    parser.add_argument("--check", type=int, default=32, help="held-out problems a task in a check")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -102,7 +102,7 @@ def arithmetic(rng, level):
     elif level == "hard":
         constants, lines, hard = 3, 6, 1.0
     else:
-        constants, lines, hard = rng.randint(1, 4), rng.randint(1, 8), rng.choice((0.0, 0.0, 0.0, 0.0, 0.5))
+        constants, lines, hard = rng.randint(1, 4), rng.randint(1, 8), rng.choice((0.0, 0.0, 0.0, 0.5, 0.5))
     names = rng.sample(LETTERS, constants + lines)
     values = {name: rng.randrange(10) for name in names[:constants]}
     statements = [f"{name} is {value}." for name, value in values.items()]

@@ -2,12 +2,12 @@
 
 Every word of the toy world is one token (with the space before it), every digit is a token of its own.
 """
-import json
 import random
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from model import write_atomic, write_json
 from toy.tasks import ADJECTIVES, LETTERS, NAMES, NOUNS, TASKS, TIMES, VERBS, make_problem
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -50,9 +50,8 @@ def make_tokenizer(seed=0, problems=1000):
 def save_tokenizer(tokenizer, folder):
     """Write tokenizer.json and tokenizer_config.json."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")
+    write_atomic(folder / "tokenizer.json", lambda scratch: tokenizer.save(str(scratch)))
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
 
 
 def chat_ids(tokenizer, problem):

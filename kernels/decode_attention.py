@@ -1,0 +1,151 @@
+"""
+Decode attention: one query token per sequence against the pages that each (sequence, KV head) holds.
+
+Every row has its own length, and a few rows are many times as long as the rest. So the work is cut along the length:
+program (row, split) attends to `split` of the row's pairs and leaves their normalised result and its log-sum-exp; a
+second kernel merges what the row's splits left. How many splits there are follows from the shapes alone: nothing waits
+for the GPU, and a captured graph stays right while lengths change. A program beyond its row's length ends at once.
+
+The arithmetic is small beside the reading, which sets the sizes: a block of keys or values is 16 KiB, the next is on
+its way while one is multiplied, and three such programs fit on an H200's multiprocessor: 96 KiB are on their way.
+
+Letters: N = B * Hkv rows, G query heads per KV head, D head size, P pages of the layer's pool, M columns of the table.
+"""
+import math
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it has no wheel for this platform; the plain function needs none
+    triton = None
+
+
+def decode_attention_plain(q, k_pages, v_pages, table, length):
+    """Softmax attention in float32, scale D^-0.5, of each row's queries to the `length` pairs that the row holds.
+
+    q (N, G, D); k_pages, v_pages (P, page_size, D), q's dtype; table (N, M) integer: a row's pages in order, of which
+    the first ceil(length / page_size) count and the rest may be anything; length (N,) integer, 0 gives zeros.
+    -> (N, G, D), q's dtype. Slots that are not in use may hold anything, NaN included.
+    """
+    y = torch.zeros_like(q)
+    for row, n in enumerate(length.tolist()):
+        pages = table[row, :-(-n // k_pages.shape[1])]
+        k, v = (pool[pages].flatten(0, 1)[:n].float() for pool in (k_pages, v_pages))
+        y[row] = torch.softmax(q[row].float() @ k.T * q.shape[2] ** -0.5, dim=1) @ v
+    return y
+
+
+if triton is not None:
+    @triton.jit(do_not_specialize=["table_stride"])
+    def _attend(q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, part_ptr, lse_ptr, scale, table_stride,
+                G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+                BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+        """part (N, splits, G, D) and lse (N, splits, G), float32, of program (row, split). Logarithms are to base 2:
+        scale has the factor log2(e)."""
+        row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        first = split * SPLIT
+        last = tl.minimum(tl.load(length_ptr + row).to(tl.int32), first + SPLIT)
+        if first >= last:
+            return
+        g, d, t = tl.arange(0, 16), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+        heads = (g < G)[:, None] & (d < D)[None, :]
+        q = tl.load(q_ptr + row * G * D + g[:, None] * D + d[None, :], mask=heads, other=0.0)
+        top = tl.full((16,), -1e30, tl.float32)
+        total = tl.zeros((16,), tl.float32)
+        out = tl.zeros((16, WIDTH), tl.float32)
+        # A page that holds the whole block is looked up once, smaller ones for each token; both a turn ahead, so that
+        # the loads of keys and values do not wait for it. The last of the split's pages stands in for later ones.
+        column = 0 if PAGE >= BLOCK else t // PAGE
+        last_page = (last - 1) // PAGE
+        table_ptr += row * table_stride
+        page = tl.load(table_ptr + tl.minimum(first // PAGE + column, last_page))
+        for start in range(first, last, BLOCK):
+            held = start + t < last
+            slot = page.to(tl.int64) * PAGE + (start + t) % PAGE
+            page = tl.load(table_ptr + tl.minimum((start + BLOCK) // PAGE + column, last_page))
+            where = slot[:, None] * D + d[None, :]
+            mask = held[:, None] & (d < D)[None, :]
+            k = tl.load(k_ptr + where, mask=mask, other=0.0)
+            v = tl.load(v_ptr + where, mask=mask, other=0.0)
+            if UPCAST:
+                q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (16, BLOCK)
+            score = tl.where(held[None, :], score, float("-inf"))
+            highest = tl.maximum(top, tl.max(score, 1))
+            weight, fade = tl.exp2(score - highest[:, None]), tl.exp2(top - highest)
+            total = total * fade + tl.sum(weight, 1)
+            out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
+            top = highest
+        part = (row * tl.num_programs(1) + split) * G
+        tl.store(part_ptr + part * D + g[:, None] * D + d[None, :], out / total[:, None], mask=heads)
+        tl.store(lse_ptr + part + g, top + tl.log2(total), mask=g < G)
+
+    @triton.jit(do_not_specialize=["splits"])
+    def _merge(part_ptr, lse_ptr, length_ptr, y_ptr, splits, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+               SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+        """y (N, G, D) of program (row, head): the mean of the parts that the row has, weighted by 2^lse."""
+        row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        d = tl.arange(0, WIDTH)
+        count = (tl.load(length_ptr + row).to(tl.int32) + SPLIT - 1) // SPLIT
+        top, total = -1e30, 0.0
+        out = tl.zeros((WIDTH,), tl.float32)
+        for start in range(0, count, BLOCK):
+            split = start + tl.arange(0, BLOCK)
+            held = split < count
+            part = (row * splits + split) * G + g
+            lse = tl.load(lse_ptr + part, mask=held, other=float("-inf"))
+            x = tl.load(part_ptr + part[:, None] * D + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0.0)
+            highest = tl.maximum(top, tl.max(lse, 0))
+            weight, fade = tl.exp2(lse - highest), tl.exp2(top - highest)
+            total = total * fade + tl.sum(weight, 0)
+            out = out * fade + tl.sum(x * weight[:, None], 0)
+            top = highest
+        y = out / tl.maximum(total, 1e-30)
+        tl.store(y_ptr + (row * G + g) * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+def _split(rows, capacity):
+    """Tokens of a program: 128, and up to 512 once there are programs enough without. Rows hold a fraction of their
+    capacity, so most programs do nothing, and an H200 wants a few hundred that do; parts of 512 tokens cost 2% more
+    reading and writing, of 128 tokens 6%."""
+    split = 128
+    while split < 512 and rows * capacity > 8192 * split:
+        split *= 2
+    return split
+
+
+def decode_attention(q, k_pages, v_pages, table, length):
+    """decode_attention_plain by the kernel: D in 64, 96, 128, 256, G from 1 to 16, any page_size that is a power of
+    two, float32, float16 or bfloat16. CPU tensors only under TRITON_INTERPRET=1."""
+    if triton is None:
+        raise ImportError("decode_attention needs triton, which is not installed; decode_attention_plain does not")
+    (N, G, D), page_size = q.shape, k_pages.shape[1]
+    tensors = (q, k_pages, v_pages, table, length)
+    if D not in (64, 96, 128, 256) or not 1 <= G <= 16:
+        raise ValueError(f"decode_attention knows D of 64, 96, 128, 256 and G of 1 to 16, not D = {D} and G = {G}")
+    if page_size & (page_size - 1):
+        raise ValueError(f"decode_attention needs a page_size that is a power of two, not {page_size}")
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or {k_pages.dtype, v_pages.dtype} != {q.dtype}:
+        raise ValueError("decode_attention needs q, k_pages and v_pages of one dtype, float32, float16 or bfloat16, "
+                         f"not {q.dtype}, {k_pages.dtype} and {v_pages.dtype}")
+    if len({x.device for x in tensors}) > 1 or q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("decode_attention needs its tensors on one GPU, or on the CPU under TRITON_INTERPRET=1, not "
+                         f"on {', '.join(sorted({str(x.device) for x in tensors}))}")
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous() and length.is_contiguous() and table.stride(1) == 1):
+        raise ValueError("decode_attention needs k_pages, v_pages, length and the rows of table contiguous")
+    width, capacity = triton.next_power_of_2(D), table.shape[1] * page_size
+    split = _split(N, capacity)
+    splits = -(-capacity // split)
+    part = torch.empty(N, splits, G, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(N, splits, G, dtype=torch.float32, device=q.device)
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _attend[N, splits](q.contiguous(), k_pages, v_pages, table, length, part, lse, D ** -0.5 * math.log2(math.e),
+                       table.stride(0), G=G, D=D, WIDTH=width, PAGE=page_size, SPLIT=split,
+                       BLOCK=16384 // (width * q.element_size()),
+                       UPCAST=q.device.type == "cpu",  # the interpreter multiplies bfloat16 as if it were integers
+                       num_warps=8 if q.dtype == torch.float32 else 4, num_stages=3)  # 4 spill in float32
+    _merge[N, G](part, lse, length, y, splits, G=G, D=D, WIDTH=width, SPLIT=split, BLOCK=16, num_warps=4)
+    return y

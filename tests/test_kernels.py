@@ -1,0 +1,372 @@
+"""
+The kernels against their plain twins, and the cache's bookkeeping against the visibility rule.
+
+Triton decides as it is imported whether kernels are compiled or interpreted. So the comparisons run on a GPU where
+there is one, and under the interpreter in a process of its own (test_interpreter), or by hand:
+
+    TRITON_INTERPRET=1 pytest tests/test_kernels.py
+"""
+import math
+import os
+import random
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed; it has no wheel for some platforms")
+
+from dms import visible  # noqa: E402
+from kernels import cache_write as writing  # noqa: E402
+from kernels import decode_attention as attending  # noqa: E402
+from kernels.cache_write import cache_write, cache_write_plain  # noqa: E402
+from kernels.decode_attention import decode_attention, decode_attention_plain  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+NOWHERE = 2**30  # an index that must never be used
+launches = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="test_interpreter runs it")
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+integer = [torch.int32, torch.int64]
+
+
+def version(module):
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
+@compiles
+@pytest.mark.skipif(version(triton) < (3, 7) and version(numpy) >= (2, 4),
+                    reason="this triton's interpreter needs numpy < 2.4 (triton-lang/triton#9171)")
+def test_interpreter():
+    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__], cwd=REPOSITORY,
+                         env={**os.environ, "TRITON_INTERPRET": "1"}, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT)
+    assert run.returncode == 0, run.stdout
+
+
+# ------------------------------------------------------------------------------------------------ decode attention
+
+
+def held_pairs(lengths, G, D, page_size, dtype, seed):
+    """Arguments of decode_attention, on DEVICE: pages in random places, NaN in every slot that is not in use, and no
+    index in the table where there is no page."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    counts = [-(-n // page_size) for n in lengths]
+    free = rng.sample(range(sum(counts) + 3), sum(counts) + 3)
+    columns = max(counts) + rng.randrange(3)
+    table = torch.full((len(lengths), columns + rng.randrange(3)), NOWHERE, dtype=rng.choice(integer))
+    k_pages, v_pages = torch.full((2, len(free), page_size, D), math.nan, dtype=dtype)
+    for row, (n, count) in enumerate(zip(lengths, counts)):
+        table[row, :count] = torch.tensor([free.pop() for _ in range(count)])
+        slot = torch.arange(n)
+        for pool in (k_pages, v_pages):
+            pool[table[row, slot // page_size], slot % page_size] = torch.randn(n, D, generator=generator).to(dtype)
+    q = torch.randn(len(lengths), G, D, generator=generator).to(dtype)
+    length = torch.tensor(lengths, dtype=rng.choice(integer))
+    q, k_pages, v_pages, table, length = (x.to(DEVICE) for x in (q, k_pages, v_pages, table, length))
+    return q, k_pages, v_pages, table[:, :columns], length
+
+
+def compare(arguments):
+    y = decode_attention(*arguments)
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[y.dtype]
+    torch.testing.assert_close(y, decode_attention_plain(*arguments), rtol=tolerance, atol=tolerance)
+    assert not y[arguments[4] == 0].any()
+
+
+@launches
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
+def test_decode_attention(dtype, D):
+    for seed in range(25):
+        rng = random.Random(f"{dtype} {D} {seed}")
+        page_size = 2 ** rng.randrange(8)
+        some = [0, 1, page_size, rng.randrange(30), rng.randrange(200), rng.randrange(200)]
+        lengths = rng.choices(some, k=rng.choice([1, 1, 1, 3]))
+        G = 16 if seed == 0 else min(rng.randint(1, 16) for _ in range(4))  # a head costs the interpreter dearly
+        compare(held_pairs(lengths, G, D, page_size, dtype, seed))
+
+
+@launches
+def test_many_splits():
+    """More splits than the merge takes at a time, beside rows of one, two and none. The last splits weigh most."""
+    q, k_pages, v_pages, table, length = held_pairs([2500, 3, 0, 129], 5, 64, 64, torch.float32, seed=1)
+    k_pages[table[0, -5:].clamp(max=len(k_pages) - 1)] *= 4
+    compare((q, k_pages, v_pages, table, length))
+
+
+def test_plain_twin():
+    """Against softmax attention over a row's pairs laid end to end."""
+    q, k_pages, v_pages, table, length = held_pairs([70, 0, 1], 3, 64, 16, torch.float32, seed=2)
+    y = decode_attention_plain(q, k_pages, v_pages, table, length)
+    k, v = (pool[table[0, :5]].view(-1, 64)[None, :70].expand(3, -1, -1) for pool in (k_pages, v_pages))
+    torch.testing.assert_close(y[0], torch.nn.functional.scaled_dot_product_attention(q[0, :, None], k, v)[:, 0])
+    torch.testing.assert_close(y[2], v_pages[table[2, 0], 0].expand(3, -1))
+    assert not y[1].any()
+
+
+def test_splits_follow_from_shapes():
+    assert [attending._split(8, n) for n in (0, 64, 8192, 32768)] == [128] * 4
+    assert [attending._split(512, n) for n in (1024, 4096, 8192, 131072)] == [128, 256, 512, 512]
+
+
+# ------------------------------------------------------------------------------------------------ cache write
+
+
+def empty_cache(B, heads, D, W, page_size, columns, P, dtype=torch.float32, integers=torch.int32):
+    """The state that cache_write works on, by the names of its arguments. All that is not in use is poisoned."""
+    def state(*shape, fill=0, dtype=integers):
+        return torch.full(shape, fill, dtype=dtype, device=DEVICE)
+
+    N = B * heads
+    return dict(
+        seen=state(B, dtype=torch.int64), length=state(N), ring_slot=state(N, W, fill=NOWHERE),
+        ring_evict=state(N, W, fill=True, dtype=torch.bool), table=state(N, columns, fill=NOWHERE), pages=state(N),
+        free=torch.randperm(P, device=DEVICE).to(integers), free_count=state(1, fill=P),
+        k_pages=state(P, page_size, D, fill=math.nan, dtype=dtype),
+        v_pages=state(P, page_size, D, fill=math.nan, dtype=dtype))
+
+
+def finish(cache, b, heads):
+    """Sequence b ends: its pages go back to the stack."""
+    for row in range(b * heads, (b + 1) * heads):
+        n, count = int(cache["pages"][row]), int(cache["free_count"])
+        cache["free"][count:count + n] = cache["table"][row, :n]
+        cache["free_count"] += n
+        cache["table"][row], cache["pages"][row], cache["length"][row] = NOWHERE, 0, 0
+        cache["ring_evict"][row], cache["ring_slot"][row] = True, NOWHERE
+    cache["seen"][b] = 0
+
+
+def held(cache, row):
+    """The row's pairs as a sorted list: (row, token), which each pair's k says itself, and -v as well."""
+    slot, page_size = torch.arange(int(cache["length"][row]), device=DEVICE), cache["k_pages"].shape[1]
+    page = cache["table"][row, slot // page_size].long()
+    k, v = (cache[pool][page, slot % page_size, :2] for pool in ("k_pages", "v_pages"))
+    assert torch.equal(k, -v)
+    return sorted(map(tuple, k.tolist()))
+
+
+def check_pages(cache):
+    """Every page of the pool is free or some row's, once."""
+    pages = cache["free"][:int(cache["free_count"])].tolist()
+    for row, n in enumerate(cache["pages"].tolist()):
+        pages += cache["table"][row, :n].tolist()
+    assert sorted(pages) == list(range(len(cache["free"])))
+
+
+@launches
+@pytest.mark.parametrize("seed", range(8))
+def test_cache_write(seed):
+    """1,000 steps in all. Page numbers may differ, since rows come in any order; everything else is equal."""
+    rng = random.Random(seed)
+    B, heads, W, shift = rng.randint(1, 2), rng.randint(1, 2), (1, 2, 3, rng.randint(4, 20))[seed // 2], seed % 2
+    page_size, D, rate = 2 ** rng.randrange(5), rng.choice([2, 6, 8]), rng.choice([0.3, 0.9])
+    columns = max(2, 40 // page_size)
+    N, most = B * heads, columns * page_size
+    cache = empty_cache(B, heads, D, W, page_size, columns, P=N * columns, integers=rng.choice(integer))
+    plain = {name: x.clone() for name, x in cache.items()}
+    decided = [[] for _ in range(N)]  # at each token
+    for _ in range(125):
+        for b in range(B):
+            rows = range(b * heads, (b + 1) * heads)
+            if rng.random() < 0.01 or int(cache["length"][b * heads:(b + 1) * heads].max()) == most:
+                finish(cache, b, heads)
+                finish(plain, b, heads)
+                for row in rows:
+                    decided[row] = []
+        evict = [rng.random() < rate for _ in range(N)]
+        active = [rng.random() < 0.9 for _ in range(B)]
+        token = torch.tensor([[row, int(cache["seen"][row // heads]), *[0] * (D - 2)] for row in range(N)],
+                             dtype=torch.float32, device=DEVICE)
+        news = dict(evict=torch.tensor(evict, device=DEVICE), active=torch.tensor(active, device=DEVICE))
+        cache_write(token, -token, **news, **cache, shift=shift)
+        cache_write_plain(token, -token, **news, **plain, shift=shift)
+        for state in (cache, plain):
+            state["seen"] += news["active"]
+        for name in ("length", "ring_slot", "ring_evict", "pages", "free_count"):
+            assert torch.equal(cache[name], plain[name]), name
+        for row in range(N):
+            if active[row // heads]:
+                decided[row].append(evict[row])
+            T, known = len(decided[row]), decided[row][shift:] + [False] * shift
+            rule = visible(T - 1, torch.arange(T), torch.tensor(known[:T], dtype=torch.bool), W - 1)
+            assert held(cache, row) == held(plain, row) == [(row, j) for j in range(T) if rule[j]]
+        check_pages(cache)
+
+
+@launches
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
+def test_cache_write_stores(dtype, D):
+    """What is stored is bit for bit what was given, and nothing beside it is touched."""
+    cache = empty_cache(2, 3, D, W=4, page_size=4, columns=2, P=12, dtype=dtype)
+    k, v = torch.randn(2, 6, D).to(dtype).to(DEVICE)
+    cache_write(k, v, torch.ones(6, dtype=torch.bool, device=DEVICE), torch.tensor([True, False], device=DEVICE),
+                **cache, shift=0)
+    page = cache["table"][:3, 0].long()
+    assert torch.equal(cache["k_pages"][page, 0], k[:3]) and torch.equal(cache["v_pages"][page, 0], v[:3])
+    for pool in ("k_pages", "v_pages"):
+        assert int((~cache[pool].isnan()).sum()) == 3 * D
+    assert cache["pages"].tolist() == cache["length"].tolist() == [1, 1, 1, 0, 0, 0]
+    assert (cache["table"][3:] == NOWHERE).all() and (cache["ring_slot"][3:] == NOWHERE).all()
+
+
+@launches
+@pytest.mark.parametrize("write", [cache_write, cache_write_plain])
+@pytest.mark.parametrize("lacking", ["free pages", "columns"])
+def test_cache_write_without_room(write, lacking):
+    """Rows 0 and 2 have room on the page that they have, rows 1 and 3 need a new one, and there is none."""
+    cache = empty_cache(2, 2, 8, W=4, page_size=4, columns=1 if lacking == "columns" else 2, P=6)
+    for row, n in enumerate((1, 4, 3, 4)):
+        cache["table"][row, 0], cache["pages"][row], cache["length"][row] = row, 1, n
+    cache["free"][:] = torch.tensor([4, 5, *[NOWHERE] * 4])
+    cache["free_count"][0] = 0 if lacking == "free pages" else 2
+    cache["ring_evict"][:] = False
+    cache["seen"][:] = 9
+    before = {name: x.clone() for name, x in cache.items()}
+    k, yes = torch.ones(4, 8, device=DEVICE), torch.ones(4, dtype=torch.bool, device=DEVICE)
+    write(k, k, yes, yes[:2], **cache, shift=0)
+    assert int(cache["free_count"]) < 0
+    assert cache["length"].tolist() == [2, 4, 4, 4]
+    for name in ("table", "pages", "free"):
+        assert torch.equal(cache[name], before[name]), name
+    for name in ("ring_slot", "ring_evict"):
+        assert torch.equal(cache[name][1::2], before[name][1::2]), name
+    assert cache["k_pages"].isnan().logical_not().nonzero()[:, :2].unique(dim=0).tolist() == [[0, 1], [2, 3]]
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_refusals(monkeypatch):
+    """One line each, before anything is launched."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k_pages, v_pages, table, length = held_pairs([5, 2], 2, 64, 4, torch.float32, seed=3)
+    for change, says in ((dict(q=q[..., :48]), "D = 48"), (dict(q=q[:, :1].expand(-1, 17, -1)), "G = 17"),
+                         (dict(k_pages=k_pages[:, :3]), "page_size"), (dict(q=q.double()), "dtype"),
+                         (dict(k_pages=k_pages.half()), "dtype"), (dict(length=length.to("meta")), "meta"),
+                         (dict(k_pages=k_pages.transpose(0, 1)[:2].transpose(0, 1)), "contiguous")):
+        arguments = dict(q=q, k_pages=k_pages, v_pages=v_pages, table=table, length=length)
+        with pytest.raises(ValueError, match=says) as error:
+            decode_attention(**{**arguments, **change})
+        assert "\n" not in str(error.value)
+    cache, k = empty_cache(1, 2, 8, 4, 4, 2, 4), torch.ones(2, 8, device=DEVICE)
+    for change, says in ((dict(k=k.half()), "dtype"), (dict(shift=2), "shift"),
+                         (dict(free=cache["free"][::2]), "contiguous"), (dict(seen=cache["seen"].to("meta")), "meta")):
+        yes = torch.ones(2, dtype=torch.bool, device=DEVICE)
+        with pytest.raises(ValueError, match=says) as error:
+            cache_write(**{**dict(k=k, v=k, evict=yes, active=yes[:1], **cache, shift=0), **change})
+        assert "\n" not in str(error.value)
+    if DEVICE == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            decode_attention(q, k_pages, v_pages, table, length)
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            cache_write(k, k, yes, yes[:1], **cache, shift=0)
+
+
+def test_without_triton(monkeypatch):
+    """The files can be imported, the plain functions work, and the launchers say what is missing."""
+    for name in ("triton", "triton.language"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for file, count in (("decode_attention", 5), ("cache_write", 15)):
+        names = runpy.run_path(str(REPOSITORY / "kernels" / f"{file}.py"))
+        assert callable(names[file + "_plain"])
+        with pytest.raises(ImportError, match="needs triton"):
+            names[file](*[None] * count)
+
+
+# ------------------------------------------------------------------------------------------------ compilation
+
+
+def launched(module, name, launcher, *arguments, **more):
+    """Arguments and options with which `launcher` launches the kernel `name`, given tensors without memory."""
+    calls = {}
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *values, **options: calls.update({self.kernel: (values, options)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kernel in {"_attend", "_merge", "_write"} & vars(module).keys():
+            patch.setattr(module, kernel, Recorder(kernel))
+        launcher(*arguments, **more)
+    return calls[name]
+
+
+def compiled(kernel, values, options, arch):
+    """The kernel as the JIT would compile it for these arguments: pointers and integers divisible by 16 are known to
+    be, unless the kernel says otherwise."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
+             torch.int64: "*i64", torch.bool: "*i1", int: "i32", float: "fp32"}
+    names = kernel.arg_names
+    constants = {name: value for name, value in options.items() if name in names}
+    options = {name: value for name, value in options.items() if name not in names}
+    signature, hints = dict.fromkeys(names, "constexpr"), {}
+    for i, (name, value) in enumerate(zip(names, values)):
+        signature[name] = types[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+        general = kernel.params[i].do_not_specialize
+        if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0 and not general:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def check_no_spills(kernel):
+    assert not re.search(r"\.local\b", kernel.asm["ptx"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if tool.exists():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        assert re.search(r"STACK:0 .*LOCAL:0 ", usage.stdout + usage.stderr), usage
+
+
+def pointer(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@compiles
+@pytest.mark.parametrize("arch,dtype", [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32)])
+def test_decode_attention_compiles(arch, dtype):
+    """Qwen3-8B at batch 64: no spills, no local memory, and keys and values come in asynchronous 16-byte copies."""
+    pool = pointer(100_000, 64, 128, dtype=dtype)
+    arguments = (pointer(512, 4, 128, dtype=dtype), pool, pool, pointer(512, 128, dtype=torch.int32),
+                 pointer(512, dtype=torch.int32))
+    kernel = compiled(attending._attend, *launched(attending, "_attend", decode_attention, *arguments), arch)
+    check_no_spills(kernel)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*", kernel.asm["ptx"])
+    assert copies and all("], 0x10" in line for line in copies)
+    assert "v4" in "".join(re.findall(r"ld\.global.*", kernel.asm["ptx"]))  # q
+    check_no_spills(compiled(attending._merge, *launched(attending, "_merge", decode_attention, *arguments), arch))
+
+
+@compiles
+@pytest.mark.parametrize("arch", [80, 90])
+def test_cache_write_compiles(arch):
+    """Likewise. A warp moves a row of 256 bytes in one go, 8 bytes a thread."""
+    i32, flag = torch.int32, torch.bool
+    kernel = compiled(writing._write, *launched(
+        writing, "_write", cache_write, pointer(512, 128), pointer(512, 128), pointer(512, dtype=flag),
+        pointer(64, dtype=flag), pointer(64, dtype=torch.int64), pointer(512, dtype=i32), pointer(512, 513, dtype=i32),
+        pointer(512, 513, dtype=flag), pointer(512, 128, dtype=i32), pointer(512, dtype=i32),
+        pointer(100_000, dtype=i32), pointer(1, dtype=i32), pointer(100_000, 64, 128), pointer(100_000, 64, 128),
+        shift=1), arch)
+    check_no_spills(kernel)
+    assert "v2.b32" in "".join(re.findall(r"ld\.global.*", kernel.asm["ptx"]))
+    assert "v2.b32" in "".join(re.findall(r"st\.global.*", kernel.asm["ptx"]))
