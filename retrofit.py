@@ -15,6 +15,8 @@ Afterwards it measures, from the real cache: accuracy where the data brings a ch
 """
 import argparse
 import json
+import os
+import platform
 import random
 import shutil
 import sys
@@ -108,7 +110,9 @@ class ToyData:
     def rows(self, rng, split, rows):
         ids, lengths = torch.zeros(rows, self.seq_len, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
         for row in range(rows):
-            task = self.tasks.TASKS[row % len(self.tasks.TASKS)] if split == "test" else rng.choice(self.tasks.TASKS)
+            task = self.tasks.TASKS[row % len(self.tasks.TASKS)]
+            if split == "train":  # the chain of thought is the hardest to compress
+                task = rng.choice((*self.tasks.TASKS, "arithmetic"))
             text = self.encode(self.tasks.make_problem(task, rng, split), True)[:self.seq_len]
             ids[row, :len(text)], lengths[row] = torch.tensor(text), len(text)
         return ids[:, :lengths.max()], lengths
@@ -152,7 +156,7 @@ def train_step(student, teacher, data, optimizer, step, args):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(1.0, (step + 1) / 20, (args.steps - step) / max(0.2 * args.steps, 1))
+        group["lr"] = args.lr * min(1.0, (step + 1) / 20, (args.steps - step) / max(0.4 * args.steps, 1))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"step": step + 1, "kl": kl.item(), "compression_loss": compression.item(), "target_cr": round(cr, 4),
@@ -303,9 +307,13 @@ def evaluate(args, out):
 
 
 def hardware():
-    import platform
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     cpu = platform.processor() or platform.machine()
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    return f"{cpu}, {torch.get_num_threads()} threads"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +333,7 @@ def settings_of(args):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Retrofit a model with Dynamic Memory Sparsification.")
-    p.add_argument("--model", default=str(TEACHER), help="folder or hub id of a dense model (default: toy teacher)")
+    p.add_argument("--model", default=os.path.relpath(TEACHER), help="folder or hub id of a dense model (default: toy teacher)")
     p.add_argument("--data", help="toy, or a .txt or .jsonl file (default: toy, for the toy teacher)")
     p.add_argument("--out", help="folder for the checkpoint (default: out/NAME-dms-CRx)")
     p.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
@@ -335,9 +343,9 @@ def parse(argv=None):
     p.add_argument("--decision", choices=["adapter", "neuron"], default="adapter", help="where decisions come from")
     p.add_argument("--shift", type=int, choices=[0, 1], default=1, help="the logit at t decides token t - shift")
     p.add_argument("--per", choices=["head", "layer"], default="head", help="granularity of decisions")
-    p.add_argument("--steps", type=int, help="(default: 400 for toy data, else 1000)")
+    p.add_argument("--steps", type=int, help="(default: 300 for toy data, else 1000)")
     p.add_argument("--lr", type=float, help="(default: 1e-3 for toy data, else 3e-5)")
-    p.add_argument("--batch-size", type=int, help="sequences per step (default: 8)")
+    p.add_argument("--batch-size", type=int, help="sequences per step (default: 4 for toy data, else 8)")
     p.add_argument("--seq-len", type=int, help="tokens per sequence (default: 512 for toy data, else 4096)")
     p.add_argument("--compression-weight", type=float, default=1.0, help="weight of the compression loss")
     p.add_argument("--reverse-kl", action="store_true", help="weigh the KL by the student's probabilities")
@@ -346,7 +354,7 @@ def parse(argv=None):
     p.add_argument("--save-every", type=int, default=50, help="steps between saved states")
     p.add_argument("--eval-problems", type=int, default=200, help="held-out problems per task")
     p.add_argument("--eval-batch", type=int, default=100, help="problems generated side by side")
-    p.add_argument("--eval-tokens", type=int, default=400, help="most new tokens of an answer")
+    p.add_argument("--eval-tokens", type=int, default=256, help="most new tokens of an answer")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="of frozen weights (default: float32 on a CPU, bfloat16 on a GPU)")
@@ -359,14 +367,14 @@ def parse(argv=None):
         saved = read_json(out / "settings.json")
         p.set_defaults(**saved)
         args = p.parse_args(argv)
-        changed = [k for k in saved if getattr(args, k, None) != saved[k]]
+        changed = [k for k in saved if getattr(args, k, None) != saved[k] and not k.startswith("eval_")]
         if changed:
             raise InputError(f"{out}: was started with another --{changed[0].replace('_', '-')} "
                              f"({saved[changed[0]]!r}); resume it unchanged, or start another --out")
     elif args.data is None and not toy:
         raise InputError("--data is missing; give a .txt or .jsonl file of text like what the model will be used for")
     for name, for_toy, otherwise in (("data", "toy", None), ("window", 16, 512), ("train", "all", "adapters"),
-                                     ("steps", 400, 1000), ("lr", 1e-3, 3e-5), ("batch_size", 8, 8),
+                                     ("steps", 300, 1000), ("lr", 1e-3, 3e-5), ("batch_size", 4, 8),
                                      ("seq_len", 512, 4096)):
         if getattr(args, name) is None:
             setattr(args, name, for_toy if toy else otherwise)

@@ -476,18 +476,18 @@ def test_a_hub_id_offline_is_refused_at_once(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and all("owner/name-of-no-model: " in line for line in lines), done
-    assert all(float(line.split()[0]) < 10 for line in lines)
+    assert all(float(line.split()[0]) < 30 for line in lines)  # the import included; no waiting for a network
 
 
 def test_folders_of_another_size_are_refused_without_allocating(sharded, tmp_path):
-    begin = time.perf_counter()
+    begin = time.process_time()
     for key, value in (("vocab_size", 2**31 - 1), ("hidden_size", 2**20), ("intermediate_size", 2**31 - 1),
                        ("num_hidden_layers", 4000), ("num_attention_heads", 2**16), ("head_dim", 2**12)):
         for file in sharded.iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
         edit(tmp_path / "config.json", lambda raw: raw.update({key: value}))
         refuse(tmp_path)
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,14 @@ Most of each text is filler that can be forgotten at once; what is needed sits o
 Train and test problems are disjoint by construction: a checksum of the statements and the question,
 filler left out, says which of the two a problem belongs to.
 """
-import random
 import re
 import zlib
 from dataclasses import dataclass
 
 TASKS = ("needles", "variables", "arithmetic")
 
-NAMES = ("ann bob carl dora emma finn gina hugo iris jack kate liam mona nora oscar paul quinn rosa sam tom "
-         "ursula vera will xena yara zoe adam beth cora dean elsa fred greta hank ivan jane karl lena max nina").split()
+NAMES = ("ann bob carl dora emma finn gina hugo iris jack kate liam mona nora oscar paul quinn rosa sam tom ursula "
+         "vera will xena yara zoe adam beth cora dean elsa fred greta hank ivan jane karl lena max nina").split()
 LETTERS = "bcdefghjklmnopqrstuvwxyz"
 ADJECTIVES = ("old small green quiet slow bright cold warm heavy gentle narrow dusty clever happy lonely pale "
               "round silver wooden young").split()
