@@ -333,7 +333,7 @@ def settings_of(args):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Retrofit a model with Dynamic Memory Sparsification.")
-    p.add_argument("--model", default=os.path.relpath(TEACHER), help="folder or hub id of a dense model (default: toy teacher)")
+    p.add_argument("--model", default=os.path.relpath(TEACHER), help="folder or hub id (default: the toy teacher)")
     p.add_argument("--data", help="toy, or a .txt or .jsonl file (default: toy, for the toy teacher)")
     p.add_argument("--out", help="folder for the checkpoint (default: out/NAME-dms-CRx)")
     p.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")

@@ -50,7 +50,7 @@ def random_dms(rng):
 
 def plain_forward(folder, ids, dms=None):
     """Logits (T, V) of a checkpoint with plain RoPE, read and computed with none of the project's code: one head, one
-    query, one complex pair of channels at a time where that is what the definition says; and the decisions (L, Hkv, T).
+    query, one complex pair of channels at a time where that is what the definition says; and decisions (L, Hkv, T).
     dms: None, or window, scale, offset, shift, per and separate (an adapter; otherwise the borrowed neuron)."""
     c, w = json.loads((folder / "config.json").read_text()), {}
     for file in folder.glob("*.safetensors"):

@@ -263,7 +263,8 @@ def make_optimizers(model, args):
     """Muon for the matrices inside the blocks, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers" not in n]
-    return [Muon(matrices, lr=args.muon_lr), torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [Muon(matrices, lr=args.muon_lr), adam]
 
 
 def average_gradients(model):
