@@ -8,7 +8,7 @@ Most of each text is filler that can be forgotten at once; what is needed sits o
 
 `level` is one of
   "easy"   the standard evaluation problem, 400 to 480 tokens with the chat template and the answer
-  "hard"   the same length and more to do: more facts and questions, longer chains, three-operand statements
+  "hard"   the same length and more to do: more facts and questions, longer chains, mostly three-operand sums
   an int   a training problem of about that many tokens (at least 96), its other numbers drawn at random
 
 Train and test problems are disjoint by construction: a checksum of the statements and the question,
@@ -99,7 +99,7 @@ def arithmetic(rng, level):
     if level == "easy":
         constants, lines, hard = 3, 7, 0.0
     elif level == "hard":
-        constants, lines, hard = 3, 6, 1.0
+        constants, lines, hard = 3, 6, 0.75
     else:
         constants, lines, hard = rng.randint(1, 4), rng.randint(1, 8), rng.choice((0.0, 0.0, 0.0, 0.5, 0.5))
     names = rng.sample(LETTERS, constants + lines)
