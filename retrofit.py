@@ -8,7 +8,7 @@ linearly to the target. Every step is a function of (seed, step, weights, optimi
 continues to the same result.
 
     python retrofit.py                                     # the shipped toy teacher to 8x, on a laptop
-    python retrofit.py --model Qwen/Qwen3-8B --data openr1-math.jsonl --seq-len 8192
+    python retrofit.py --model Qwen/Qwen3-8B --data openr1-math.jsonl
     python retrofit.py --resume --out out/teacher-dms-8x   # after any interruption
 
 Afterwards it measures, from the real cache: accuracy where the data brings a checker, KL, compression, reads, bytes.
@@ -191,12 +191,12 @@ def load_state(file, names, optimizer):
 def train(args, out):
     """Run the steps that are still to do and write the checkpoint into `out`. Nothing is written before the model and
     the data have been loaded and checked."""
+    data = make_data(args)
     student = load_model(args.model, args.device, torch.float32 if args.train == "all" else args.torch_dtype)
     teacher = load_model(args.model, args.device, args.torch_dtype) if args.train == "all" else None
     if args.seq_len > student.config.max_position_embeddings:
         raise InputError(f"--seq-len {args.seq_len} is longer than the model's context of "
                          f"{student.config.max_position_embeddings}; make it shorter")
-    data = make_data(args)
     student.check_ids(data.batch(0)[0].unique().tolist())
     settings = DMSConfig(window=args.window, source=args.decision, shift=args.shift, per=args.per,
                          target_cr=args.target_cr)
@@ -338,7 +338,7 @@ def parse(argv=None):
     p.add_argument("--out", help="folder for the checkpoint (default: out/NAME-dms-CRx)")
     p.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
     p.add_argument("--target-cr", type=float, default=8.0, help="compression ratio to reach")
-    p.add_argument("--window", type=int, help="tokens always readable (default: 16 for toy data, else 512)")
+    p.add_argument("--window", type=int, help="tokens always readable (default: 16 for toy data, else 256)")
     p.add_argument("--train", choices=["adapters", "all"], help="(default: all for toy data, else adapters)")
     p.add_argument("--decision", choices=["adapter", "neuron"], default="adapter", help="where decisions come from")
     p.add_argument("--shift", type=int, choices=[0, 1], default=1, help="the logit at t decides token t - shift")
@@ -346,7 +346,7 @@ def parse(argv=None):
     p.add_argument("--steps", type=int, help="(default: 300 for toy data, else 1000)")
     p.add_argument("--lr", type=float, help="(default: 1e-3 for toy data, else 3e-5)")
     p.add_argument("--batch-size", type=int, help="sequences per step (default: 4 for toy data, else 8)")
-    p.add_argument("--seq-len", type=int, help="tokens per sequence (default: 512 for toy data, else 4096)")
+    p.add_argument("--seq-len", type=int, help="tokens per sequence (default: 512 for toy data, else 8192)")
     p.add_argument("--compression-weight", type=float, default=1.0, help="weight of the compression loss")
     p.add_argument("--reverse-kl", action="store_true", help="weigh the KL by the student's probabilities")
     p.add_argument("--recompute", action="store_true", help="recompute blocks in backward: less memory, more time")
@@ -371,11 +371,9 @@ def parse(argv=None):
         if changed:
             raise InputError(f"{out}: was started with another --{changed[0].replace('_', '-')} "
                              f"({saved[changed[0]]!r}); resume it unchanged, or start another --out")
-    elif args.data is None and not toy:
-        raise InputError("--data is missing; give a .txt or .jsonl file of text like what the model will be used for")
-    for name, for_toy, otherwise in (("data", "toy", None), ("window", 16, 512), ("train", "all", "adapters"),
+    for name, for_toy, otherwise in (("data", "toy", None), ("window", 16, 256), ("train", "all", "adapters"),
                                      ("steps", 300, 1000), ("lr", 1e-3, 3e-5), ("batch_size", 4, 8),
-                                     ("seq_len", 512, 4096)):
+                                     ("seq_len", 512, 8192)):
         if getattr(args, name) is None:
             setattr(args, name, for_toy if toy else otherwise)
     args.out = args.out or default_out(args)
@@ -389,7 +387,12 @@ def default_out(args):
 
 
 def check(args):
-    """Everything that can be known to be wrong before the work begins."""
+    """What can be known to be wrong before anything is loaded."""
+    folder = resolve(args.model)
+    if any(k.startswith("dms_") for k in read_json(folder / "config.json")):
+        raise InputError(f"{folder}: is already a DMS checkpoint; give the dense model that it came from")
+    if args.data is None:
+        raise InputError("--data is missing; give a .txt or .jsonl file of text like what the model will be used for")
     dms.check_target(args.target_cr, args.window, args.seq_len)
     for name in ("steps", "batch_size", "seq_len", "save_every", "eval_problems", "eval_batch", "eval_tokens"):
         if getattr(args, name) < 1:
@@ -401,9 +404,6 @@ def check(args):
     out = Path(args.out)
     if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already holds something; continue it with --resume, or choose another --out")
-    folder = resolve(args.model)
-    if any(k.startswith("dms_") for k in read_json(folder / "config.json")):
-        raise InputError(f"{folder}: is already a DMS checkpoint; give the dense model that it came from")
 
 
 def main(argv=None):
