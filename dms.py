@@ -27,6 +27,9 @@ from torch.utils.checkpoint import checkpoint
 class InputError(ValueError):
     """Something the user gave cannot be used. One line: what was wrong, and what to do."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))  # a path or a library's message may bring line breaks
+
 
 @dataclass
 class DMSConfig:
@@ -281,8 +284,9 @@ def settings_to_dict(settings):
 
 
 def read_adapter_settings(path):
-    """(DMSConfig, file) of adapter tensors to be laid over a base model: a safetensors file, or a folder with just
-    one, and beside it config.json or dms_metadata.json for the settings; without them the defaults, printed."""
+    """(DMSConfig, file, fingerprint of their base or None) of adapter tensors to be laid over a base model: a
+    safetensors file, or a folder with just one, and beside it config.json or dms_metadata.json for the settings;
+    without them the defaults, printed."""
     path = Path(path)
     files = [path] if os.path.isfile(path) else sorted(path.glob("*.safetensors")) if os.path.isdir(path) else []
     if len(files) != 1:
@@ -291,7 +295,7 @@ def read_adapter_settings(path):
     raw = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     settings = read_settings(folder, {"dms_separate_alpha": True, **raw})
     settings.source = "adapter"
-    return settings, files[0]
+    return settings, files[0], raw.get("dms_base_fingerprint")
 
 
 def fingerprint(weights):

@@ -298,7 +298,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # given its weight, nn.Embedding does not initialise it, which on "meta" would import the compiler: 2 s
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
+                                         _weight=torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -547,13 +549,14 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
     raw = read_json(folder / "config.json")
     config = ModelConfig.from_dict(raw, folder / "config.json")
     config.dms = dms.read_settings(folder, raw)
-    base, overlay = folder, []
+    base, overlay, trained_on = folder, [], None  # the last is the fingerprint of the weights that adapters belong to
     if raw.get("dms_base_model"):  # an adapter-only checkpoint: the weights are elsewhere
         if not isinstance(raw["dms_base_model"], str):
             raise InputError(f"{folder / 'config.json'}: dms_base_model is not a path or hub id; fix the config")
         base, overlay = resolve(raw["dms_base_model"], relative_to=folder), [folder / ADAPTER_FILE]
+        trained_on = raw.get("dms_base_fingerprint", "missing")
     if adapter is not None:
-        config.dms, file = dms.read_adapter_settings(adapter)
+        config.dms, file, trained_on = dms.read_adapter_settings(adapter)
         overlay = [file]
     with ExitStack() as stack:
         where = open_weights(weight_files(base), stack, device)
@@ -562,9 +565,9 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
                              f"only {len(where)} tensors; one of the two belongs to another model")
         with torch.device("meta"):
             model = Model(config)
-        if raw.get("dms_base_model") and dms.fingerprint(where) != raw.get("dms_base_fingerprint"):
-            raise InputError(f"{folder}: these adapters were trained on other weights than {base} holds (the "
-                             f"fingerprint differs); restore the base model that they name, {raw['dms_base_model']}")
+        if trained_on is not None and dms.fingerprint(where) != trained_on:
+            raise InputError(f"{overlay[0]}: these adapters were trained on other weights than {base} holds (the "
+                             f"fingerprint differs); give the base model that the config.json beside them names")
         adapters = open_weights(overlay, stack, device)
         for name in adapters:
             if "dms_proj_alpha" not in name:

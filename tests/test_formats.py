@@ -172,3 +172,14 @@ def test_adapters_of_another_model_are_refused(tmp_path):
     save_file(adapters(layers=1), folder / "adapters" / "any-name.safetensors")
     with pytest.raises(InputError, match="layers.1.self_attn.dms_proj_alpha"):
         load_model(folder, adapter=folder / "adapters")
+
+
+def test_adapters_laid_over_other_weights_than_their_own_are_refused(tmp_path):
+    model, other = base(tmp_path / "base", "qwen3"), base(tmp_path / "other", "qwen3", seed=5)
+    dms.start_retrofit(model, dms.DMSConfig(window=4))
+    save_model(model, tmp_path / "adapters", torch.float32, base=tmp_path / "base")
+    assert load_model(tmp_path / "base", adapter=tmp_path / "adapters").config.dms.window == 4
+    assert other.config.dms is None
+    for path in (tmp_path / "adapters", tmp_path / "adapters" / "dms_adapters.safetensors"):
+        with pytest.raises(InputError, match="trained on other weights"):
+            load_model(tmp_path / "other", adapter=path)
