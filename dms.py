@@ -31,6 +31,16 @@ class InputError(ValueError):
         super().__init__(" ".join(message.split()))  # a path or a library's message may bring line breaks
 
 
+def run_script(main, stopped="stopped"):
+    """Run a script's main(): an InputError ends it with its one line and exit code 2, an interruption with 130."""
+    try:
+        main()
+    except InputError as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print(f"\n{stopped}", file=sys.stderr) or 130)
+
+
 @dataclass
 class DMSConfig:
     """How a checkpoint decides. Everything here is part of the checkpoint, nothing is hard-wired."""

@@ -4,25 +4,32 @@ Generate from a dense or DMS checkpoint with the compacting cache, and see what 
     python generate.py                                             # the last retrofit, or the shipped toy model
     python generate.py --model Qwen/Qwen3-8B-my-dms --prompt "How many primes are below 100?"
     python generate.py --chat                                      # several turns over one cache
-    python generate.py -n 8 --temperature 1.0                      # 8 chains that share one prompt
+    python generate.py -n 8 --temperature 1.0                      # 8 chains that share one prompt, and vote
+    python generate.py --requests prompts.jsonl --out out.jsonl    # many, side by side; goes on where it was stopped
+    torchrun --nproc-per-node 8 generate.py --requests ...         # split over GPUs: out.0-of-8.jsonl, ...
     python generate.py --show-evictions                            # each token shaded by how many heads still hold it
     python generate.py --dense                                     # the same, nothing evicted
 
 The text goes to standard output; the closing line with speed and memory goes to standard error.
 """
 import argparse
+import json
+import os
 import random
+import re
+import stat
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import dms
 from dms import InputError, read_json
 from kv_cache import KVCache
-from model import generate, load_model, load_tokenizer, resolve, sample
+from model import Sequence, generate, load_model, load_tokenizer, resolve, write_atomic
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "toy" / "retrofitted"
@@ -41,13 +48,21 @@ def toy_problem(task, seed):
 
 
 class Stream:
-    """Token ids in, printable text out as soon as it is certain: an incomplete UTF-8 sequence is held back, and so is
-    what might be the beginning of a stop string. `text` is all that has been let out."""
+    """Tokens in, printable text out as soon as it is certain: an incomplete UTF-8 sequence is held back, and so is
+    what might be the beginning of a stop string. `text` is all that has been let out. As a Sequence's `stop` it says
+    when to end: on an id of `ends` or a stop string. show: takes each piece of text."""
 
-    def __init__(self, tokenizer, stop_strings=()):
-        self.tokenizer, self.stops = tokenizer, [s for s in stop_strings if s]
+    def __init__(self, tokenizer, stop_strings=(), ends=(), show=None):
+        self.tokenizer, self.stops, self.ends, self.show = tokenizer, [s for s in stop_strings if s], ends, show
         self.ids, self.text = [], ""
         self.stopped = self.ended = False  # by a stop string; by an end token
+
+    def __call__(self, token):
+        self.ended = token in self.ends
+        text = self.finish() if self.ended else self.push(token)
+        if self.show is not None:
+            self.show(text)
+        return self.ended or self.stopped
 
     def push(self, token):
         """Take one token; returns the new text, "" while undecided."""
@@ -72,8 +87,16 @@ class Stream:
         return new
 
 
+def final_answer(text):
+    """What chains vote on: the contents of the last \\boxed{}, else the last number, else the last line; or None."""
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
+    lines = [line for line in text.split("\n") if line.strip()]
+    return (boxed or [n.replace(",", "").rstrip(".") for n in numbers] or lines or [None])[-1]
+
+
 class Session:
-    """A loaded model, its tokenizer, the settings of a run, and one cache."""
+    """A loaded model, its tokenizer and the settings of a run."""
 
     def __init__(self, args):
         self.args = args
@@ -88,50 +111,49 @@ class Session:
         ends = ends if isinstance(ends, list) else [ends]
         ends.append(self.tokenizer.token_id(self.tokenizer.special("eos_token")))
         self.ends = {e for e in ends if isinstance(e, int)}
+        self.sampling = {}
         for name, fallback in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
-            if getattr(args, name) is None:
-                stated = defaults.get(name)
-                setattr(args, name, fallback if stated is None else stated)
-        if defaults.get("do_sample") is False and args.temperature_given is None:
-            args.temperature = 0.0
-        self.generator = torch.Generator(args.device).manual_seed(args.seed)
-        self.cache = KVCache(self.model.config, 1, args.device, self.model.dtype, args.page_size)
-        self.steps = self.seconds = 0
+            given, stated = getattr(args, name), defaults.get(name)
+            if name == "temperature" and defaults.get("do_sample") is False:
+                stated = 0.0
+            self.sampling[name] = given if given is not None else fallback if stated is None else stated
+        self.cache, self.tokens, self.seconds = None, 0, 0.0
 
-    def choose(self, logits):
-        a = self.args
-        return sample(logits, a.temperature, a.top_k, a.top_p, a.min_p, self.generator)
+    def new_cache(self, rows):
+        c, a = self.model.config, self.args
+        one_page = 2 * a.page_size * c.head_dim * self.model.dtype.itemsize
+        memory = a.memory * 1e9 if a.memory else \
+            0.8 * torch.cuda.mem_get_info()[0] if self.model.device.type == "cuda" else None
+        self.cache = KVCache(c, rows, self.model.device, self.model.dtype, a.page_size,
+                             max_pages=None if memory is None else int(memory / one_page))
 
-    def run(self, prompt, chains=1, show=print):
-        """Continue the cache with prompt (token ids); returns the chains' Streams. show takes chain 0's text."""
-        seen = int(self.cache.seen.max())
-        self.model.check_ids(prompt, seen + self.args.max_new_tokens)
-        streams = [Stream(self.tokenizer, self.args.stop) for _ in range(chains)]
-        begin = time.perf_counter()
+    def encode(self, prompt):
+        """Text, or a list of messages -> token ids, through the chat template unless there is none or --raw."""
+        if isinstance(prompt, str) and (self.args.raw or self.tokenizer.template is None):
+            return self.tokenizer.encode(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True),
+                                     add_special_tokens=False)
 
-        def stop(chain, token):
-            stream = streams[chain]
-            stream.ended = token in self.ends
-            new = "" if stream.ended else stream.push(token)
-            if chain == 0:
-                show(new)
-            return stream.stopped or stream.ended
+    def chains(self, ids, seed, count=1, show=None, max_new_tokens=None):
+        """Sequences that continue ids, each with a Stream as its `stop`."""
+        return [Sequence(ids, max_new_tokens or self.args.max_new_tokens, f"{seed} {i}",
+                         Stream(self.tokenizer, self.args.stop, self.ends, show if i == 0 else None))
+                for i in range(count)]
 
-        for drawn in generate(self.model, self.cache, [prompt], self.args.max_new_tokens, choose=self.choose,
-                              stop=stop, chains=chains):
-            self.steps += len(drawn)
-        show(streams[0].finish())
-        for stream in streams[1:]:
-            stream.finish()
-        self.seconds += time.perf_counter() - begin
-        return streams
+    def run(self, sequences, release=True):
+        """Generate; yields the sequences that are over, after each step."""
+        begin, before = time.perf_counter(), self.seconds
+        for drawn in generate(self.model, self.cache, sequences, sampling=self.sampling, release=release):
+            self.tokens += sum(token is not None for _, token in drawn)
+            self.seconds = before + time.perf_counter() - begin
+            yield [s for s, _ in drawn if s.over]
 
     def closing_line(self):
         s = self.cache.stats()
-        return (f"[{self.steps} tokens in {self.seconds:.2f} s, {self.steps / max(self.seconds, 1e-9):.1f} tokens/s, "
-                f"prompt included; {s['pairs']:,} pairs held, dense {s['dense_pairs']:,}; "
-                f"compression {s['compression_ratio']:.2f}x; {s['page_bytes']:,} bytes in pages, "
-                f"{s['pool_bytes']:,} allocated]")
+        return (f"[{self.tokens} tokens in {self.seconds:.2f} s, prompts included, {self.tokens / self.seconds:.1f} "
+                f"tokens/s; compression {s['compression_ratio'] or 1:.2f}x; at most {s['peak_pairs']:,} pairs held, "
+                f"{s['pool_bytes']:,} bytes for them]")
 
 
 def show_now(text):
@@ -142,7 +164,8 @@ def chat(session):
     """Turns from standard input over one cache: each feeds only what the template puts after an answer, the new turn
     included. What the model said stays as it was said, thoughts too, as the cache cannot unsay it."""
     template, mark, pending = session.tokenizer.apply_chat_template, "@ANSWER@", None
-    for line in iter(lambda: prompt_line("> "), None):
+    session.new_cache(1)
+    for number, line in enumerate(iter(lambda: prompt_line("> "), None)):
         if not line.strip():
             continue
         turn = {"role": "user", "content": line}
@@ -151,9 +174,15 @@ def chat(session):
         else:
             before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
             text = template([*before, turn], add_generation_prompt=True).rsplit(mark, 1)[-1]
-        stream = session.run(pending + session.tokenizer.encode(text, add_special_tokens=False), show=show_now)[0]
-        pending = [] if stream.ended else stream.ids[-1:]  # drawn but not yet fed; the template itself ends the turn
-        print(flush=True)
+        ids = pending + session.tokenizer.encode(text, add_special_tokens=False)
+        session.model.check_ids(ids, int(session.cache.seen) + session.args.max_new_tokens)
+        chain = session.chains(ids, f"{session.args.seed} {number}", show=show_now)[0]
+        for _ in session.run([chain], release=False):
+            pass
+        if chain.error:
+            raise InputError(chain.error)
+        pending = [] if chain.stop.ended else chain.new[-1:]  # not yet fed; the template itself ends the turn
+        print(chain.stop.finish(), flush=True)
 
 
 def prompt_line(mark):
@@ -161,6 +190,62 @@ def prompt_line(mark):
         print(mark, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     return line.rstrip("\n") if line else None
+
+
+def read_lines(file):
+    """The JSON objects of a file, one to a line; a last line without its end, as an interrupted writer leaves it, does
+    not count. Raises InputError."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in (lines if lines[-1] == "" else lines[:-1]) if line.strip()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line that is not an object")
+        return rows
+    except (OSError, ValueError) as e:
+        raise InputError(f"{file}: not readable as JSON objects, one to a line ({str(e)[:80]}); fix it") from None
+
+
+def serve(session):
+    """Answer every line of --requests, many side by side, and append the results to --out as they are finished. What
+    is there already is not done again."""
+    args = session.args
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out = Path(args.out) if world == 1 else Path(args.out).with_suffix(f".{rank}-of-{world}.jsonl")
+    done = {row.get("line"): row for row in (read_lines(out) if out.exists() else [])}
+    todo = []
+    for line, request in list(enumerate(read_lines(args.requests), 1))[rank::world]:
+        prompt = request.get("messages", request.get("prompt"))
+        if not prompt or not isinstance(prompt, (str, list)):
+            raise InputError(f"{args.requests}: line {line} has no \"prompt\" (text) or \"messages\" (a list); fix it")
+        if line in done and any(done[line].get(k) != v for k, v in request.items()):
+            raise InputError(f"{out}: its line {line} answers another request; give another --out")
+        if line not in done:
+            most, ids = request.get("max_new_tokens", args.max_new_tokens), session.encode(prompt)
+            if type(most) is not int or most < 1:
+                raise InputError(f"{args.requests}: line {line}: max_new_tokens must be a number of at least 1")
+            session.model.check_ids(ids, most)
+            todo.append(({**request, "line": line}, session.chains(ids, f"{args.seed} {line}", args.n,
+                                                                  max_new_tokens=most)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, lambda scratch: scratch.write_text("".join(json.dumps(row) + "\n" for row in done.values())))
+    sequences = [chain for _, chains in todo for chain in chains]
+    session.new_cache(min(args.batch, max(len(sequences), 1)))
+    of_chain = {chain: request for request in todo for chain in request[1]}
+    with open(out, "a", encoding="utf-8") as file, tqdm(
+            total=len(done) + len(todo), initial=len(done), desc="requests", disable=rank > 0) as bar:
+        for over in session.run(sequences):
+            for request, chains in {id(of_chain[s]): of_chain[s] for s in over}.values():
+                if all(chain.over for chain in chains):
+                    texts = [chain.stop.text + chain.stop.finish() for chain in chains]
+                    votes = Counter(final_answer(text) for text in texts).most_common(1)[0]
+                    errors = {chain.error for chain in chains} - {None}
+                    row = {**request, "texts": texts, "tokens": [len(chain.new) for chain in chains],
+                           "answer": votes[0], "votes": votes[1], **({"error": errors.pop()} if errors else {})}
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    bar.update()
+            bar.set_postfix_str(f"{session.tokens / session.seconds:.1f} tokens/s", refresh=False)
+    print(f"{out}: {len(todo)} answered, {len(done)} were there already", file=sys.stderr)
 
 
 SHADES = (231, 252, 248, 244, 240, 237)  # 256-colour codes, from held by all heads to held by few
@@ -205,7 +290,12 @@ def parse(argv=None):
     p.add_argument("--task", default="needles", choices=["needles", "variables", "arithmetic"],
                    help="the toy problem to ask where no prompt is given")
     p.add_argument("--chat", action="store_true", help="several turns, a line each, over one cache")
-    p.add_argument("-n", type=int, default=1, metavar="W", help="parallel chains of one prompt")
+    p.add_argument("-n", type=int, default=1, metavar="W", help="parallel chains of each prompt")
+    p.add_argument("--requests", metavar="FILE", help="JSON lines with \"prompt\" or \"messages\"")
+    p.add_argument("--out", help="JSON lines with the requests' answers; those that it holds are not done again")
+    p.add_argument("--batch", type=int, help="most chains side by side (default: 16 on a CPU, 64 on a GPU)")
+    p.add_argument("--memory", type=float, metavar="GB",
+                   help="limit on the cache (default: none on a CPU, 80%% of what is free on a GPU)")
     p.add_argument("--max-new-tokens", type=int, default=400)
     p.add_argument("--temperature", type=float, help="0 is greedy (default: generation_config.json, else 1; toy: 0)")
     p.add_argument("--top-k", type=int)
@@ -221,67 +311,76 @@ def parse(argv=None):
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="(default: float32 on a CPU, bfloat16 on a GPU)")
     args = p.parse_args(argv)
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    if args.n < 1 or args.max_new_tokens < 1:
-        raise InputError("-n and --max-new-tokens must be at least 1")
+    args.batch = args.batch or (16 if args.device == "cpu" else 64)
+    if args.n < 1 or args.max_new_tokens < 1 or args.batch < 1 or not (args.memory or 1) > 0:
+        raise InputError("-n, --max-new-tokens and --batch must be at least 1, and --memory above 0")
     if (args.temperature or 0) < 0 or not 0 < (1 if args.top_p is None else args.top_p) <= 1:
         raise InputError("--temperature must be 0 or more, and --top-p above 0 and at most 1")
     if args.chat and (args.n > 1 or args.prompt is not None):
         raise InputError("--chat reads its turns from standard input; leave out -n and --prompt")
+    if (args.requests is None) != (args.out is None) or args.requests and (args.chat or args.prompt is not None):
+        raise InputError("--requests and --out belong together, without --prompt and --chat")
     args.model = args.model or default_model()
     return args
 
 
+def piped():
+    """Is there text on standard input, rather than a terminal or nothing?"""
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def one_prompt(session, text, task=None, problem=None):
+    """Answer a text, in -n chains, and say what they voted for."""
+    args, ids = session.args, session.encode(text)
+    if problem is not None:
+        print(f"{text}\n", file=sys.stderr)
+    session.model.check_ids(ids, args.max_new_tokens)
+    session.new_cache(args.n)
+    chains = session.chains(ids, args.seed, args.n, show_now if args.n == 1 else None)
+    for _ in session.run(chains):
+        pass
+    if chains[0].error:
+        raise InputError(chains[0].error)
+    texts = [chain.stop.text + chain.stop.finish() for chain in chains]
+    print("".join(f"[{i + 1}] {text}\n" for i, text in enumerate(texts)) if args.n > 1 else "", flush=True)
+    votes = Counter(task.final_answer(problem, text) if problem else final_answer(text) for text in texts)
+    answer, count = votes.most_common(1)[0]
+    if problem is not None:
+        expected = task.final_answer(problem, problem.answer)
+        print(f"[answer {answer}, expected {expected}; {votes[expected]} of {args.n} right]", file=sys.stderr)
+    elif args.n > 1:
+        print(f"[answer {answer}; {count} of {args.n} agree]", file=sys.stderr)
+    if args.show_evictions:
+        show_evictions(session, chains[0].ids)
+
+
 def main(argv=None):
     args = parse(argv)
-    args.temperature_given = args.temperature
     task = problem = None
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if text is None and not args.chat and piped():
-        text = sys.stdin.read() or None
-    if text is None and not args.chat:
-        task, problem = toy_problem(args.task, args.seed)
-        text = problem.prompt
-        if args.temperature is None and args.n == 1:
-            args.temperature = 0.0
+    if text is None and not args.chat and not args.requests:
+        text = (sys.stdin.read() if piped() else None) or None
+        if text is None:
+            task, problem = toy_problem(args.task, args.seed)
+            text = problem.prompt
+            args.temperature = 0.0 if args.temperature is None and args.n == 1 else args.temperature
     if text is not None and not text.strip():
         raise InputError("the prompt is empty; give some text with --prompt or on standard input")
     session = Session(args)
     if args.chat:
         chat(session)
+    elif args.requests:
+        serve(session)
     else:
-        tokenizer = session.tokenizer
-        templated = not args.raw and tokenizer.template is not None
-        if templated:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
-        ids = tokenizer.encode(text, add_special_tokens=not templated)
-        if problem is not None:
-            print(f"{problem.prompt}\n", file=sys.stderr)
-        streams = session.run(ids, args.n, show_now if args.n == 1 else lambda text: None)
-        print("".join(f"[{i + 1}] {s.text}\n" for i, s in enumerate(streams)) if args.n > 1 else "", flush=True)
-        if problem is not None:
-            votes = Counter(task.final_answer(problem, s.text) for s in streams)
-            expected = task.final_answer(problem, problem.answer)
-            print(f"[answer {votes.most_common(1)[0][0]}, expected {expected}; {votes[expected]} of {args.n} right]",
-                  file=sys.stderr)
-        if args.show_evictions:
-            show_evictions(session, ids + streams[0].ids)
-    if session.steps:
+        one_prompt(session, text, task, problem)
+    if session.tokens:
         print(session.closing_line(), file=sys.stderr)
 
 
-def piped():
-    """Is there text on standard input, rather than a terminal or nothing?"""
-    import os
-    import stat
-    mode = os.fstat(sys.stdin.fileno()).st_mode
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("\nstopped", file=sys.stderr) or 130)
+    dms.run_script(main)

@@ -13,9 +13,13 @@ of eviction beyond handing each layer's decision logits to `attend`, or of train
 References: Touvron et al. 2302.13971 (Llama), Yang et al. 2505.09388 (Qwen3), Su et al. 2104.09864 (RoPE),
 Peng et al. 2309.00071 (YaRN).
 """
+import itertools
 import json
 import math
 import os
+import random
+import shutil
+from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dms
 from dms import DMSConfig, InputError, read_json
+from kv_cache import CacheFull
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 ADAPTER_FILE = "dms_adapters.safetensors"
@@ -223,15 +228,36 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """y = W x + b. On a CPU without bf16 instructions, products of 16-bit numbers are many times slower than those of
+    float32, so pieces of W that stay in its cache are converted; and W x^T is up to twice as fast as x W^T there for
+    the few rows of a decode step."""
+
+    def forward(self, x):
+        rows = x.shape[:-1].numel()
+        plain = x.dtype == torch.float32 and not 1 < rows <= 16 or rows == 1
+        if plain or x.device.type != "cpu" or torch.is_grad_enabled() or \
+                x.dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+            return super().forward(x)
+        columns = x.reshape(rows, -1).float().T
+        if x.dtype == torch.float32:
+            y = (self.weight @ columns).T
+        else:
+            buffer = torch.empty(2**20 // self.in_features + 1, self.in_features)
+            pieces = self.weight.split(len(buffer))
+            y = torch.cat([buffer[:len(w)].copy_(w) @ columns for w in pieces]).T.to(x.dtype)
+        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C, D, Hq, Hkv = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
         self.config, self.layer = config, layer
-        self.q_proj = nn.Linear(C, Hq * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(Hq * D, C, bias=config.o_bias)
+        self.q_proj = Linear(C, Hq * D, bias=config.qkv_bias)
+        self.k_proj = Linear(C, Hkv * D, bias=config.qkv_bias)
+        self.v_proj = Linear(C, Hkv * D, bias=config.qkv_bias)
+        self.o_proj = Linear(Hq * D, C, bias=config.o_bias)
         if config.model_type == "qwen3":
             self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
         if config.dms is not None and config.dms.source == "adapter":
@@ -241,7 +267,7 @@ class Attention(nn.Module):
         """The decision's own weights, set to decide nothing (s = 0)."""
         config = self.config
         self.dms_proj_alpha_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.dms_proj_alpha = nn.Linear(config.hidden_size, config.num_key_value_heads, bias=config.attention_bias)
+        self.dms_proj_alpha = Linear(config.hidden_size, config.num_key_value_heads, bias=config.attention_bias)
         for p in self.dms_proj_alpha.parameters():
             nn.init.zeros_(p)
 
@@ -274,9 +300,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, I = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, I, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(C, I, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
+        self.gate_proj = Linear(C, I, bias=config.mlp_bias)
+        self.up_proj = Linear(C, I, bias=config.mlp_bias)
+        self.down_proj = Linear(I, C, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -313,7 +339,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         freq, self.rope_scale = rope_frequencies(config)
@@ -373,7 +399,7 @@ class Model(nn.Module):
         out = []
         for t in range(0, ids.shape[1], cache.chunk):
             piece = ids[:, t:t + cache.chunk]
-            with cache.append((lengths - t).clamp(0, piece.shape[1])) as attend:
+            with cache.append((lengths - t).clamp(0, piece.shape[1]), piece.shape[1]) as attend:
                 x = self.hidden(piece, attend, cache.seen)
             if last_only:  # (B, 1, C): each row's last token if it lies in this piece, else what was there before
                 last = (lengths - 1 - t)[:, None, None]
@@ -389,10 +415,11 @@ class Model(nn.Module):
 # Generation
 
 
-def sample(logits, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
-    """Draw one token per row: logits (B, V) -> (B,) int64. temperature 0 takes the most likely one. Otherwise the
-    distribution at that temperature is cut to the top_k most likely tokens (0: all), then to the fewest that hold
-    top_p of the mass, then to those at least min_p times as likely as the first, and drawn from."""
+def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Draw one token per row: logits (B, V), uniform (B,) numbers in [0, 1) -> (B,) int64. temperature 0 takes the
+    most likely one. Otherwise the distribution at that temperature is cut to the top_k most likely tokens (0: all),
+    then to the fewest that hold top_p of the mass, then to those at least min_p times as likely as the first, and the
+    token is where the cumulated distribution passes `uniform`. Nothing in it waits for a GPU."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -404,44 +431,136 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, generator=Non
         drop[:, 0] = False
         logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
     probabilities = logits.softmax(-1)
-    if min_p > 0:
-        probabilities = probabilities.where(probabilities >= min_p * probabilities.amax(-1, keepdim=True), 0)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    probabilities = probabilities.where(probabilities >= min_p * probabilities.amax(-1, keepdim=True), 0)
+    mass = probabilities.double().cumsum(-1)
+    return torch.searchsorted(mass, uniform.double()[:, None] * mass[:, -1:], right=True)[:, 0]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """What `generate` continues."""
+
+    ids: list  # to be fed; what is drawn is added to it
+    max_new_tokens: int
+    seed: object = 0
+    stop: object = None  # (token id) -> bool, asked about every token drawn
+    new: list = field(default_factory=list)  # drawn so far, an end token included
+    over: bool = False
+    error: str | None = None  # why it is over before its end
+
+    def __post_init__(self):
+        self.ids = list(self.ids)
+
+    def uniform(self):
+        """The random number in [0, 1) for its next token: of its seed and place alone, whatever runs beside it."""
+        return random.Random(f"{self.seed} {len(self.new)}").random()
+
+
+class DecodeStep:
+    """One token for every sequence of a cache: forward pass and sampling. On a GPU it is captured as a CUDA graph the
+    second time that it runs on the same tensors; nothing in it waits, but for the tokens that come out."""
+
+    def __init__(self, model, cache, sampling):
+        self.model, self.cache, self.sampling = model, cache, sampling
+        self.tokens = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.device)
+        self.lengths = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
+        self.uniform = torch.zeros(cache.batch_size, device=cache.device)
+        self.graph = self.layout = None
+
+    @torch.inference_mode()
+    def __call__(self, tokens, uniform):
+        """tokens: {row: token id}; uniform: {row: number in [0, 1)} -> the list of all rows' next tokens, of which
+        those of the rows given mean something. Raises CacheFull, before anything has changed."""
+        rows = range(len(self.lengths))
+        self.lengths.copy_(torch.tensor([row in tokens for row in rows]))
+        self.cache.reserve(self.lengths)
+        self.tokens.copy_(torch.tensor([[tokens.get(row, 0)] for row in rows]))
+        self.uniform.copy_(torch.tensor([uniform.get(row, 0.0) for row in rows]))
+        if self.cache.device.type != "cuda" or self.layout != self.cache.layout[0]:
+            self.layout, self.graph = self.cache.layout[0], None
+            self.run()
+        else:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):  # records, and runs nothing
+                    self.run()
+            self.graph.replay()
+        return self.next.tolist()
+
+    def run(self):
+        with self.cache.append(self.lengths, 1, reserve=False) as attend:
+            x = self.model.hidden(self.tokens, attend, self.cache.seen)
+        self.next = sample(self.model.lm_head(x)[:, -1], self.uniform, **self.sampling)
 
 
 @torch.inference_mode()
-def generate(model, cache, prompts, max_new_tokens, end_ids=(), choose=sample, stop=None, chains=1, release=False):
-    """Feed prompts (lists of token ids, one per sequence of the cache) and generate; yields after each step the list
-    of (chain, token id) drawn, ends included. A chain ends on an id of end_ids, when stop(chain, token id) is true, or
-    after max_new_tokens. chains: how many continuations fork from each prompt, chain i continuing prompt i // chains.
-    choose: (B, V) logits -> (B,) ids. release: give the pages of a chain back when it ends; otherwise the cache holds
-    everything but each chain's last token, ready for more."""
-    lengths = torch.tensor([len(p) for p in prompts])
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-    for row, prompt in zip(ids, prompts):
-        row[:len(prompt)] = torch.tensor(prompt)
-    logits = model(ids.to(model.device), cache=cache, lengths=lengths, last_only=True)[:, -1]
-    if chains > 1:
-        forks = [b for b in range(len(prompts)) for _ in range(chains)]
-        cache.select(forks)
-        logits = logits[forks]
-    rows = list(range(cache.batch_size))  # the chain in each row of the cache
-    going = [True] * len(rows)
-    for step in range(max_new_tokens):
-        tokens = choose(logits)
-        drawn = [(chain, token) for chain, token, on in zip(rows, tokens.tolist(), going) if on]
-        yield drawn
-        ended = {chain for chain, token in drawn if token in end_ids or (stop and stop(chain, token))}
-        going = [on and chain not in ended for chain, on in zip(rows, going)]
-        if not any(going) or step + 1 == max_new_tokens:
-            break
-        if release and not all(going):
-            left = [i for i, on in enumerate(going) if on]
-            cache.select(left)
-            tokens, rows, going = tokens[left], [rows[i] for i in left], [True] * len(left)
-        logits = model(tokens[:, None], cache=cache, lengths=torch.tensor(going).long())[:, -1]
-    if release:
-        cache.release(range(cache.batch_size))
+def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
+    """Continue sequences (a list of Sequence) in the rows of a cache, any number of them: continuous batching. Yields
+    after each step the list of (sequence, token id) drawn, with None for a token where a sequence has failed. One ends
+    on an id of end_ids, when its stop(token) is true, after max_new_tokens, or because it cannot fit by itself.
+
+    A sequence starts as soon as a row is free and the cache has pages for about what it is going to hold, by the
+    compression seen so far; neighbours with the same ids are fed once and forked. When pages run out, the youngest
+    gives its own back and is fed again later with what it has drawn: nothing is lost or drawn twice.
+    sampling: settings of `sample`. release=False: there are no more sequences than rows, ended ones keep their pages,
+    and the cache holds all but the last token of each, ready for more.
+    """
+    if not release and len(sequences) > cache.batch_size:
+        raise InputError(f"{len(sequences)} sequences cannot all stay in a cache of {cache.batch_size}; release them")
+    sampling, waiting, running = sampling or {}, deque(sequences), {}  # running: {row: sequence}, the youngest last
+    step, rows = DecodeStep(model, cache, sampling), list(range(cache.batch_size))  # rows that are free
+    blocked, most = False, cache.batch_size  # until one ends, nothing starts; how many may start as one
+    while waiting or running:
+        drawn = []
+
+        def put_back(some, problem):
+            """The sequences in some rows, the youngest, wait again; one that is alone and does not fit has failed."""
+            waiting.extendleft(running.pop(row) for row in reversed(some))
+            cache.release(some)
+            rows.extend(some)
+            if not running and len(some) == 1:
+                waiting[0].over, waiting[0].error = True, str(problem)
+                drawn.append((None, waiting.popleft(), None))
+            return bool(running)
+
+        try:
+            tokens = step({row: s.ids[-1] for row, s in running.items()},
+                          {row: s.uniform() for row, s in running.items()}) if running else []
+            drawn = [(row, s, tokens[row]) for row, s in running.items()]
+        except CacheFull as problem:
+            blocked = put_back([next(reversed(running))], problem)
+        while waiting and rows and not blocked and (not running or cache.has_room_for(len(waiting[0].ids))):
+            same = list(itertools.takewhile(lambda s: s.ids == waiting[0].ids,
+                                            itertools.islice(waiting, min(len(rows), most))))
+            new = [rows.pop(0) for _ in same]
+            running.update({row: waiting.popleft() for row in new})
+            try:
+                ids = torch.tensor([same[0].ids], device=model.device)
+                logits = model(ids, cache=cache.part(new[0], ids.shape[1]), last_only=True)[:, -1]
+                if len(same) > 1:
+                    cache.select([new[0] if row in new else row for row in range(cache.batch_size)])
+            except CacheFull as problem:
+                blocked, most = put_back(new, problem), max(len(same) // 2, 1)
+                continue
+            uniform = torch.tensor([s.uniform() for s in same], device=model.device)
+            drawn += zip(new, same, sample(logits.expand(len(same), -1), uniform, **sampling).tolist())
+        for _, s, token in drawn:
+            if token is not None:
+                s.ids.append(token)
+                s.new.append(token)
+                s.over = (s.stop is not None and s.stop(token)) or token in end_ids or len(s.new) >= s.max_new_tokens
+        over = [row for row, s, _ in drawn if row is not None and s.over]
+        for row in over:
+            del running[row]
+        if over and release:
+            cache.release(over)
+            rows.extend(over)
+            blocked, most = False, cache.batch_size
+            if not waiting and running and len(running) <= cache.batch_size // 2:  # compute fewer rows
+                cache.select(list(running))
+                running, rows = dict(enumerate(running.values())), []
+                step = DecodeStep(model, cache, sampling)
+        yield [(s, token) for _, s, token in drawn]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -625,6 +744,13 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None):
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
                    "generation_config.json")
+
+
+def copy_tokenizer(source, folder):
+    """Put the files of a model folder that make its tokenizer and its defaults beside other weights."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            write_atomic(folder / name, lambda scratch: shutil.copyfile(source / name, scratch))
 
 
 class Tokenizer:

@@ -18,8 +18,6 @@ import json
 import os
 import platform
 import random
-import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -31,7 +29,17 @@ from tqdm import tqdm
 import dms
 from dms import DMSConfig, InputError, read_json
 from kv_cache import KVCache
-from model import TOKENIZER_FILES, generate, load_model, load_tokenizer, resolve, save_model, write_atomic, write_json
+from model import (
+    Sequence,
+    copy_tokenizer,
+    generate,
+    load_model,
+    load_tokenizer,
+    resolve,
+    save_model,
+    write_atomic,
+    write_json,
+)
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
 
@@ -221,9 +229,7 @@ def train(args, out):
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log.flush()
                 save_state(state, names, optimizer, step + 1)
-    for file in (resolve(args.model) / name for name in TOKENIZER_FILES):
-        if file.exists():
-            write_atomic(out / file.name, lambda scratch: shutil.copyfile(file, scratch))
+    copy_tokenizer(resolve(args.model), out)
     if args.train == "all":
         save_model(student, out, args.torch_dtype if args.torch_dtype != torch.float32 else torch.bfloat16)
     else:
@@ -258,18 +264,16 @@ def measure(model, data, args, desc, reference=None):
         states = [m.hidden(ids.to(m.device), dms.masked_attention(m.config)) for m in (model, reference)]
         result["kl"] = dms.distillation_loss(*states, model.lm_head.weight, reference.lm_head.weight, keep).item()
     for task, problems in (data.problems(args.eval_problems) if data.problems else {}).items():
-        right = 0
-        for start in tqdm(range(0, len(problems), args.eval_batch), desc=f"{desc}: {task}", leave=False):
-            batch = problems[start:start + args.eval_batch]
-            cache, texts, peak = new_cache(len(batch)), [[] for _ in batch], 0
-            for drawn in generate(model, cache, [p for p, _ in batch], args.eval_tokens, {data.end}, release=True):
-                for chain, token in drawn:
-                    texts[chain].append(token)
+        cache, peak = new_cache(min(args.eval_batch, len(problems))), 0
+        sequences = [Sequence(prompt, args.eval_tokens) for prompt, _ in problems]
+        with tqdm(total=len(problems), desc=f"{desc}: {task}", leave=False) as bar:
+            for drawn in generate(model, cache, sequences, {data.end}):
+                bar.update(sum(s.over for s, _ in drawn))
                 peak = max(peak, cache.stats()["page_bytes"])
-            texts = [data.tokenizer.decode(t, skip_special_tokens=True) for t in texts]
-            right += sum(check(text) for text, (_, check) in zip(texts, batch))
-            count(cache, peak)
-        result["accuracy"][task] = right / len(problems)
+        right = [check(data.tokenizer.decode(s.new, skip_special_tokens=True))
+                 for s, (_, check) in zip(sequences, problems)]
+        result["accuracy"][task] = sum(right) / len(problems)
+        count(cache, peak)
     if not data.problems:
         for row, n in zip(ids, lengths.tolist()):
             cache = new_cache(1)
@@ -419,9 +423,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("\nstopped; continue with --resume", file=sys.stderr) or 130)
+    dms.run_script(main, "stopped; continue with --resume")

@@ -26,9 +26,19 @@ def shape(name, layers=None, **changes):
     return ModelConfig(**{**settings, "num_hidden_layers": layers or settings["num_hidden_layers"]})
 
 
+def head_shares(config, cr):
+    """The share of tokens outside the window that each head keeps, (L, Hkv): log-normal with a spread of 1.2, 1/cr on
+    average; always the same."""
+    share = torch.exp(torch.randn(config.num_hidden_layers, config.num_key_value_heads,
+                                  generator=torch.Generator().manual_seed(0)) * 1.2)
+    for _ in range(50):  # scale to the mean, no head above all
+        share = (share * (1 / cr / share.mean())).clamp(1e-4, 0.999)
+    return share
+
+
 def random_model(config, device="cpu", dtype=torch.float32, cr=1.0, window=256, seed=0):
-    """A Model with normal weights. cr > 1: its adapters keep a share of the tokens outside the window that differs
-    from head to head (log-normal, spread 1.2) and is 1/cr on average, decided token by token."""
+    """A Model with normal weights. cr > 1: its adapters keep the tokens outside the window at each head's share,
+    decided token by token."""
     torch.manual_seed(seed)
     config.dms = DMSConfig(window=window, target_cr=cr) if cr > 1 else None
     with torch.device(device):
@@ -43,12 +53,9 @@ def random_model(config, device="cpu", dtype=torch.float32, cr=1.0, window=256, 
             torch.nn.init.normal_(p, std=0.02)
     model.rope_freq = model.rope_freq.float().to(device)
     if cr > 1:
-        L, H, C = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size
-        share = torch.exp(torch.randn(L, H) * 1.2)
-        for _ in range(50):  # scale to the mean, no head above all
-            share = (share * (1 / cr / share.mean())).clamp(1e-4, 0.999)
+        H, C = config.num_key_value_heads, config.hidden_size
         threshold = (config.dms.offset / config.dms.scale)
-        for layer, block in zip(share.tolist(), model.model.layers):
+        for layer, block in zip(head_shares(config, cr).tolist(), model.model.layers):
             proj = torch.nn.Linear(C, H, device=device, dtype=torch.float32)
             torch.nn.init.normal_(proj.weight, std=C ** -0.5)  # s is standard normal, as the norm's output has norm C
             proj.bias.data = torch.tensor([threshold - NormalDist().inv_cdf(x) for x in layer], device=device)

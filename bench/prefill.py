@@ -61,8 +61,9 @@ def main():
         if len(models) == 2:
             row["ratio"] = row["DMS"]["seconds"] / row["dense"]["seconds"]
         rows.append(row)
-        print(f"{T:7} tokens: " + "; ".join(f"{name} {row[name]['seconds']:.2f} s, {row[name]['compression_ratio']:.2f}"
-              f"x, {row[name]['page_bytes'] / 1e6:.0f} MB in pages" for name in models) +
+        print(f"{T:7} tokens: " + "; ".join(
+                  f"{name} {row[name]['seconds']:.2f} s, {row[name]['compression_ratio']:.2f}x, "
+                  f"{row[name]['page_bytes'] / 1e6:.0f} MB in pages" for name in models) +
               (f"; DMS takes {row['ratio']:.2f}x the time" if "ratio" in row else "") +
               f"; peak memory of the process so far {row['peak_rss_mb']} MB")
     if args.out:

@@ -21,16 +21,16 @@ except ImportError:  # it has no wheel for this platform; the plain function nee
     triton = None
 
 
-def cache_write_plain(k, v, evict, active, seen, length, ring_slot, ring_evict, table, pages, free, free_count,
-                      k_pages, v_pages, shift):
+def cache_write_plain(k, v, evict, active, seen, length, ring_slot, ring_evict, table, free, free_count, k_pages,
+                      v_pages, shift):
     """Store one new token per row and update the row's state, in place. Integers may be int32 (enough) or int64.
 
     Read: k, v (N, D), the pools' dtype; evict (N,) bool, the decision computed at this token, which speaks of token
     seen - shift, shift 0 or 1; active (B,) bool, sequences that bring a token, the others staying as they are; seen
     (B,) integer, tokens fed before; free (P,) integer, a stack of free pages with its top at free_count - 1.
     Updated: length (N,) pairs held; ring_slot (N, W) integer and ring_evict (N, W) bool, slot and decision of token t
-    at t mod W; table (N, M) integer, a row's pages in order; pages (N,), how many; free_count (1,); k_pages, v_pages
-    (P, page_size, D).
+    at t mod W; table (N, M) integer, a row's pages in order, as many as its length needs; free_count (1,); k_pages and
+    v_pages (P, page_size, D).
     The caller sees to it that pages are not shared, and that stack and table have room. A row for which they do not is
     not written, and free_count is negative from then on.
     """
@@ -43,7 +43,7 @@ def cache_write_plain(k, v, evict, active, seen, length, ring_slot, ring_evict, 
     reuse = ring_evict[row, t % W] & (t >= W)
     slot = torch.where(reuse, ring_slot[row, t % W], length[row]).long()
     ordinal = slot // page_size
-    new = ordinal == pages[row]
+    new = ~reuse & (slot % page_size == 0)
     taken = free_count - new.cumsum(0)  # where in the stack each new page lies
     page = torch.where(new, free[taken.clamp(min=0)], table[row, ordinal.clamp(max=table.shape[1] - 1)]).long()
     room = ~new | ((taken >= 0) & (ordinal < table.shape[1]))
@@ -52,7 +52,6 @@ def cache_write_plain(k, v, evict, active, seen, length, ring_slot, ring_evict, 
         free_count.clamp_(max=-1)
         row, t, reuse, slot, ordinal, new, page = (x[room] for x in (row, t, reuse, slot, ordinal, new, page))
     length[row] += (~reuse).to(length.dtype)
-    pages[row] += new.to(pages.dtype)
     table[row, ordinal] = page.to(table.dtype)
     k_pages[page, slot % page_size], v_pages[page, slot % page_size] = k[row], v[row]
     ring_slot[row, t % W] = slot.to(ring_slot.dtype)
@@ -62,7 +61,7 @@ def cache_write_plain(k, v, evict, active, seen, length, ring_slot, ring_evict, 
 if triton is not None:
     @triton.jit(do_not_specialize=["heads", "columns", "table_stride"])
     def _write(k_ptr, v_ptr, evict_ptr, active_ptr, seen_ptr, length_ptr, ring_slot_ptr, ring_evict_ptr, table_ptr,
-               pages_ptr, free_ptr, free_count_ptr, k_pages_ptr, v_pages_ptr, heads, columns, table_stride,
+               free_ptr, free_count_ptr, k_pages_ptr, v_pages_ptr, heads, columns, table_stride,
                D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
         """Program (row,), of a single warp: its threads read the row's state before any of them changes it."""
         row = tl.program_id(0).to(tl.int64)
@@ -71,7 +70,7 @@ if triton is not None:
         active = tl.load(active_ptr + row // heads)
         t = tl.load(seen_ptr + row // heads).to(tl.int64)
         evict = tl.load(evict_ptr + row).to(tl.int1)
-        length, pages = tl.load(length_ptr + row).to(tl.int64), tl.load(pages_ptr + row).to(tl.int64)
+        length = tl.load(length_ptr + row).to(tl.int64)
         k = tl.load(k_ptr + row * D + d, mask=d < D)
         v = tl.load(v_ptr + row * D + d, mask=d < D)
         if active:
@@ -86,12 +85,11 @@ if triton is not None:
             slot = tl.where(reuse, old, length)
             ordinal = slot // PAGE
             place = table_ptr + row * table_stride + ordinal
-            if ordinal == pages:
+            if (length % PAGE == 0) & (reuse == 0):
                 top = tl.atomic_add(free_count_ptr, -1, sem="relaxed").to(tl.int64) - 1
                 page = tl.load(free_ptr + top, mask=(top >= 0) & (ordinal < columns), other=-1).to(tl.int64)
                 if page >= 0:
                     tl.store(place, page)
-                    tl.store(pages_ptr + row, pages + 1)
                 else:
                     tl.atomic_min(free_count_ptr, -1, sem="relaxed")
             else:
@@ -105,12 +103,12 @@ if triton is not None:
                 tl.store(ring_evict_ptr + entry, evict & (SHIFT == 0))
 
 
-def cache_write(k, v, evict, active, seen, length, ring_slot, ring_evict, table, pages, free, free_count,
-                k_pages, v_pages, shift):
+def cache_write(k, v, evict, active, seen, length, ring_slot, ring_evict, table, free, free_count, k_pages, v_pages,
+                shift):
     """cache_write_plain by the kernel. CPU tensors only under TRITON_INTERPRET=1."""
     if triton is None:
         raise ImportError("cache_write needs triton, which is not installed; cache_write_plain does not")
-    state = (length, ring_slot, ring_evict, pages, free, free_count, k_pages, v_pages, evict, active, seen)
+    state = (length, ring_slot, ring_evict, free, free_count, k_pages, v_pages, evict, active, seen)
     devices = {x.device for x in (k, v, table, *state)}
     if len(devices) > 1 or k.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("cache_write needs its tensors on one GPU, or on the CPU under TRITON_INTERPRET=1, not on "
@@ -122,7 +120,7 @@ def cache_write(k, v, evict, active, seen, length, ring_slot, ring_evict, table,
     if shift not in (0, 1) or len(k) % len(seen):
         raise ValueError(f"cache_write needs a shift of 0 or 1, not {shift}, and len(k) a multiple of len(seen)")
     N, D = k.shape
-    _write[(N,)](k.contiguous(), v.contiguous(), evict, active, seen, length, ring_slot, ring_evict, table, pages,
-                 free, free_count, k_pages, v_pages, N // len(seen), table.shape[1], table.stride(0), D=D,
+    _write[(N,)](k.contiguous(), v.contiguous(), evict, active, seen, length, ring_slot, ring_evict, table, free,
+                 free_count, k_pages, v_pages, N // len(seen), table.shape[1], table.stride(0), D=D,
                  WIDTH=triton.next_power_of_2(D), PAGE=k_pages.shape[1], W=ring_slot.shape[1], SHIFT=shift,
                  num_warps=1)

@@ -23,19 +23,42 @@ except ImportError:  # it has no wheel for this platform; the plain function nee
     triton = None
 
 
-def decode_attention_plain(q, k_pages, v_pages, table, length):
+def take(pool, page, buffer):
+    """pool[page] in float32, page ascending. What lies in one piece is not copied, unless its dtype must change, and
+    then into the first of the buffer's pages: few enough to stay in a CPU's cache until they are used."""
+    some = pool[page[0]:page[-1] + 1] if bool((page.diff() == 1).all()) else pool[page]
+    return some if some.dtype == torch.float32 else buffer[:len(page)].copy_(some)
+
+
+def decode_attention_plain(q, k_pages, v_pages, table, length, piece=2**20):
     """Softmax attention in float32, scale D^-0.5, of each row's queries to the `length` pairs that the row holds.
 
-    q (N, G, D); k_pages, v_pages (P, page_size, D), q's dtype; table (N, M) integer: a row's pages in order, of which
-    the first ceil(length / page_size) count and the rest may be anything; length (N,) integer, 0 gives zeros.
-    -> (N, G, D), q's dtype. Slots that are not in use may hold anything, NaN included.
+    q (N, G, D); k_pages, v_pages (P, page_size, D), q's dtype, finite; table (N, M) integer: a row's pages in order,
+    of which the first ceil(length / page_size) count and the rest may be anything; length (N,) integer, 0 gives zeros.
+    -> (N, G, D), q's dtype.
+    Every page is multiplied by itself, in the order in which pages lie in memory, `piece` numbers of K or V at a time,
+    and a row's results are added up.
     """
-    y = torch.zeros_like(q)
-    for row, n in enumerate(length.tolist()):
-        pages = table[row, :-(-n // k_pages.shape[1])]
-        k, v = (pool[pages].flatten(0, 1)[:n].float() for pool in (k_pages, v_pages))
-        y[row] = torch.softmax(q[row].float() @ k.T * q.shape[2] ** -0.5, dim=1) @ v
-    return y
+    page_size, D = k_pages.shape[1:]
+    row, ordinal = (torch.arange(table.shape[1], device=q.device) * page_size < length[:, None]).nonzero(as_tuple=True)
+    if len(row) == 0:
+        return torch.zeros_like(q)
+    page, order = table[row, ordinal].long().sort()
+    row, fill = row[order], (length[row] - ordinal * page_size)[order]
+    count = max(piece // (page_size * D), 1)  # pages at a time
+    buffer = torch.empty(count, page_size, D, device=q.device)
+    query = (q.float() * D ** -0.5).transpose(1, 2)
+    score = torch.cat([torch.bmm(take(k_pages, p, buffer), query[r]) for p, r in zip(page.split(count),
+                                                                                     row.split(count))])
+    score.masked_fill_((torch.arange(page_size, device=q.device) >= fill[:, None])[:, :, None], -1e30)
+    top = score.amax(1)  # (pages, G), after score (pages, page_size, G)
+    top = top.new_full(q.shape[:2], -1e30).scatter_reduce(0, row[:, None].expand_as(top), top, "amax")  # (N, G)
+    weight = score.sub_(top[row][:, None]).exp_().transpose(1, 2)
+    total = torch.zeros_like(top).index_add_(0, row, weight.sum(2))
+    out = torch.zeros(q.shape, device=q.device)
+    for p, r, w in zip(page.split(count), row.split(count), weight.split(count)):
+        out.index_add_(0, r, torch.bmm(w, take(v_pages, p, buffer)))
+    return (out / total.clamp(min=1e-30)[:, :, None]).to(q.dtype)
 
 
 if triton is not None:
@@ -118,14 +141,15 @@ def _split(rows, capacity):
 
 
 def decode_attention(q, k_pages, v_pages, table, length):
-    """decode_attention_plain by the kernel: D in 64, 96, 128, 256, G from 1 to 16, any page_size that is a power of
-    two, float32, float16 or bfloat16. CPU tensors only under TRITON_INTERPRET=1."""
+    """decode_attention_plain by the kernel: D up to 256 (made for 64, 96, 128 and 256), G from 1 to 16, any page_size
+    that is a power of two, float32, float16 or bfloat16; slots that are not in use may hold anything, NaN included.
+    CPU tensors only under TRITON_INTERPRET=1."""
     if triton is None:
         raise ImportError("decode_attention needs triton, which is not installed; decode_attention_plain does not")
     (N, G, D), page_size = q.shape, k_pages.shape[1]
     tensors = (q, k_pages, v_pages, table, length)
-    if D not in (64, 96, 128, 256) or not 1 <= G <= 16:
-        raise ValueError(f"decode_attention knows D of 64, 96, 128, 256 and G of 1 to 16, not D = {D} and G = {G}")
+    if D > 256 or not 1 <= G <= 16:
+        raise ValueError(f"decode_attention knows D up to 256 and G of 1 to 16, not D = {D} and G = {G}")
     if page_size & (page_size - 1):
         raise ValueError(f"decode_attention needs a page_size that is a power of two, not {page_size}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or {k_pages.dtype, v_pages.dtype} != {q.dtype}:
@@ -136,7 +160,7 @@ def decode_attention(q, k_pages, v_pages, table, length):
                          f"on {', '.join(sorted({str(x.device) for x in tensors}))}")
     if not (k_pages.is_contiguous() and v_pages.is_contiguous() and length.is_contiguous() and table.stride(1) == 1):
         raise ValueError("decode_attention needs k_pages, v_pages, length and the rows of table contiguous")
-    width, capacity = triton.next_power_of_2(D), table.shape[1] * page_size
+    width, capacity = max(triton.next_power_of_2(D), 16), table.shape[1] * page_size
     split = _split(N, capacity)
     splits = -(-capacity // split)
     part = torch.empty(N, splits, G, D, dtype=torch.float32, device=q.device)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dms import DMSConfig
+from dms import DMSConfig, visible
 from model import Model, ModelConfig
 
 torch.set_num_threads(1)  # the models are tiny
@@ -46,6 +46,99 @@ def rng(request):
 def random_dms(rng):
     return DMSConfig(window=rng.choice([0, 1, 2, 3, 7, 16, 40]), shift=rng.choice([0, 1]),
                      source=rng.choice(["adapter", "neuron"]), per=rng.choice(["head", "head", "layer"]))
+
+
+class Life:
+    """A batch in which sequences begin, grow by one token or many, fork and end at random, fed to several caches at
+    once; and what each of their rows must hold by the rule. A token's k is its own number, so that pairs tell."""
+
+    def __init__(self, seed, layers=2):
+        self.rng, self.shape = random.Random(seed), (layers, 2, 8)
+        L, H, D = self.shape
+        rng = self.rng
+        self.dms = DMSConfig(window=rng.choice([0, 1, 3, 12]), shift=rng.choice([0, 1])) if seed % 4 else None
+        config = small_config(dms=self.dms, num_hidden_layers=L, num_key_value_heads=H, head_dim=D)
+        self.settings = dict(config=config, batch_size=3, page_size=rng.choice([1, 2, 4, 8]))
+        self.tokens, self.flags = [[], [], []], [[], [], []]  # of each sequence; flags (L, H) at each token
+        self.count, self.rate = 0, rng.choice([0.3, 0.9])
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def step(self, *caches):
+        rng, B, action = self.rng, len(self.tokens), self.rng.random()
+        if action < 0.04 or max(map(len, self.tokens)) > 60:
+            ended = [b for b in range(B) if rng.random() < 0.4 or len(self.tokens[b]) > 60] or [0]
+            for cache in caches:
+                cache.release(ended)
+            for b in ended:
+                self.tokens[b], self.flags[b] = [], []
+        elif action < 0.08:
+            chosen = [rng.randrange(B) for _ in range(rng.choice([B, B, rng.randint(1, 4)]))]
+            for cache in caches:
+                cache.select(chosen)
+            self.tokens, self.flags = ([list(x[b]) for b in chosen] for x in (self.tokens, self.flags))
+        elif action < 0.14:  # one sequence alone
+            b, T = rng.randrange(B), rng.choice([1, 5, 20])
+            self.feed([cache.part(b, T) for cache in caches], T, [T], [b])
+        else:
+            T = rng.choice([1] * 9 + [3])
+            self.feed(caches, T, [rng.randint(0, T) if rng.random() < 0.2 else T for _ in range(B)], range(B))
+
+    def feed(self, caches, T, lengths, sequences):
+        (L, H, D), n = self.shape, len(lengths)
+        flags = torch.rand(L, n, H, T, generator=self.generator) < self.rate
+        token = self.count + torch.arange(n * T, dtype=torch.float32).view(n, 1, T, 1)
+        self.count = (self.count + n * T) % 2**20
+        q = torch.randn(L, n, 2 * H, T, D, generator=self.generator)
+        out = []
+        for cache in caches:
+            with torch.inference_mode(), cache.append(torch.tensor(lengths), T) as attend:
+                k = token.expand(n, H, T, D).contiguous()
+                out.append([attend(i, q[i] * 1e-3, k, -k, flags[i].float() - 0.5 if self.dms else None)
+                            for i in range(L)])
+        for other in out[1:]:
+            for layer, b in ((i, b) for i in range(L) for b in range(n)):
+                torch.testing.assert_close(other[layer][b, :, :lengths[b]], out[0][layer][b, :, :lengths[b]])
+        for i, b in enumerate(sequences):
+            self.tokens[b] += token[i, 0, :lengths[i], 0].tolist()
+            self.flags[b] += flags[:, i, :, :lengths[i]].permute(2, 0, 1)
+
+    def check(self, cache):
+        """Every row holds exactly the tokens that the rule leaves."""
+        for b, tokens in enumerate(self.tokens):
+            T = len(tokens)
+            assert int(cache.seen[b]) == T
+            for layer, h in ((i, h) for i in range(cache.layers) for h in range(cache.kv_heads)):
+                row, evict = b * cache.kv_heads + h, torch.zeros(T, dtype=torch.bool)
+                if self.dms and T:
+                    said = torch.stack(self.flags[b])[self.dms.shift:, layer, h]
+                    evict[:len(said)] = said
+                rule = visible(T - 1, torch.arange(T), evict, self.dms.window if self.dms else 0)
+                slot = torch.arange(int(cache.length[layer, row]))
+                page = cache.table[layer, row, slot // cache.page_size].long()
+                k, v = (p[layer][page, slot % cache.page_size, 0] for p in (cache.k_pages, cache.v_pages))
+                assert torch.equal(k, -v) and sorted(k.tolist()) == sorted(x for x, r in zip(tokens, rule) if r)
+
+
+def check_pages(cache):
+    """Every page is free or in the table of a row that needs it, not both; and only rows that were forked share it,
+    none of which is ever going to write to it."""
+    W = cache.window + 1
+    for layer in range(cache.layers):
+        having, free = {}, cache.free[layer][:cache.free_count[layer]].tolist()
+        for row, length in enumerate(cache.length[layer].tolist()):
+            count, seen = -(-length // cache.page_size), int(cache.seen[row // cache.kv_heads])
+            pages = cache.table[layer, row, :count].tolist()
+            assert len(set(pages)) == count
+            slots = [int(cache.ring_slot[layer, row, t % W]) for t in range(max(seen - W, 0), seen)
+                     if cache.ring_evict[layer, row, t % W] or (cache.shift and t == seen - 1)]
+            written = {slot // cache.page_size for slot in [*slots, *([length] if length % cache.page_size else [])]}
+            for ordinal, page in enumerate(pages):
+                having.setdefault(page, []).append((row, ordinal, ordinal in written))
+        assert len(cache.free[layer]) == len(cache.k_pages[layer]) == len(cache.v_pages[layer])
+        assert sorted([*free, *having]) == list(range(len(cache.free[layer])))
+        for sharers in having.values():
+            assert len(sharers) == 1 or not any(written for _, _, written in sharers)
+            assert len({ordinal for _, ordinal, _ in sharers}) == 1
 
 
 def plain_forward(folder, ids, dms=None):

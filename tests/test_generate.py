@@ -1,5 +1,7 @@
 """Sampling, stopping, streaming, and the script as a user runs it."""
 import json
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +13,16 @@ from conftest import small_model
 import generate as script
 from dms import DMSConfig, InputError
 from kv_cache import KVCache
-from model import generate, load_tokenizer, sample
+from model import Sequence, generate, load_tokenizer, sample
+from toy import tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*arguments, stdin=None, cwd=ROOT):
+def run(*arguments, stdin=None, cwd=ROOT, **environment):
     return subprocess.run([sys.executable, str(ROOT / "generate.py"), *arguments], capture_output=True, text=True,
-                          input=stdin, stdin=subprocess.DEVNULL if stdin is None else None, cwd=cwd)
+                          input=stdin, stdin=subprocess.DEVNULL if stdin is None else None, cwd=cwd,
+                          env={**os.environ, **{k: str(v) for k, v in environment.items()}})
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(top_k=4), dict(top_p=0.7), dict(min_p=0.2),
@@ -38,9 +42,8 @@ def test_sampling_follows_its_textbook_distribution(settings):
     expected = torch.zeros(12)
     for i in kept:
         expected[i] = p[i] / sum(p[j] for j in kept)
-    generator = torch.Generator().manual_seed(0)
-    settings = {"temperature": 1.0, **settings}
-    drawn = sample(logits.expand(draws, -1), generator=generator, **settings)
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits.expand(draws, -1), uniform, **{"temperature": 1.0, **settings})
     counts = torch.bincount(drawn, minlength=12).float()
     assert counts[expected == 0].sum() == 0
     inside = expected > 0
@@ -51,47 +54,73 @@ def test_sampling_follows_its_textbook_distribution(settings):
 
 def test_temperature_zero_is_greedy():
     logits = torch.randn(5, 30)
-    assert torch.equal(sample(logits), logits.argmax(-1))
+    assert torch.equal(sample(logits, torch.rand(5)), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("release", [False, True])
-def test_a_batch_of_prompts_gives_what_each_gives_alone(release):
+def test_the_ends_of_the_unit_interval_draw_possible_tokens():
+    logits = torch.tensor([[-1e30, 0.0, 1.0, -1e30]]).expand(2, -1)
+    assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), temperature=1.0).tolist() == [1, 2]
+
+
+def sequences(count, seed=0, longest=60, new=25):
+    rng = random.Random(seed)
+    return [Sequence([rng.randrange(67) for _ in range(rng.randint(1, longest))], rng.randint(1, new), i)
+            for i in range(count)]
+
+
+def alone(model, sequence, ends=(), **sampling):
+    """What a sequence gives by itself, by the whole model on all its tokens, one after another."""
+    ids, new = list(sequence.ids), []
+    while len(new) < sequence.max_new_tokens and not (new and new[-1] in ends):
+        uniform = torch.tensor([Sequence(ids, 1, sequence.seed, new=new).uniform()])
+        new.append(int(sample(model(torch.tensor([ids]), last_only=True)[:, -1], uniform, **sampling)))
+        ids.append(new[-1])
+    return new
+
+
+@pytest.mark.parametrize("sampling", [{}, dict(temperature=1.3, top_k=20)])
+@pytest.mark.parametrize("rows", [1, 3, 12])
+def test_sequences_side_by_side_give_what_each_gives_alone(rows, sampling):
+    """More sequences than rows: one takes the place of another as it ends."""
     model = small_model(4, DMSConfig(window=3), 0.5)
-    prompts = [torch.randint(0, 67, (n,)).tolist() for n in (1, 7, 40)]
+    some, expected = sequences(12), [alone(model, s, {3, 5, 8}, **sampling) for s in sequences(12)]
+    cache = KVCache(model.config, rows, page_size=4)
+    drawn = [(s, token) for step in generate(model, cache, some, {3, 5, 8}, sampling) for s, token in step]
+    assert [s.new for s in some] == expected and all(s.over and s.error is None for s in some)
+    for s in some:
+        assert [token for other, token in drawn if other is s] == s.new
+    assert cache.stats()["pages"] == 0
 
-    def tokens(prompts):
-        out = [[] for _ in prompts]
-        cache = KVCache(model.config, len(prompts))
-        for drawn in generate(model, cache, prompts, 25, end_ids={3, 5, 8}, release=release):
-            for chain, token in drawn:
-                out[chain].append(token)
-        return out, cache
 
-    together, cache = tokens(prompts)
-    assert together == [tokens([p])[0][0] for p in prompts]
-    assert all(len(t) == 25 or t[-1] in {3, 5, 8} for t in together)
-    if release:
-        assert cache.stats()["pages"] == 0
-    else:
-        assert cache.seen.tolist() == [len(p) + len(t) - 1 for p, t in zip(prompts, together)]
+@pytest.mark.parametrize("pages", [48, 60, 100])
+def test_when_pages_run_out_the_youngest_is_put_back_and_nothing_is_lost(pages):
+    model = small_model(4, DMSConfig(window=3), 0.9)
+    some, expected = sequences(10, longest=30, new=40), [alone(model, s) for s in sequences(10, longest=30, new=40)]
+    cache, fed = KVCache(model.config, 5, page_size=4, max_pages=pages), []
+    forward = model.forward
+    model.forward = lambda ids, **rest: fed.append(ids.shape[1]) or forward(ids, **rest)
+    for _ in generate(model, cache, some):
+        assert cache.stats()["pages"] <= sum(map(len, cache.free)) <= pages
+    failed = [s for s in some if s.error]
+    assert all("cache is full" in s.error for s in failed)
+    assert [s.new for s in some if not s.error] == [e for s, e in zip(some, expected) if not s.error]
+    assert len(fed) > len(some) or pages == 100  # some were fed again
+    assert (pages == 48) == bool(failed) and cache.stats()["pages"] == 0
 
 
 def test_chains_fork_one_prompt():
     model = small_model(4, DMSConfig(window=3), 0.5)
-    cache = KVCache(model.config, 1)
-    prompt = torch.randint(0, 67, (50,)).tolist()
-    out = [[] for _ in range(4)]
-    generator = torch.Generator().manual_seed(0)
-    for drawn in generate(model, cache, [prompt], 12, chains=4, choose=lambda x: sample(x, 1.0, generator=generator)):
-        for chain, token in drawn:
-            out[chain].append(token)
-    assert cache.seen.tolist() == [61] * 4 and len({tuple(o) for o in out}) > 1
-    for row, chain in enumerate(out):  # what the forked cache holds is what feeding the chain from the start gives
-        expected = model(torch.tensor([prompt + chain]))[0, -1]
-        step = torch.tensor([[c[-1]] for c in out])
-        if row == 0:
-            logits = model(step, cache=cache)
-        torch.testing.assert_close(logits[row, 0], expected, atol=1e-4, rtol=1e-4)
+    prompt, fed = torch.randint(0, 67, (50,)).tolist(), []
+    cache, some = KVCache(model.config, 4, page_size=4), [Sequence(prompt, 12, i) for i in range(4)]
+    expected = [alone(model, s, temperature=1.0) for s in some]
+    forward = model.forward
+    model.forward = lambda ids, **rest: fed.append(ids.shape[1]) or forward(ids, **rest)
+    for _ in generate(model, cache, some, sampling=dict(temperature=1.0), release=False):
+        pass
+    assert fed == [50] and cache.seen.tolist() == [61] * 4
+    assert [s.new for s in some] == expected and len({tuple(s.new) for s in some}) > 1
+    with pytest.raises(InputError, match="release them"):
+        next(generate(model, cache, sequences(5), release=False))
 
 
 def test_stream_holds_back_half_characters_and_half_stop_strings():
@@ -131,24 +160,23 @@ def test_chat_and_show_evictions(tmp_path):
 
 def test_a_chat_turn_equals_the_whole_conversation_at_once():
     args = script.parse(["--chat", "--temperature", "0", "--max-new-tokens", "40"])
-    args.temperature_given = 0.0
     session = script.Session(args)
     turns = ["The code of ann is 31. Give the codes of ann.", "The code of tom is 52. Give the codes of tom, ann."]
     lines = iter(turns)
     original, script.prompt_line = script.prompt_line, lambda mark: next(lines, None)
     fed = []
-    model, forward = session.model, session.model.forward
+    model, hidden = session.model, session.model.hidden
 
-    def spy(ids, cache=None, **rest):
+    def spy(ids, *rest):
         fed.extend(ids[0].tolist())
-        return forward(ids, cache=cache, **rest)
+        return hidden(ids, *rest)
 
-    model.forward = spy
+    model.hidden = spy
     try:
         script.chat(session)
     finally:
         script.prompt_line = original
-    del model.forward
+    del model.hidden
     expected = KVCache(model.config, 1)
     logits = model(torch.tensor([fed]), cache=expected, last_only=True)
     assert torch.equal(expected.length, session.cache.length)
@@ -184,5 +212,77 @@ def test_tokens_outside_the_vocabulary_are_refused():
 def test_end_tokens_come_from_generation_config(tmp_path):
     settings = json.loads((ROOT / "toy" / "teacher" / "generation_config.json").read_text())
     args = script.parse(["--model", str(ROOT / "toy" / "teacher"), "--prompt", "x"])
-    args.temperature_given = None
     assert set(settings["eos_token_id"]) <= script.Session(args).ends
+
+
+def write_requests(folder, count, **more):
+    rng = random.Random(5)
+    made = [tasks.make_problem(rng.choice(tasks.TASKS), rng, "test") for _ in range(count)]
+    lines = [{"prompt": p.prompt, "id": f"p{i}", **more} for i, p in enumerate(made)]
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return made
+
+
+def answers(file):
+    return {row["line"]: row for row in map(json.loads, file.read_text().splitlines())}
+
+
+def test_requests(tmp_path):
+    """Side by side, in too little memory, interrupted and continued, and split in two: always the same answers."""
+    made = write_requests(tmp_path, 12)
+    arguments = ("--requests", str(tmp_path / "in.jsonl"), "--temperature", "0", "--max-new-tokens", "250")
+    done = run(*arguments, "--out", str(tmp_path / "out.jsonl"), cwd=tmp_path)
+    assert done.returncode == 0 and "tokens/s" in done.stderr, done.stderr
+    whole = answers(tmp_path / "out.jsonl")
+    assert sorted(whole) == list(range(1, 13)) and all(row["id"] == f"p{line - 1}" for line, row in whole.items())
+    right = [tasks.is_correct(p, whole[i]["texts"][0]) for i, p in enumerate(made, 1)]
+    assert sum(right) >= 10
+    # another batch, and a cache that holds about two of them; the first half of an earlier run is there, cut in a line
+    lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "small.jsonl").write_text("".join(lines[:5]) + lines[5][:40])
+    done = run(*arguments, "--out", str(tmp_path / "small.jsonl"), "--batch", "5", "--memory", "0.0009", cwd=tmp_path)
+    assert done.returncode == 0 and "7 answered, 5 were there already" in done.stderr, done.stderr
+    assert answers(tmp_path / "small.jsonl") == whole
+    for rank in range(2):
+        done = run(*arguments, "--out", str(tmp_path / "split.jsonl"), cwd=tmp_path, RANK=rank, WORLD_SIZE=2)
+        assert done.returncode == 0, done.stderr
+    assert {**answers(tmp_path / "split.0-of-2.jsonl"), **answers(tmp_path / "split.1-of-2.jsonl")} == whole
+
+
+def test_requests_vote_and_report_what_does_not_fit(tmp_path):
+    write_requests(tmp_path, 2, max_new_tokens=100)
+    arguments = ("--requests", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), "-n", "3")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for row in answers(tmp_path / "out.jsonl").values():
+        assert len(row["texts"]) == 3 and 1 <= row["votes"] <= 3 and row["answer"]
+        assert sum(script.final_answer(text) == row["answer"] for text in row["texts"]) == row["votes"]
+    done = run(*arguments[:3], str(tmp_path / "tiny.jsonl"), "--memory", "0.0001", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all("cache is full" in row["error"] for row in answers(tmp_path / "tiny.jsonl").values())
+
+
+@pytest.mark.parametrize("lines, message", [
+    ('{"text": "x"}\n', "line 1 has no"), ('[1]\n', "not readable as JSON"), ('{"prompt": "x", "max_new_tokens": 0}\n',
+                                                                              "at least 1"),
+    ('{"prompt": "x"}\n{"prompt": "' + "river " * 2000 + '"}\n', "context is 1024"),
+])
+def test_bad_requests_are_refused_before_any_work(lines, message, tmp_path):
+    (tmp_path / "in.jsonl").write_text(lines)
+    done = run("--requests", "in.jsonl", "--out", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_answer_file_of_other_requests_is_refused(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "out.jsonl").write_text('{"prompt": "y", "line": 1}\n')
+    done = run("--requests", "in.jsonl", "--out", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and "answers another request" in done.stderr
+    assert (tmp_path / "out.jsonl").read_text() == '{"prompt": "y", "line": 1}\n'
+
+
+@pytest.mark.parametrize("text, answer", [("so \\boxed{12} and \\boxed{7}.", "7"), ("it is 1,234.5.", "1234.5"),
+                                          ("yes\nno\n", "no"), ("", None), ("a -3 b", "-3")])
+def test_final_answer(text, answer):
+    assert script.final_answer(text) == answer

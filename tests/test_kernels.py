@@ -22,11 +22,15 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed; it has no wheel for some platforms")
 
+from conftest import Life  # noqa: E402
+from conftest import check_pages as check_cache  # noqa: E402
+
 from dms import visible  # noqa: E402
 from kernels import cache_write as writing  # noqa: E402
 from kernels import decode_attention as attending  # noqa: E402
 from kernels.cache_write import cache_write, cache_write_plain  # noqa: E402
 from kernels.decode_attention import decode_attention, decode_attention_plain  # noqa: E402
+from kv_cache import KVCache  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,15 +79,17 @@ def held_pairs(lengths, G, D, page_size, dtype, seed):
 
 
 def compare(arguments):
+    q, k_pages, v_pages, table, length = arguments
     y = decode_attention(*arguments)
     tolerance = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[y.dtype]
-    torch.testing.assert_close(y, decode_attention_plain(*arguments), rtol=tolerance, atol=tolerance)
+    expected = decode_attention_plain(q, k_pages.nan_to_num(), v_pages.nan_to_num(), table, length, piece=2000)
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
     assert not y[arguments[4] == 0].any()
 
 
 @launches
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("D", [64, 96, 128, 256])
+@pytest.mark.parametrize("D", [8, 64, 96, 128, 256])
 def test_decode_attention(dtype, D):
     for seed in range(25):
         rng = random.Random(f"{dtype} {D} {seed}")
@@ -105,7 +111,9 @@ def test_many_splits():
 def test_plain_twin():
     """Against softmax attention over a row's pairs laid end to end."""
     q, k_pages, v_pages, table, length = held_pairs([70, 0, 1], 3, 64, 16, torch.float32, seed=2)
+    k_pages, v_pages = k_pages.nan_to_num(), v_pages.nan_to_num()
     y = decode_attention_plain(q, k_pages, v_pages, table, length)
+    torch.testing.assert_close(y, decode_attention_plain(q, k_pages, v_pages, table, length, piece=1))
     k, v = (pool[table[0, :5]].view(-1, 64)[None, :70].expand(3, -1, -1) for pool in (k_pages, v_pages))
     torch.testing.assert_close(y[0], torch.nn.functional.scaled_dot_product_attention(q[0, :, None], k, v)[:, 0])
     torch.testing.assert_close(y[2], v_pages[table[2, 0], 0].expand(3, -1))
@@ -128,19 +136,24 @@ def empty_cache(B, heads, D, W, page_size, columns, P, dtype=torch.float32, inte
     N = B * heads
     return dict(
         seen=state(B, dtype=torch.int64), length=state(N), ring_slot=state(N, W, fill=NOWHERE),
-        ring_evict=state(N, W, fill=True, dtype=torch.bool), table=state(N, columns, fill=NOWHERE), pages=state(N),
+        ring_evict=state(N, W, fill=True, dtype=torch.bool), table=state(N, columns, fill=NOWHERE),
         free=torch.randperm(P, device=DEVICE).to(integers), free_count=state(1, fill=P),
         k_pages=state(P, page_size, D, fill=math.nan, dtype=dtype),
         v_pages=state(P, page_size, D, fill=math.nan, dtype=dtype))
 
 
+def pages_of(cache):
+    """How many pages each row has, a list."""
+    return (-(-cache["length"] // cache["k_pages"].shape[1])).tolist()
+
+
 def finish(cache, b, heads):
     """Sequence b ends: its pages go back to the stack."""
     for row in range(b * heads, (b + 1) * heads):
-        n, count = int(cache["pages"][row]), int(cache["free_count"])
+        n, count = pages_of(cache)[row], int(cache["free_count"])
         cache["free"][count:count + n] = cache["table"][row, :n]
         cache["free_count"] += n
-        cache["table"][row], cache["pages"][row], cache["length"][row] = NOWHERE, 0, 0
+        cache["table"][row], cache["length"][row] = NOWHERE, 0
         cache["ring_evict"][row], cache["ring_slot"][row] = True, NOWHERE
     cache["seen"][b] = 0
 
@@ -157,7 +170,7 @@ def held(cache, row):
 def check_pages(cache):
     """Every page of the pool is free or some row's, once."""
     pages = cache["free"][:int(cache["free_count"])].tolist()
-    for row, n in enumerate(cache["pages"].tolist()):
+    for row, n in enumerate(pages_of(cache)):
         pages += cache["table"][row, :n].tolist()
     assert sorted(pages) == list(range(len(cache["free"])))
 
@@ -191,7 +204,7 @@ def test_cache_write(seed):
         cache_write_plain(token, -token, **news, **plain, shift=shift)
         for state in (cache, plain):
             state["seen"] += news["active"]
-        for name in ("length", "ring_slot", "ring_evict", "pages", "free_count"):
+        for name in ("length", "ring_slot", "ring_evict", "free_count"):
             assert torch.equal(cache[name], plain[name]), name
         for row in range(N):
             if active[row // heads]:
@@ -215,7 +228,7 @@ def test_cache_write_stores(dtype, D):
     assert torch.equal(cache["k_pages"][page, 0], k[:3]) and torch.equal(cache["v_pages"][page, 0], v[:3])
     for pool in ("k_pages", "v_pages"):
         assert int((~cache[pool].isnan()).sum()) == 3 * D
-    assert cache["pages"].tolist() == cache["length"].tolist() == [1, 1, 1, 0, 0, 0]
+    assert cache["length"].tolist() == [1, 1, 1, 0, 0, 0]
     assert (cache["table"][3:] == NOWHERE).all() and (cache["ring_slot"][3:] == NOWHERE).all()
 
 
@@ -226,7 +239,7 @@ def test_cache_write_without_room(write, lacking):
     """Rows 0 and 2 have room on the page that they have, rows 1 and 3 need a new one, and there is none."""
     cache = empty_cache(2, 2, 8, W=4, page_size=4, columns=1 if lacking == "columns" else 2, P=6)
     for row, n in enumerate((1, 4, 3, 4)):
-        cache["table"][row, 0], cache["pages"][row], cache["length"][row] = row, 1, n
+        cache["table"][row, 0], cache["length"][row] = row, n
     cache["free"][:] = torch.tensor([4, 5, *[NOWHERE] * 4])
     cache["free_count"][0] = 0 if lacking == "free pages" else 2
     cache["ring_evict"][:] = False
@@ -236,11 +249,28 @@ def test_cache_write_without_room(write, lacking):
     write(k, k, yes, yes[:2], **cache, shift=0)
     assert int(cache["free_count"]) < 0
     assert cache["length"].tolist() == [2, 4, 4, 4]
-    for name in ("table", "pages", "free"):
+    for name in ("table", "free"):
         assert torch.equal(cache[name], before[name]), name
     for name in ("ring_slot", "ring_evict"):
         assert torch.equal(cache[name][1::2], before[name][1::2]), name
     assert cache["k_pages"].isnan().logical_not().nonzero()[:, :2].unique(dim=0).tolist() == [[0, 1], [2, 3]]
+
+
+@launches
+@pytest.mark.parametrize("seed", range(8))
+def test_1_000_steps_of_a_cache_that_uses_the_kernels(seed):
+    """Beside one that does not: the same results, the same pairs held, and no page is lost."""
+    life = Life(seed, layers=1)
+    plain, cache = (KVCache(**life.settings) for _ in range(2))
+    assert not cache.kernels
+    cache.kernels = True
+    for step in range(125):
+        life.step(plain, cache)
+        if step % 5 == 4:
+            life.check(plain)
+            life.check(cache)
+            check_cache(cache)
+            assert torch.equal(plain.length, cache.length)
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -250,7 +280,7 @@ def test_refusals(monkeypatch):
     """One line each, before anything is launched."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     q, k_pages, v_pages, table, length = held_pairs([5, 2], 2, 64, 4, torch.float32, seed=3)
-    for change, says in ((dict(q=q[..., :48]), "D = 48"), (dict(q=q[:, :1].expand(-1, 17, -1)), "G = 17"),
+    for change, says in ((dict(q=q.repeat(1, 1, 5)), "D = 320"), (dict(q=q[:, :1].expand(-1, 17, -1)), "G = 17"),
                          (dict(k_pages=k_pages[:, :3]), "page_size"), (dict(q=q.double()), "dtype"),
                          (dict(k_pages=k_pages.half()), "dtype"), (dict(length=length.to("meta")), "meta"),
                          (dict(k_pages=k_pages.transpose(0, 1)[:2].transpose(0, 1)), "contiguous")):
@@ -277,7 +307,7 @@ def test_without_triton(monkeypatch):
     """The files can be imported, the plain functions work, and the launchers say what is missing."""
     for name in ("triton", "triton.language"):
         monkeypatch.setitem(sys.modules, name, None)
-    for file, count in (("decode_attention", 5), ("cache_write", 15)):
+    for file, count in (("decode_attention", 5), ("cache_write", 14)):
         names = runpy.run_path(str(REPOSITORY / "kernels" / f"{file}.py"))
         assert callable(names[file + "_plain"])
         with pytest.raises(ImportError, match="needs triton"):
