@@ -59,32 +59,25 @@ class Stream:
 
     def __call__(self, token):
         self.ended = token in self.ends
-        text = self.finish() if self.ended else self.push(token)
-        if self.show is not None:
-            self.show(text)
+        if not self.ended:
+            self.ids.append(token)
+            text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+            cuts = [text.find(s) for s in self.stops if s in text]
+            self.stopped = bool(cuts)
+            hold = max((n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+            hold = max(hold, len(text) - len(text.rstrip("\ufffd")))
+            self._let_out(text[:min(cuts)] if cuts else text[:len(text) - hold])
         return self.ended or self.stopped
 
-    def push(self, token):
-        """Take one token; returns the new text, "" while undecided."""
-        if self.stopped:
-            return ""
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        cuts = [text.find(s) for s in self.stops if s in text]
-        if cuts:
-            self.stopped, text = True, text[:min(cuts)]
-            return self._let_out(text)
-        hold = max((n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        hold = max(hold, len(text) - len(text.rstrip("\ufffd")))
-        return self._let_out(text[:len(text) - hold])
-
     def finish(self):
-        """What was held back and turned out to be text after all."""
-        return "" if self.stopped else self._let_out(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        """Let out what was held back and turned out to be text after all."""
+        if not self.stopped:
+            self._let_out(self.tokenizer.decode(self.ids, skip_special_tokens=True))
 
     def _let_out(self, text):
-        new, self.text = text[len(self.text):], max(self.text, text, key=len)
-        return new
+        if self.show is not None:
+            self.show(text[len(self.text):])
+        self.text = max(self.text, text, key=len)
 
 
 def final_answer(text):
@@ -147,7 +140,10 @@ class Session:
         for drawn in generate(self.model, self.cache, sequences, sampling=self.sampling, release=release):
             self.tokens += sum(token is not None for _, token in drawn)
             self.seconds = before + time.perf_counter() - begin
-            yield [s for s, _ in drawn if s.over]
+            over = [s for s, _ in drawn if s.over]
+            for sequence in over:
+                sequence.stop.finish()
+            yield over
 
     def closing_line(self):
         s = self.cache.stats()
@@ -182,7 +178,7 @@ def chat(session):
         if chain.error:
             raise InputError(chain.error)
         pending = [] if chain.stop.ended else chain.new[-1:]  # not yet fed; the template itself ends the turn
-        print(chain.stop.finish(), flush=True)
+        print(flush=True)
 
 
 def prompt_line(mark):
@@ -192,93 +188,73 @@ def prompt_line(mark):
     return line.rstrip("\n") if line else None
 
 
-def read_lines(file):
-    """The JSON objects of a file, one to a line; a last line without its end, as an interrupted writer leaves it, does
-    not count. Raises InputError."""
+def read_lines(file, cut=False):
+    """The JSON objects of a file, one to a line. cut: the last line has no end if its writer was interrupted, and does
+    not count then. Raises InputError."""
     try:
         lines = Path(file).read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in (lines if lines[-1] == "" else lines[:-1]) if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line that is not an object")
-        return rows
-    except (OSError, ValueError) as e:
+        return [dict(json.loads(line).items()) for line in (lines[:-1] if cut else lines) if line.strip()]
+    except (OSError, ValueError, AttributeError) as e:
         raise InputError(f"{file}: not readable as JSON objects, one to a line ({str(e)[:80]}); fix it") from None
 
 
 def serve(session):
     """Answer every line of --requests, many side by side, and append the results to --out as they are finished. What
     is there already is not done again."""
-    args = session.args
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args, rank, world = session.args, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out) if world == 1 else Path(args.out).with_suffix(f".{rank}-of-{world}.jsonl")
-    done = {row.get("line"): row for row in (read_lines(out) if out.exists() else [])}
-    todo = []
+    done = {row.get("line"): row for row in (read_lines(out, cut=True) if out.exists() else [])}
+    todo = {}  # {chain: (request, its chains)}
     for line, request in list(enumerate(read_lines(args.requests), 1))[rank::world]:
         prompt = request.get("messages", request.get("prompt"))
-        if not prompt or not isinstance(prompt, (str, list)):
-            raise InputError(f"{args.requests}: line {line} has no \"prompt\" (text) or \"messages\" (a list); fix it")
-        if line in done and any(done[line].get(k) != v for k, v in request.items()):
-            raise InputError(f"{out}: its line {line} answers another request; give another --out")
+        most = request.get("max_new_tokens", args.max_new_tokens)
+        if not prompt or not isinstance(prompt, (str, list)) or type(most) is not int or most < 1:
+            raise InputError(f"{args.requests}: line {line} needs \"prompt\" (text) or \"messages\" (a list), and "
+                             f"max_new_tokens, if it is there, of at least 1; fix it")
         if line not in done:
-            most, ids = request.get("max_new_tokens", args.max_new_tokens), session.encode(prompt)
-            if type(most) is not int or most < 1:
-                raise InputError(f"{args.requests}: line {line}: max_new_tokens must be a number of at least 1")
+            ids = session.encode(prompt)
             session.model.check_ids(ids, most)
-            todo.append(({**request, "line": line}, session.chains(ids, f"{args.seed} {line}", args.n,
-                                                                  max_new_tokens=most)))
+            chains = session.chains(ids, f"{args.seed} {line}", args.n, max_new_tokens=most)
+            todo.update((chain, ({**request, "line": line}, chains)) for chain in chains)
+        elif any(done[line].get(key) != value for key, value in request.items()):
+            raise InputError(f"{out}: its line {line} answers another request; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, lambda scratch: scratch.write_text("".join(json.dumps(row) + "\n" for row in done.values())))
-    sequences = [chain for _, chains in todo for chain in chains]
-    session.new_cache(min(args.batch, max(len(sequences), 1)))
-    of_chain = {chain: request for request in todo for chain in request[1]}
-    with open(out, "a", encoding="utf-8") as file, tqdm(
-            total=len(done) + len(todo), initial=len(done), desc="requests", disable=rank > 0) as bar:
-        for over in session.run(sequences):
-            for request, chains in {id(of_chain[s]): of_chain[s] for s in over}.values():
-                if all(chain.over for chain in chains):
-                    texts = [chain.stop.text + chain.stop.finish() for chain in chains]
-                    votes = Counter(final_answer(text) for text in texts).most_common(1)[0]
-                    errors = {chain.error for chain in chains} - {None}
-                    row = {**request, "texts": texts, "tokens": [len(chain.new) for chain in chains],
-                           "answer": votes[0], "votes": votes[1], **({"error": errors.pop()} if errors else {})}
-                    file.write(json.dumps(row) + "\n")
+    session.new_cache(min(args.batch, max(len(todo), 1)))
+    with open(out, "a") as file, tqdm(total=len(todo), desc="chains", disable=rank > 0) as bar:
+        for over in session.run(list(todo)):
+            for chain in over:
+                request, chains = todo.pop(chain)
+                if not any(other in todo for other in chains):
+                    answer, votes = Counter(final_answer(c.stop.text) for c in chains).most_common(1)[0]
+                    errors = [{"error": c.error} for c in chains if c.error]
+                    file.write(json.dumps({**request, "texts": [c.stop.text for c in chains], "answer": answer,
+                                           "votes": votes, "tokens": [len(c.new) for c in chains],
+                                           **(errors or [{}])[0]}) + "\n")
                     file.flush()
-                    bar.update()
+            bar.update(len(over))
             bar.set_postfix_str(f"{session.tokens / session.seconds:.1f} tokens/s", refresh=False)
-    print(f"{out}: {len(todo)} answered, {len(done)} were there already", file=sys.stderr)
-
-
-SHADES = (231, 252, 248, 244, 240, 237)  # 256-colour codes, from held by all heads to held by few
 
 
 @torch.inference_mode()
-def show_evictions(session, ids, out=sys.stdout):
+def show_evictions(session, ids):
     """Print the text with each token shaded by the share of (layer, head) pairs that still hold it at the end: bright
-    for all, dark for few; without a terminal the share in tenths follows each token in brackets."""
-    model, T = session.model, len(ids)
-    model.check_ids(ids)
-    held = torch.zeros(T, device=model.device)
-    masked = dms.masked_attention(model.config)
+    for all, dark for few; where the output is no terminal, the share in tenths follows each token in brackets."""
+    model, T, held = session.model, len(ids), []
+    masked, position = dms.masked_attention(model.config), torch.arange(len(ids), device=model.device)
 
     def attend(layer, q, k, v, logits):
-        position = torch.arange(T, device=k.device)
-        if logits is None:
-            held.add_(k.shape[1])
-        else:
-            evict = dms.decisions(logits, model.config.dms.shift)[0]
-            held.add_(dms.visible(T - 1, position, evict, model.config.dms.window).sum(0))
+        evict = dms.decisions(logits, model.config.dms.shift)[0] if logits is not None else \
+            torch.zeros(k.shape[1:3], dtype=torch.bool, device=k.device)
+        held.append(dms.visible(T - 1, position, evict, model.config.dms.window if logits is not None else 0))
         return masked(layer, q, k, v, logits)
 
     model.hidden(torch.tensor([ids], device=model.device), attend)
-    share = (held / (model.config.num_hidden_layers * model.config.num_key_value_heads)).tolist()
-    for token, part in zip(ids, share):
+    for token, part in zip(ids, torch.cat(held).float().mean(0).tolist()):
         text = session.tokenizer.decode([token])
-        if out.isatty() or session.args.color:
-            shade = SHADES[min(int((1 - part) * len(SHADES)), len(SHADES) - 1)]
-            print(f"\x1b[38;5;{shade}m{text}\x1b[0m", end="", file=out)
-        else:
-            print(f"{text}[{int(part * 10)}]", end="", file=out)
-    print(file=out)
+        grey = 236 + int(part * 19)  # of the 256 colours, 232 to 255 are greys
+        show_now(f"\x1b[38;5;{grey}m{text}\x1b[0m" if sys.stdout.isatty() else f"{text}[{int(part * 10)}]")
+    print()
 
 
 def parse(argv=None):
@@ -305,7 +281,6 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dense", action="store_true", help="switch eviction off")
     p.add_argument("--show-evictions", action="store_true", help="print the text shaded by how many heads hold it")
-    p.add_argument("--color", action="store_true", help="shade even if the output is not a terminal")
     p.add_argument("--page-size", type=int, default=32)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
@@ -346,15 +321,12 @@ def one_prompt(session, text, task=None, problem=None):
         pass
     if chains[0].error:
         raise InputError(chains[0].error)
-    texts = [chain.stop.text + chain.stop.finish() for chain in chains]
-    print("".join(f"[{i + 1}] {text}\n" for i, text in enumerate(texts)) if args.n > 1 else "", flush=True)
-    votes = Counter(task.final_answer(problem, text) if problem else final_answer(text) for text in texts)
-    answer, count = votes.most_common(1)[0]
-    if problem is not None:
-        expected = task.final_answer(problem, problem.answer)
-        print(f"[answer {answer}, expected {expected}; {votes[expected]} of {args.n} right]", file=sys.stderr)
-    elif args.n > 1:
-        print(f"[answer {answer}; {count} of {args.n} agree]", file=sys.stderr)
+    print("".join(f"[{i}] {chain.stop.text}\n" for i, chain in enumerate(chains, 1)) if args.n > 1 else "", flush=True)
+    read = final_answer if problem is None else lambda text: task.final_answer(problem, text)
+    answer, votes = Counter(read(chain.stop.text) for chain in chains).most_common(1)[0]
+    if problem is not None or args.n > 1:
+        expected = "" if problem is None else f", expected {read(problem.answer)}"
+        print(f"[answer {answer}{expected}; {votes} of {args.n} agree]", file=sys.stderr)
     if args.show_evictions:
         show_evictions(session, chains[0].ids)
 

@@ -99,9 +99,8 @@ class ModelConfig:
         if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
             refuse(f"rope parameters {repr(rope)[:80]} are not one flat object")
         rope = {k: v for k, v in rope.items() if v is not None}
-        rope["rope_type"] = rope.pop("type", None) if "rope_type" not in rope else rope["rope_type"]
-        rope["rope_type"] = rope["rope_type"] or "default"
-        rope.pop("type", None)
+        older = rope.pop("type", None)
+        rope["rope_type"] = rope.get("rope_type") or older or "default"
         theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
         if any(x.get("partial_rotary_factor") not in (None, 1.0) for x in (rope, raw)):
             refuse("partial rotary embeddings are not supported")
@@ -113,12 +112,9 @@ class ModelConfig:
             value = default if value is None else value
             if value is None:
                 refuse(f"{key} is missing", "the file is not a complete model config")
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                refuse(f"{key} = {repr(value)[:80]} is not a number", "fix the config")
-            if not least <= value <= most:
-                refuse(f"{key} = {repr(value)[:80]} is out of range", "fix the config")
-            if kind(value) != value:
-                refuse(f"{key} = {value!r} is not a whole number", "fix the config")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most or \
+                    kind(value) != value:
+                refuse(f"{key} = {repr(value)[:80]} is not a number of the right kind and range", "fix the config")
             return kind(value)
 
         hidden, heads = number("hidden_size", most=2**20), number("num_attention_heads", most=2**16)
@@ -132,18 +128,16 @@ class ModelConfig:
             refuse(f"{heads} attention heads are not a multiple of {kv_heads} key/value heads", "fix the config")
         if head_dim % 2:
             refuse(f"head_dim {head_dim} is odd, which RoPE cannot rotate", "fix the config")
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
-            refuse(f"rope_theta = {repr(theta)[:80]} is not a positive number", "fix the config")
-        flags = {k: raw.get(k) for k in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
-        flags = {k: False if value is None else value for k, value in flags.items()}
-        for key, value in flags.items():
-            if not isinstance(value, bool):
-                refuse(f"{key} = {repr(value)[:80]} is not true or false", "fix the config")
+        raw = {**raw, "rope_theta": theta}
+        flags = {k: raw.get(k) or False for k in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+        if not all(isinstance(value, bool) for value in flags.values()):
+            refuse(f"one of {repr(flags)[:200]} is not true or false", "fix the config")
         config = cls(
             model_type=kind, vocab_size=number("vocab_size"), hidden_size=hidden, head_dim=head_dim,
             intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers"),
-            num_attention_heads=heads, num_key_value_heads=kv_heads, rope_theta=float(theta),
-            rms_norm_eps=number("rms_norm_eps", 1e-6, float, 0), rope_scaling=rope,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, rope_scaling=rope,
+            rope_theta=number("rope_theta", None, float, 1e-9, 1e30),
+            rms_norm_eps=number("rms_norm_eps", 1e-6, float, 0),
             max_position_embeddings=number("max_position_embeddings", 2048 if kind == "llama" else 32768), **flags)
         known = set(config.to_dict()) | {"rope_parameters", "torch_dtype", "dtype", "architectures", "auto_map"}
         config.extra = {k: v for k, v in raw.items() if k not in known and not k.startswith("dms_")}
@@ -164,8 +158,7 @@ class ModelConfig:
         return {"architectures": [ARCHITECTURES[self.model_type]], **raw, "hidden_act": "silu", **self.extra}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# RoPE
+# ---------------------------------------------------------------------------------------------------------------- RoPE
 
 
 def rope_frequencies(config):
@@ -214,8 +207,7 @@ def apply_rope(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The decoder
+# --------------------------------------------------------------------------------------------------------- The decoder
 
 
 class RMSNorm(nn.Module):
@@ -411,8 +403,7 @@ class Model(nn.Module):
         return self.lm_head(torch.cat(out, dim=1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
+# ---------------------------------------------------------------------------------------------------------- Generation
 
 
 def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -563,8 +554,7 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
         yield [(s, token) for _, s, token in drawn]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading and saving: safetensors and JSON only, nothing in a model folder is ever executed
+# --------------------------- Loading and saving: safetensors and JSON only, nothing in a model folder is ever executed
 
 
 def one_line(text, most=120):
@@ -677,11 +667,15 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
     if adapter is not None:
         config.dms, file, trained_on = dms.read_adapter_settings(adapter)
         overlay = [file]
+
+    def refuse(problem):
+        raise InputError(f"{base}: {problem}; the checkpoint is incomplete, of a kind that is not supported, or not "
+                         f"what its config.json describes")
+
     with ExitStack() as stack:
         where = open_weights(weight_files(base), stack, device)
         if config.num_hidden_layers > len(where):
-            raise InputError(f"{folder}: num_hidden_layers = {config.num_hidden_layers} in config.json, but there are "
-                             f"only {len(where)} tensors; one of the two belongs to another model")
+            refuse(f"num_hidden_layers = {config.num_hidden_layers}, but there are only {len(where)} tensors")
         with torch.device("meta"):
             model = Model(config)
         if trained_on is not None and dms.fingerprint(where) != trained_on:
@@ -697,19 +691,17 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
         missing = [name for name in wanted if name not in where]
         if missing:
-            raise InputError(f"{base}: {len(missing)} tensors are missing, the first {missing[0]}; the checkpoint is "
-                             f"incomplete or its config.json belongs to another model")
+            refuse(f"{len(missing)} tensors are missing, the first {missing[0]}")
         for name in where:
             if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
-                raise InputError(f"{base}: tensor {one_line(name)} has no place in a {config.model_type} model; its "
-                                 f"config.json belongs to another model, or a feature of it is not supported")
+                refuse(f"tensor {one_line(name)} has no place in a {config.model_type} model")
         for name, parameter in wanted.items():
             part = where[name].get_slice(name)
-            if tuple(part.get_shape()) != tuple(parameter.shape):
-                raise InputError(f"{base}: tensor {name} has shape {list(part.get_shape())}, config.json makes it "
-                                 f"{list(parameter.shape)}; one of the two belongs to another model")
+            shape = list(part.get_shape())
+            if shape != list(parameter.shape):
+                refuse(f"tensor {name} has shape {shape}, config.json makes it {list(parameter.shape)}")
             if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                raise InputError(f"{base}: tensor {name} is {part.get_dtype()}; quantized weights are not supported")
+                refuse(f"tensor {name} is {part.get_dtype()}, and quantized weights are not read")
         for name in wanted:
             module, leaf = name.rsplit(".", 1)
             tensor = where[name].get_tensor(name).to(dtype)
@@ -739,8 +731,7 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None):
     write_json(folder / "config.json", raw)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
+# ----------------------------------------------------------------------------------------------------------- Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
                    "generation_config.json")

@@ -29,30 +29,17 @@ from tqdm import tqdm
 import dms
 from dms import DMSConfig, InputError, read_json
 from kv_cache import KVCache
-from model import (
-    Sequence,
-    copy_tokenizer,
-    generate,
-    load_model,
-    load_tokenizer,
-    resolve,
-    save_model,
-    write_atomic,
-    write_json,
-)
+from model import copy_tokenizer, load_model, load_tokenizer, resolve, save_model, write_atomic, write_json
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: batch(step) -> token ids (B, T) and real lengths (B,), a function of (seed, step); held_out() alike
+# ----------- Data: batch(step) -> token ids (B, T) and real lengths (B,), a function of (seed, step); held_out() alike
 
 
 class TextData:
     """A .txt file (documents separated by blank lines) or .jsonl file ("text", or "messages" for the chat template),
-    packed to full sequences. Every 50th document is held out. A data source without a checker."""
-
-    problems = None
+    packed to full sequences. Every 50th document is held out."""
 
     def __init__(self, file, tokenizer, seq_len, batch_size, seed):
         self.tokenizer, self.seq_len, self.batch_size, self.seed = tokenizer, seq_len, batch_size, seed
@@ -101,48 +88,7 @@ class TextData:
         return self.pack(self.kept_out, random.Random("held out"), rows)
 
 
-class ToyData:
-    """The toy world: chat-formatted problems, one to a row, padded; test problems and a checker for each task."""
-
-    def __init__(self, tokenizer, seq_len, batch_size, seed):
-        from toy import tasks
-        self.tasks, self.tokenizer = tasks, tokenizer
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.end = tokenizer.token_id(tokenizer.special("eos_token"))
-
-    def encode(self, problem, with_answer):
-        text = self.tokenizer.apply_chat_template(self.tasks.messages(problem, with_answer),
-                                                  add_generation_prompt=not with_answer)
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def rows(self, rng, split, rows):
-        ids, lengths = torch.zeros(rows, self.seq_len, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-        for row in range(rows):
-            task = self.tasks.TASKS[row % len(self.tasks.TASKS)]
-            if split == "train":  # the chain of thought is the hardest to compress
-                task = rng.choice((*self.tasks.TASKS, "arithmetic"))
-            text = self.encode(self.tasks.make_problem(task, rng, split), True)[:self.seq_len]
-            ids[row, :len(text)], lengths[row] = torch.tensor(text), len(text)
-        return ids[:, :lengths.max()], lengths
-
-    def batch(self, step):
-        return self.rows(random.Random(f"{self.seed} {step}"), "train", self.batch_size)
-
-    def held_out(self, rows):
-        return self.rows(random.Random("held out"), "test", rows)
-
-    def problems(self, count):
-        """{task: [(prompt ids, check(text) -> bool), ...]} from the test split."""
-        out = {}
-        for task in self.tasks.TASKS:
-            rng = random.Random(f"evaluate {task}")
-            made = [self.tasks.make_problem(task, rng, "test") for _ in range(count)]
-            out[task] = [(self.encode(p, False), lambda text, p=p: self.tasks.is_correct(p, text)) for p in made]
-        return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ------------------------------------------------------------------------------------------------------------ Training
 
 
 def train_step(student, teacher, data, optimizer, step, args):
@@ -236,51 +182,32 @@ def train(args, out):
         save_model(student, out, torch.float32, base=args.model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# ----------------------------------------------------------------------------------------------------------- Measuring
 
 
 @torch.inference_mode()
 def measure(model, data, args, desc, reference=None):
-    """Accuracy per task, free-running and greedy, with the cache's own counts; KL to the reference model on held-out
-    text with hard decisions; and where the data has no checker, the counts of a cache that has read that text."""
-    result = {"accuracy": {}}
-    counts = {"tokens": 0, "pairs": 0, "peak_pairs": 0, "reads": 0, "peak_page_bytes": 0}
-
-    def count(cache, peak_bytes):
-        stats = cache.stats()
-        counts["tokens"] += cache.ended_tokens + stats["tokens"]
-        counts["pairs"] += cache.ended_pairs + stats["pairs"]
-        counts["reads"] += stats["reads"]
-        counts["peak_pairs"] = max(counts["peak_pairs"], stats["peak_pairs"])
-        counts["peak_page_bytes"] = max(counts["peak_page_bytes"], peak_bytes)
-
-    def new_cache(batch):
-        return KVCache(model.config, batch, model.device, model.dtype)
-
-    ids, lengths = data.held_out(32)
+    """KL to the reference model on held-out text with hard decisions; accuracy, where the data brings tasks; and the
+    counts of the caches that answered them, or else have read that text."""
+    result, cache = {}, lambda rows: KVCache(model.config, rows, model.device, model.dtype)
+    ids, lengths = (x.to(model.device) for x in data.held_out(32))
     if reference is not None:
-        keep = (torch.arange(ids.shape[1]) < lengths[:, None] - 1).to(model.device)
-        states = [m.hidden(ids.to(m.device), dms.masked_attention(m.config)) for m in (model, reference)]
+        keep = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None] - 1
+        states = [m.hidden(ids, dms.masked_attention(m.config)) for m in (model, reference)]
         result["kl"] = dms.distillation_loss(*states, model.lm_head.weight, reference.lm_head.weight, keep).item()
-    for task, problems in (data.problems(args.eval_problems) if data.problems else {}).items():
-        cache, peak = new_cache(min(args.eval_batch, len(problems))), 0
-        sequences = [Sequence(prompt, args.eval_tokens) for prompt, _ in problems]
-        with tqdm(total=len(problems), desc=f"{desc}: {task}", leave=False) as bar:
-            for drawn in generate(model, cache, sequences, {data.end}):
-                bar.update(sum(s.over for s, _ in drawn))
-                peak = max(peak, cache.stats()["page_bytes"])
-        right = [check(data.tokenizer.decode(s.new, skip_special_tokens=True))
-                 for s, (_, check) in zip(sequences, problems)]
-        result["accuracy"][task] = sum(right) / len(problems)
-        count(cache, peak)
-    if not data.problems:
-        for row, n in zip(ids, lengths.tolist()):
-            cache = new_cache(1)
-            model(row[None, :n].to(model.device), cache=cache, last_only=True)
-            count(cache, cache.stats()["page_bytes"])
-    all_heads = model.config.num_hidden_layers * model.config.num_key_value_heads
-    return {**result, "compression_ratio": counts["tokens"] * all_heads / counts["pairs"], **counts}
+    if hasattr(data, "answer_tasks"):
+        result["accuracy"], caches, peak = data.answer_tasks(model, cache, args, desc)
+    else:
+        result["accuracy"], caches, peak = {}, [cache(1) for _ in ids], 0
+        for row, n, one in zip(ids, lengths.tolist(), caches):
+            model(row[None, :n], cache=one, last_only=True)
+            peak = max(peak, one.stats()["page_bytes"])
+            one.release([0])
+    tokens, pairs = sum(c.ended_tokens for c in caches), sum(c.ended_pairs for c in caches)
+    heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    return {**result, "compression_ratio": tokens * heads / pairs, "tokens": tokens, "pairs": pairs,
+            "peak_pairs": max(int(c.peak) for c in caches), "reads": sum(int(c.reads.sum()) for c in caches),
+            "peak_page_bytes": peak}
 
 
 def evaluate(args, out):
@@ -290,7 +217,8 @@ def evaluate(args, out):
     student = load_model(out, args.device, args.torch_dtype)
     results = {"dense": measure(teacher, data, args, "dense"), "DMS": measure(student, data, args, "DMS", teacher)}
     # a sliding window is a DMS model that evicts everything; its budget is what DMS held of an average sequence
-    mean_length = results["dense"]["tokens"] / (len(data.tasks.TASKS) * args.eval_problems if data.problems else 32)
+    sequences = len(results["dense"]["accuracy"]) * args.eval_problems or 32
+    mean_length = results["dense"]["tokens"] / sequences
     budget = max(round(mean_length / results["DMS"]["compression_ratio"]), 1)
     sliding = load_model(args.model, args.device, args.torch_dtype)
     dms.start_retrofit(sliding, DMSConfig(window=budget - 1, offset=-1.0))
@@ -311,22 +239,17 @@ def evaluate(args, out):
 
 
 def hardware():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    return f"{cpu}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else \
+        f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The script
+# ---------------------------------------------------------------------------------------------------------- The script
 
 
 def make_data(args):
     tokenizer = load_tokenizer(args.model)
     if args.data == "toy":
+        from toy.data import ToyData
         return ToyData(tokenizer, args.seq_len, args.batch_size, args.seed)
     return TextData(args.data, tokenizer, args.seq_len, args.batch_size, args.seed)
 

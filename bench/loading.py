@@ -98,6 +98,7 @@ def main():
     p = argparse.ArgumentParser(description="Memory and time of loading a checkpoint.")
     p.add_argument("--folder", required=True, type=Path, help="where the checkpoint is made, or lies already")
     p.add_argument("--layers", type=int, default=QWEN3_8B["num_hidden_layers"], help="fewer, for a smaller one")
+    p.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"], help="to load it in, each by itself")
     p.add_argument("--keep", action="store_true", help="leave the checkpoint there")
     p.add_argument("--only-load", metavar="DTYPE", help="load what is there in this process and print JSON")
     args = p.parse_args()
@@ -110,7 +111,7 @@ def main():
         files = sorted(args.folder.glob("*.safetensors"))
         disk = sum(file.stat().st_size for file in files)
         print(f"{args.folder}: {len(files)} shards, {disk:,} bytes on disk")
-        for dtype in ("bfloat16", "float32"):
+        for dtype in args.dtypes:
             r = measure(args.folder, dtype)
             print(f"{dtype}: {r['bytes']:,} bytes of weights, peak {r['peak']:,} bytes private "
                   f"({r['peak'] / r['bytes']:.3f} of them), {r['seconds']:.2f} s, {disk / r['seconds'] / 1e9:.2f} "

@@ -10,15 +10,9 @@ changes it, and takes pages with an atomic subtraction, in whatever order rows c
 Letters: B sequences, N = B * Hkv rows (row b * Hkv + h), D head size, P pages of the layer's pool, M columns of the
 table, W = window + 1 entries of the ring.
 """
-import os
-
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # it has no wheel for this platform; the plain function needs none
-    triton = None
+from kernels import check_launch, tl, triton
 
 
 def cache_write_plain(k, v, evict, active, seen, length, ring_slot, ring_evict, table, free, free_count, k_pages,
@@ -31,8 +25,7 @@ def cache_write_plain(k, v, evict, active, seen, length, ring_slot, ring_evict, 
     Updated: length (N,) pairs held; ring_slot (N, W) integer and ring_evict (N, W) bool, slot and decision of token t
     at t mod W; table (N, M) integer, a row's pages in order, as many as its length needs; free_count (1,); k_pages and
     v_pages (P, page_size, D).
-    The caller sees to it that pages are not shared, and that stack and table have room. A row for which they do not is
-    not written, and free_count is negative from then on.
+    The caller sees to it that pages are not shared, and that stack and table have room (KVCache.reserve).
     """
     W, page_size, heads = ring_slot.shape[1], k_pages.shape[1], len(k) // len(seen)
     row = active.repeat_interleave(heads).nonzero()[:, 0]
@@ -42,26 +35,20 @@ def cache_write_plain(k, v, evict, active, seen, length, ring_slot, ring_evict, 
         ring_evict[row[known], (t[known] - 1) % W] = evict[row[known]]
     reuse = ring_evict[row, t % W] & (t >= W)
     slot = torch.where(reuse, ring_slot[row, t % W], length[row]).long()
-    ordinal = slot // page_size
     new = ~reuse & (slot % page_size == 0)
-    taken = free_count - new.cumsum(0)  # where in the stack each new page lies
-    page = torch.where(new, free[taken.clamp(min=0)], table[row, ordinal.clamp(max=table.shape[1] - 1)]).long()
-    room = ~new | ((taken >= 0) & (ordinal < table.shape[1]))
     free_count -= new.sum().to(free_count.dtype)
-    if not room.all():
-        free_count.clamp_(max=-1)
-        row, t, reuse, slot, ordinal, new, page = (x[room] for x in (row, t, reuse, slot, ordinal, new, page))
+    table[row[new], slot[new] // page_size] = free[free_count + new.cumsum(0)[new] - 1].to(table.dtype)
+    page = table[row, slot // page_size].long()
     length[row] += (~reuse).to(length.dtype)
-    table[row, ordinal] = page.to(table.dtype)
     k_pages[page, slot % page_size], v_pages[page, slot % page_size] = k[row], v[row]
     ring_slot[row, t % W] = slot.to(ring_slot.dtype)
     ring_evict[row, t % W] = evict[row] & (not shift)
 
 
 if triton is not None:
-    @triton.jit(do_not_specialize=["heads", "columns", "table_stride"])
+    @triton.jit(do_not_specialize=["heads", "table_stride"])
     def _write(k_ptr, v_ptr, evict_ptr, active_ptr, seen_ptr, length_ptr, ring_slot_ptr, ring_evict_ptr, table_ptr,
-               free_ptr, free_count_ptr, k_pages_ptr, v_pages_ptr, heads, columns, table_stride,
+               free_ptr, free_count_ptr, k_pages_ptr, v_pages_ptr, heads, table_stride,
                D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
         """Program (row,), of a single warp: its threads read the row's state before any of them changes it."""
         row = tl.program_id(0).to(tl.int64)
@@ -83,44 +70,33 @@ if triton is not None:
                 tl.store(ring_evict_ptr + row * W + (t + W - 1) % W, evict, mask=t > 0)
             reuse = leaves & (t >= W)
             slot = tl.where(reuse, old, length)
-            ordinal = slot // PAGE
-            place = table_ptr + row * table_stride + ordinal
+            place = table_ptr + row * table_stride + slot // PAGE
             if (length % PAGE == 0) & (reuse == 0):
                 top = tl.atomic_add(free_count_ptr, -1, sem="relaxed").to(tl.int64) - 1
-                page = tl.load(free_ptr + top, mask=(top >= 0) & (ordinal < columns), other=-1).to(tl.int64)
-                if page >= 0:
-                    tl.store(place, page)
-                else:
-                    tl.atomic_min(free_count_ptr, -1, sem="relaxed")
+                page = tl.load(free_ptr + top).to(tl.int64)
+                tl.store(place, page)
             else:
                 page = tl.load(place).to(tl.int64)
-            if page >= 0:
-                where = (page * PAGE + slot % PAGE) * D + d
-                tl.store(k_pages_ptr + where, k, mask=d < D)
-                tl.store(v_pages_ptr + where, v, mask=d < D)
-                tl.store(length_ptr + row, tl.where(reuse, length, length + 1))
-                tl.store(ring_slot_ptr + entry, slot)
-                tl.store(ring_evict_ptr + entry, evict & (SHIFT == 0))
+            where = (page * PAGE + slot % PAGE) * D + d
+            tl.store(k_pages_ptr + where, k, mask=d < D)
+            tl.store(v_pages_ptr + where, v, mask=d < D)
+            tl.store(length_ptr + row, tl.where(reuse, length, length + 1))
+            tl.store(ring_slot_ptr + entry, slot)
+            tl.store(ring_evict_ptr + entry, evict & (SHIFT == 0))
 
 
 def cache_write(k, v, evict, active, seen, length, ring_slot, ring_evict, table, free, free_count, k_pages, v_pages,
                 shift):
     """cache_write_plain by the kernel. CPU tensors only under TRITON_INTERPRET=1."""
-    if triton is None:
-        raise ImportError("cache_write needs triton, which is not installed; cache_write_plain does not")
-    state = (length, ring_slot, ring_evict, free, free_count, k_pages, v_pages, evict, active, seen)
-    devices = {x.device for x in (k, v, table, *state)}
-    if len(devices) > 1 or k.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("cache_write needs its tensors on one GPU, or on the CPU under TRITON_INTERPRET=1, not on "
-                         f"{', '.join(sorted(map(str, devices)))}")
+    k, v = k.contiguous(), v.contiguous()
+    check_launch("cache_write", k, v, evict, active, seen, length, ring_slot, ring_evict, free, free_count, k_pages,
+                 v_pages)
     if not {k.dtype, v.dtype} == {k_pages.dtype} == {v_pages.dtype}:
         raise ValueError(f"cache_write needs k and v of the pages' dtype, {k_pages.dtype}, not {k.dtype}, {v.dtype}")
-    if not all(x.is_contiguous() for x in state) or table.stride(1) != 1:
-        raise ValueError("cache_write needs everything but k and v contiguous, of table the rows")
     if shift not in (0, 1) or len(k) % len(seen):
         raise ValueError(f"cache_write needs a shift of 0 or 1, not {shift}, and len(k) a multiple of len(seen)")
     N, D = k.shape
-    _write[(N,)](k.contiguous(), v.contiguous(), evict, active, seen, length, ring_slot, ring_evict, table, free,
-                 free_count, k_pages, v_pages, N // len(seen), table.shape[1], table.stride(0), D=D,
+    _write[(N,)](k, v, evict, active, seen, length, ring_slot, ring_evict, table, free,
+                 free_count, k_pages, v_pages, N // len(seen), table.stride(0), D=D,
                  WIDTH=triton.next_power_of_2(D), PAGE=k_pages.shape[1], W=ring_slot.shape[1], SHIFT=shift,
                  num_warps=1)

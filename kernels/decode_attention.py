@@ -12,15 +12,10 @@ its way while one is multiplied, and three such programs fit on an H200's multip
 Letters: N = B * Hkv rows, G query heads per KV head, D head size, P pages of the layer's pool, M columns of the table.
 """
 import math
-import os
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # it has no wheel for this platform; the plain function needs none
-    triton = None
+from kernels import check_launch, tl, triton
 
 
 def take(pool, page, buffer):
@@ -144,29 +139,22 @@ def decode_attention(q, k_pages, v_pages, table, length):
     """decode_attention_plain by the kernel: D up to 256 (made for 64, 96, 128 and 256), G from 1 to 16, any page_size
     that is a power of two, float32, float16 or bfloat16; slots that are not in use may hold anything, NaN included.
     CPU tensors only under TRITON_INTERPRET=1."""
-    if triton is None:
-        raise ImportError("decode_attention needs triton, which is not installed; decode_attention_plain does not")
+    q = q.contiguous()
+    check_launch("decode_attention", q, k_pages, v_pages, length)
     (N, G, D), page_size = q.shape, k_pages.shape[1]
-    tensors = (q, k_pages, v_pages, table, length)
-    if D > 256 or not 1 <= G <= 16:
-        raise ValueError(f"decode_attention knows D up to 256 and G of 1 to 16, not D = {D} and G = {G}")
-    if page_size & (page_size - 1):
-        raise ValueError(f"decode_attention needs a page_size that is a power of two, not {page_size}")
+    if D > 256 or not 1 <= G <= 16 or page_size & (page_size - 1):
+        raise ValueError(f"decode_attention needs D up to 256, G of 1 to 16 and a page_size that is a power of two, "
+                         f"not D = {D}, G = {G}, page_size = {page_size}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or {k_pages.dtype, v_pages.dtype} != {q.dtype}:
         raise ValueError("decode_attention needs q, k_pages and v_pages of one dtype, float32, float16 or bfloat16, "
                          f"not {q.dtype}, {k_pages.dtype} and {v_pages.dtype}")
-    if len({x.device for x in tensors}) > 1 or q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("decode_attention needs its tensors on one GPU, or on the CPU under TRITON_INTERPRET=1, not "
-                         f"on {', '.join(sorted({str(x.device) for x in tensors}))}")
-    if not (k_pages.is_contiguous() and v_pages.is_contiguous() and length.is_contiguous() and table.stride(1) == 1):
-        raise ValueError("decode_attention needs k_pages, v_pages, length and the rows of table contiguous")
     width, capacity = max(triton.next_power_of_2(D), 16), table.shape[1] * page_size
     split = _split(N, capacity)
     splits = -(-capacity // split)
     part = torch.empty(N, splits, G, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(N, splits, G, dtype=torch.float32, device=q.device)
-    y = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _attend[N, splits](q.contiguous(), k_pages, v_pages, table, length, part, lse, D ** -0.5 * math.log2(math.e),
+    y = torch.empty_like(q)
+    _attend[N, splits](q, k_pages, v_pages, table, length, part, lse, D ** -0.5 * math.log2(math.e),
                        table.stride(0), G=G, D=D, WIDTH=width, PAGE=page_size, SPLIT=split,
                        BLOCK=16384 // (width * q.element_size()),
                        UPCAST=q.device.type == "cpu",  # the interpreter multiplies bfloat16 as if it were integers

@@ -52,13 +52,14 @@ class Life:
     """A batch in which sequences begin, grow by one token or many, fork and end at random, fed to several caches at
     once; and what each of their rows must hold by the rule. A token's k is its own number, so that pairs tell."""
 
-    def __init__(self, seed, layers=2):
-        self.rng, self.shape = random.Random(seed), (layers, 2, 8)
+    def __init__(self, seed, layers=2, device="cpu"):
+        self.rng, self.shape, self.device = random.Random(seed), (layers, 2, 8), device
         L, H, D = self.shape
         rng = self.rng
         self.dms = DMSConfig(window=rng.choice([0, 1, 3, 12]), shift=rng.choice([0, 1])) if seed % 4 else None
         config = small_config(dms=self.dms, num_hidden_layers=L, num_key_value_heads=H, head_dim=D)
-        self.settings = dict(config=config, batch_size=3, page_size=rng.choice([1, 2, 4, 8]))
+        self.settings = dict(config=config, batch_size=3, page_size=rng.choice([1, 2, 4, 8]),
+                             device=device)
         self.tokens, self.flags = [[], [], []], [[], [], []]  # of each sequence; flags (L, H) at each token
         self.count, self.rate = 0, rng.choice([0.3, 0.9])
         self.generator = torch.Generator().manual_seed(seed)
@@ -88,18 +89,17 @@ class Life:
         flags = torch.rand(L, n, H, T, generator=self.generator) < self.rate
         token = self.count + torch.arange(n * T, dtype=torch.float32).view(n, 1, T, 1)
         self.count = (self.count + n * T) % 2**20
-        q = torch.randn(L, n, 2 * H, T, D, generator=self.generator)
-        out = []
+        q = torch.randn(L, n, 2 * H, T, D, generator=self.generator).to(self.device)
+        out, token, evict = [], token.to(self.device), flags.to(self.device).float() - 0.5
         for cache in caches:
-            with torch.inference_mode(), cache.append(torch.tensor(lengths), T) as attend:
+            with torch.inference_mode(), cache.append(torch.tensor(lengths, device=self.device), T) as attend:
                 k = token.expand(n, H, T, D).contiguous()
-                out.append([attend(i, q[i] * 1e-3, k, -k, flags[i].float() - 0.5 if self.dms else None)
-                            for i in range(L)])
+                out.append([attend(i, q[i] * 1e-3, k, -k, evict[i] if self.dms else None) for i in range(L)])
         for other in out[1:]:
             for layer, b in ((i, b) for i in range(L) for b in range(n)):
                 torch.testing.assert_close(other[layer][b, :, :lengths[b]], out[0][layer][b, :, :lengths[b]])
         for i, b in enumerate(sequences):
-            self.tokens[b] += token[i, 0, :lengths[i], 0].tolist()
+            self.tokens[b] += token[i, 0, :lengths[i], 0].tolist()  # exact: numbers below 2^20
             self.flags[b] += flags[:, i, :, :lengths[i]].permute(2, 0, 1)
 
     def check(self, cache):
@@ -113,7 +113,7 @@ class Life:
                     said = torch.stack(self.flags[b])[self.dms.shift:, layer, h]
                     evict[:len(said)] = said
                 rule = visible(T - 1, torch.arange(T), evict, self.dms.window if self.dms else 0)
-                slot = torch.arange(int(cache.length[layer, row]))
+                slot = torch.arange(int(cache.length[layer, row]), device=self.device)
                 page = cache.table[layer, row, slot // cache.page_size].long()
                 k, v = (p[layer][page, slot % cache.page_size, 0] for p in (cache.k_pages, cache.v_pages))
                 assert torch.equal(k, -v) and sorted(k.tolist()) == sorted(x for x, r in zip(tokens, rule) if r)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from bench.loading import make_checkpoint, measure
 from dms import InputError, masked_attention
 from kv_cache import KVCache
-from model import ModelConfig, generate, load_model, load_tokenizer, weight_files
+from model import ModelConfig, Sequence, generate, load_model, load_tokenizer, weight_files
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -126,8 +126,10 @@ def test_logits_and_greedy_tokens_equal_transformers(family, tmp_path):
     for _ in range(12):
         greedy.append(out.logits[:, -1].argmax(-1))
         out = theirs(greedy[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
-    drawn = list(generate(ours, KVCache(ours.config, 2), prompts.tolist(), 12))
-    assert drawn == [list(enumerate(step.tolist())) for step in greedy]
+    some = [Sequence(prompt, 12) for prompt in prompts.tolist()]
+    for _ in generate(ours, KVCache(ours.config, 2), some):
+        pass
+    assert [s.new for s in some] == torch.stack(greedy, dim=1).tolist()
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "rope_parameters" in FAMILIES[f][1]])

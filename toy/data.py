@@ -1,0 +1,55 @@
+"""The toy world as a data source of retrofit.py: batch(step), held_out(rows), and tasks to be answered."""
+import random
+
+import torch
+from tqdm import tqdm
+
+from model import Sequence, generate
+from toy import tasks
+
+
+class ToyData:
+    """The toy world: chat-formatted problems, one to a row, padded; test problems and a checker for each task."""
+
+    def __init__(self, tokenizer, seq_len, batch_size, seed):
+        self.tokenizer = tokenizer
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.end = tokenizer.token_id(tokenizer.special("eos_token"))
+
+    def encode(self, problem, with_answer):
+        text = self.tokenizer.apply_chat_template(tasks.messages(problem, with_answer),
+                                                  add_generation_prompt=not with_answer)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def rows(self, rng, split, rows):
+        ids, lengths = torch.zeros(rows, self.seq_len, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+        for row in range(rows):
+            task = tasks.TASKS[row % len(tasks.TASKS)]
+            if split == "train":  # the chain of thought is the hardest to compress
+                task = rng.choice((*tasks.TASKS, "arithmetic"))
+            text = self.encode(tasks.make_problem(task, rng, split), True)[:self.seq_len]
+            ids[row, :len(text)], lengths[row] = torch.tensor(text), len(text)
+        return ids[:, :lengths.max()], lengths
+
+    def batch(self, step):
+        return self.rows(random.Random(f"{self.seed} {step}"), "train", self.batch_size)
+
+    def held_out(self, rows):
+        return self.rows(random.Random("held out"), "test", rows)
+
+    def answer_tasks(self, model, new_cache, args, desc):
+        """Free-running greedy answers to args.eval_problems test problems of each task, args.eval_batch side by side
+        in new_cache(rows): {task: share that is correct}, the caches, the most bytes in pages at once."""
+        accuracy, caches, peak = {}, [], 0
+        for task in tasks.TASKS:
+            rng = random.Random(f"evaluate {task}")
+            problems = [tasks.make_problem(task, rng, "test") for _ in range(args.eval_problems)]
+            sequences = [Sequence(self.encode(p, False), args.eval_tokens) for p in problems]
+            caches.append(new_cache(min(args.eval_batch, len(problems))))
+            with tqdm(total=len(problems), desc=f"{desc}: {task}", leave=False) as bar:
+                for drawn in generate(model, caches[-1], sequences, {self.end}):
+                    bar.update(sum(s.over for s, _ in drawn))
+                    peak = max(peak, caches[-1].stats()["page_bytes"])
+            texts = [self.tokenizer.decode(s.new, skip_special_tokens=True) for s in sequences]
+            accuracy[task] = sum(map(tasks.is_correct, problems, texts)) / len(problems)
+        return accuracy, caches, peak
