@@ -370,7 +370,7 @@ def test_cache_write_compiles(arch):
     kernel = compiled(writing._write, *launched(
         writing, "_write", cache_write, pointer(512, 128), pointer(512, 128), pointer(512, dtype=flag),
         pointer(64, dtype=flag), pointer(64, dtype=torch.int64), pointer(512, dtype=i32), pointer(512, 513, dtype=i32),
-        pointer(512, 513, dtype=flag), pointer(512, 128, dtype=i32), pointer(512, dtype=i32),
+        pointer(512, 513, dtype=flag), pointer(512, 128, dtype=i32),
         pointer(100_000, dtype=i32), pointer(1, dtype=i32), pointer(100_000, 64, 128), pointer(100_000, 64, 128),
         shift=1), arch)
     check_no_spills(kernel)
