@@ -54,30 +54,37 @@ class Stream:
 
     def __init__(self, tokenizer, stop_strings=(), ends=(), show=None):
         self.tokenizer, self.stops, self.ends, self.show = tokenizer, [s for s in stop_strings if s], ends, show
-        self.ids, self.text = [], ""
+        self.ids, self.read, self.whole, self.text = [], (0, 0), "", ""
         self.stopped = self.ended = False  # by a stop string; by an end token
 
     def __call__(self, token):
         self.ended = token in self.ends
         if not self.ended:
             self.ids.append(token)
-            text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-            cuts = [text.find(s) for s in self.stops if s in text]
-            self.stopped = bool(cuts)
-            hold = max((n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-            hold = max(hold, len(text) - len(text.rstrip("\ufffd")))
-            self._let_out(text[:min(cuts)] if cuts else text[:len(text) - hold])
+            if self.stops or self.show is not None:
+                self._decode()
         return self.ended or self.stopped
 
     def finish(self):
         """Let out what was held back and turned out to be text after all."""
         if not self.stopped:
-            self._let_out(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+            self._decode(last=True)
 
-    def _let_out(self, text):
-        if self.show is not None:
-            self.show(text[len(self.text):])
-        self.text = max(self.text, text, key=len)
+    def _decode(self, last=False):
+        """Decode the ids that came since the last whole character, and those read with it: some decoders write the
+        space before a word only where it is not the first."""
+        before, since = self.read
+        text = self.tokenizer.decode(self.ids[before:], skip_special_tokens=True)
+        if last or not text.endswith("\ufffd"):
+            start, known = len(self.whole), self.tokenizer.decode(self.ids[before:since], skip_special_tokens=True)
+            self.whole, self.read = self.whole + text[len(known):], (since, len(self.ids))
+            found = [self.whole.find(s, max(start - len(s), 0)) for s in self.stops]
+            hold = max((n for s in self.stops for n in range(1, len(s)) if self.whole.endswith(s[:n])), default=0)
+            self.stopped = max(found, default=-1) >= 0
+            end = min(at for at in found if at >= 0) if self.stopped else len(self.whole) - (0 if last else hold)
+            if self.show is not None:
+                self.show(self.whole[len(self.text):end])
+            self.text = self.whole[:max(end, len(self.text))]
 
 
 def final_answer(text):

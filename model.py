@@ -13,11 +13,11 @@ of eviction beyond handing each layer's decision logits to `attend`, or of train
 References: Touvron et al. 2302.13971 (Llama), Yang et al. 2505.09388 (Qwen3), Su et al. 2104.09864 (RoPE),
 Peng et al. 2309.00071 (YaRN).
 """
+import hashlib
 import itertools
 import json
 import math
 import os
-import random
 import shutil
 from collections import deque
 from contextlib import ExitStack, contextmanager
@@ -443,8 +443,10 @@ class Sequence:
         self.ids = list(self.ids)
 
     def uniform(self):
-        """The random number in [0, 1) for its next token: of its seed and place alone, whatever runs beside it."""
-        return random.Random(f"{self.seed} {len(self.new)}").random()
+        """The random number in [0, 1) for its next token: of its seed and place alone, whatever runs beside it; exact
+        in float32."""
+        digest = hashlib.blake2b(f"{self.seed} {len(self.new)}".encode(), digest_size=3).digest()
+        return int.from_bytes(digest, "big") / 2**24
 
 
 class DecodeStep:

@@ -149,6 +149,18 @@ def test_stream_holds_back_half_characters_and_half_stop_strings():
     assert stream.text == "a ST"
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_stream_reads_what_the_tokenizer_reads_at_once(seed):
+    tokenizer, rng, pieces = load_tokenizer(ROOT / "toy" / "teacher"), random.Random(seed), []
+    stream = script.Stream(tokenizer, ["QQ never QQ"], show=pieces.append)
+    ids = [i for _ in range(60) for i in rng.choice([tokenizer.encode(rng.choice(["☃", "é", " is 7", "QQ", "code"])),
+                                                     [rng.randrange(600)]])]
+    for token in ids:
+        assert not stream(token)
+    stream.finish()
+    assert "".join(pieces) == stream.text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def test_works_at_once_with_the_shipped_model(tmp_path):
     done = run("--max-new-tokens", "60", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
