@@ -270,7 +270,7 @@ def parse(argv=None):
     p.add_argument("--decision", choices=["adapter", "neuron"], default="adapter", help="where decisions come from")
     p.add_argument("--shift", type=int, choices=[0, 1], default=1, help="the logit at t decides token t - shift")
     p.add_argument("--per", choices=["head", "layer"], default="head", help="granularity of decisions")
-    p.add_argument("--steps", type=int, help="(default: 300 for toy data, else 1000)")
+    p.add_argument("--steps", type=int, help="(default: 500 for toy data, else 1000)")
     p.add_argument("--lr", type=float, help="(default: 1e-3 for toy data, else 3e-5)")
     p.add_argument("--batch-size", type=int, help="sequences per step (default: 4 for toy data, else 8)")
     p.add_argument("--seq-len", type=int, help="tokens per sequence (default: 512 for toy data, else 8192)")
@@ -299,7 +299,7 @@ def parse(argv=None):
             raise InputError(f"{out}: was started with another --{changed[0].replace('_', '-')} "
                              f"({saved[changed[0]]!r}); resume it unchanged, or start another --out")
     for name, for_toy, otherwise in (("data", "toy", None), ("window", 16, 256), ("train", "all", "adapters"),
-                                     ("steps", 300, 1000), ("lr", 1e-3, 3e-5), ("batch_size", 4, 8),
+                                     ("steps", 500, 1000), ("lr", 1e-3, 3e-5), ("batch_size", 4, 8),
                                      ("seq_len", 512, 8192)):
         if getattr(args, name) is None:
             setattr(args, name, for_toy if toy else otherwise)

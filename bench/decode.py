@@ -47,6 +47,13 @@ def median_seconds(f, steps, device, warm_up=2):
     return statistics.median(times), min(times)
 
 
+def tidy(device):
+    """Give memory back before the next measurement takes its own."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
 def copy_bandwidth(device):
     """Bytes per second, read and written, of copying 1 GB (256 MB on a CPU)."""
     a = torch.empty(2**28 if device == "cpu" else 2**30, dtype=torch.uint8, device=device).zero_()
@@ -148,7 +155,7 @@ def transformers_rows(config, context, batch, args, dtype):
                      "batch": batch, "seconds": seconds, "fastest": fastest, "tokens_per_second": batch / seconds})
         show(rows[-1])
         del cache
-        gc.collect()
+        tidy(args.device)
     return rows
 
 
@@ -193,9 +200,7 @@ def largest_batch(model, context, cr, args):
     best, batch = None, 2 * max(args.batches)
     while True:
         row = whole_step(model, context, batch, cr, args)
-        gc.collect()
-        if args.device != "cpu":
-            torch.cuda.empty_cache()
+        tidy(args.device)
         if row is None:
             return best
         show(row)
@@ -240,14 +245,14 @@ def main():
         for context in args.contexts:
             for batch in args.batches:
                 row = whole_step(model, context, batch, cr, args)
-                gc.collect()
+                tidy(args.device)
                 if row is not None:
                     rows.append(row)
                     show(row)
             best = largest_batch(model, context, cr, args) if args.largest else None
             rows += [{**best, "largest": True}] if best else []
         del model
-        gc.collect()
+        tidy(args.device)
     result["transformers"] = []
     for context, batch in itertools.product(args.contexts, args.batches if args.transformers else []):
         result["transformers"] += transformers_rows(shape(args.shape, args.layers), context, batch, args, dtype)
