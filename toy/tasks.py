@@ -11,10 +11,15 @@ Most of each text is filler that can be forgotten at once; what is needed sits o
   "hard"   the same length and more to do: more facts and questions, longer chains, mostly three-operand sums
   an int   a training problem of about that many tokens (at least 96), its other numbers drawn at random
 
+    python toy/tasks.py arithmetic 100 > prompts.jsonl       # test problems as requests for generate.py
+
 Train and test problems are disjoint by construction: a checksum of the statements and the question,
 filler left out, says which of the two a problem belongs to.
 """
+import json
+import random
 import re
+import sys
 import zlib
 from dataclasses import dataclass
 
@@ -196,3 +201,10 @@ def messages(problem, with_answer=True):
     if with_answer:
         chat.append({"role": "assistant", "content": problem.answer})
     return chat
+
+
+if __name__ == "__main__":
+    rng = random.Random(7)
+    for _ in range(int(sys.argv[2])):
+        problem = make_problem(sys.argv[1], rng, "test")
+        print(json.dumps({"prompt": problem.prompt, "expected": [value for _, value in problem.expected]}))
