@@ -458,7 +458,7 @@ class DecodeStep:
         self.tokens = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.device)
         self.lengths = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
         self.uniform = torch.zeros(cache.batch_size, device=cache.device)
-        self.graph = self.layout = None
+        self.graph, self.layout, self.captures = None, None, cache.device.type == "cuda"
 
     @torch.inference_mode()
     def __call__(self, tokens, uniform):
@@ -469,7 +469,7 @@ class DecodeStep:
         self.cache.reserve(self.lengths)
         self.tokens.copy_(torch.tensor([[tokens.get(row, 0)] for row in rows]))
         self.uniform.copy_(torch.tensor([uniform.get(row, 0.0) for row in rows]))
-        if self.cache.device.type != "cuda" or self.layout != self.cache.layout[0]:
+        if not self.captures or self.layout != self.cache.layout[0]:
             self.layout, self.graph = self.cache.layout[0], None
             self.run()
         else:

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import small_model
 
 import generate as script
+import model as engine
 from dms import DMSConfig, InputError
 from kv_cache import KVCache
 from model import Sequence, generate, load_tokenizer, sample
@@ -102,6 +104,47 @@ def test_captured_steps_draw_what_the_cpu_draws(sampling):
     for _ in generate(model.to("cuda"), cache, some, {3, 5, 8}, sampling):
         pass
     assert [s.new for s in some] == expected
+
+
+def test_a_captured_step_never_outlives_its_tensors(monkeypatch):
+    """A graph is simulated: recording leaves everything as it was, replaying finds the tensors that were recorded.
+    Pools and table grow, rows are forked and dropped under way."""
+    counts = {"recorded": 0, "replayed": 0}
+
+    def tensors(cache):
+        lists = [x for x in vars(cache).values() if isinstance(x, list) and x and isinstance(x[0], torch.Tensor)]
+        return [x for x in vars(cache).values() if isinstance(x, torch.Tensor)] + [x for y in lists for x in y]
+
+    class Graph:
+        def replay(self):
+            counts["replayed"] += 1
+            assert [id(x) for x in self.recorded] == [id(x) for x in tensors(self.step.cache)]
+            self.step.run()
+
+    class Step(engine.DecodeStep):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.captures, Step.newest = True, self
+
+    @contextmanager
+    def record(graph):
+        counts["recorded"] += 1
+        graph.step, graph.recorded = Step.newest, tensors(Step.newest.cache)
+        before = [x.clone() for x in graph.recorded]
+        yield
+        for x, was in zip(graph.recorded, before):
+            x.copy_(was)
+
+    monkeypatch.setattr(engine, "DecodeStep", Step)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    model, many = small_model(4, DMSConfig(window=3), 0.5), sorted(sequences(10, new=60), key=lambda s: len(s.ids))
+    many += [Sequence(many[0].ids, 60, i) for i in range(3)]
+    expected = [alone(model, s, {3, 5}, temperature=1.0) for s in many]
+    for _ in generate(model, KVCache(model.config, 4, page_size=8), many, {3, 5}, dict(temperature=1.0)):
+        pass
+    assert [s.new for s in many] == expected
+    assert counts["replayed"] > 3 * counts["recorded"] > 10
 
 
 @pytest.mark.parametrize("pages", [48, 60, 100])
