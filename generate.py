@@ -120,12 +120,10 @@ class Session:
         self.cache, self.tokens, self.seconds = None, 0, 0.0
 
     def new_cache(self, rows):
-        c, a = self.model.config, self.args
-        one_page = 2 * a.page_size * c.head_dim * self.model.dtype.itemsize
-        memory = a.memory * 1e9 if a.memory else \
-            0.8 * torch.cuda.mem_get_info()[0] if self.model.device.type == "cuda" else None
-        self.cache = KVCache(c, rows, self.model.device, self.model.dtype, a.page_size,
-                             max_pages=None if memory is None else int(memory / one_page))
+        self.cache = KVCache(self.model.config, rows, self.model.device, self.model.dtype, self.args.page_size)
+        if self.args.memory or self.model.device.type == "cuda":
+            memory = self.args.memory * 1e9 if self.args.memory else 0.8 * torch.cuda.mem_get_info()[0]
+            self.cache.max_pages = int(memory / self.cache.page_bytes)
 
     def encode(self, prompt):
         """Text, or a list of messages -> token ids, through the chat template unless there is none or --raw."""
@@ -288,7 +286,7 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dense", action="store_true", help="switch eviction off")
     p.add_argument("--show-evictions", action="store_true", help="print the text shaded by how many heads hold it")
-    p.add_argument("--page-size", type=int, default=32)
+    p.add_argument("--page-size", type=int, help="slots of a page (default: 64, or 32 for heads smaller than that)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="(default: float32 on a CPU, bfloat16 on a GPU)")

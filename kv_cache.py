@@ -42,13 +42,16 @@ class KVCache:
         model(ids, cache=cache, lengths=lengths)   # ragged: row b brings lengths[b] <= T tokens
         cache.select([0, 0, 0]); cache.release([1]); cache.stats()
 
-    page_size: slots of a page, a power of two. chunk: the most tokens a sequence computes at a time; longer inputs are
-    cut. max_pages: a limit on the pages of all layers together; None lets the pools grow as needed. When it is reached
-    CacheFull is raised: before anything is written where there is one token per sequence; within a longer input the
-    sequences that were fed hold part of it by then, and must be released.
+    page_size: slots of a page, a power of two; 64, or 32 where heads are smaller than that. chunk: the most tokens a
+    sequence computes at a time; longer inputs are cut. max_pages: a limit on the pages of all layers together; None
+    lets the pools grow as needed. When it is reached CacheFull is raised: before anything is written where there is
+    one token per sequence; within a longer input the sequences that were fed hold part of it by then, and must be
+    released.
     """
 
-    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=32, chunk=512, max_pages=None):
+    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None, chunk=512,
+                 max_pages=None):
+        page_size = (64 if config.head_dim >= 64 else 32) if page_size is None else page_size
         if batch_size < 1 or chunk < 1 or page_size < 1 or page_size & (page_size - 1):
             raise InputError("a cache needs batch_size and chunk of at least 1 and a page_size that is a power of two")
         self.layers, self.kv_heads = config.num_hidden_layers, config.num_key_value_heads
@@ -57,6 +60,7 @@ class KVCache:
         self.shift = config.eviction.shift if config.eviction else 0
         self.device, self.dtype = torch.device(device), dtype
         self.page_size, self.chunk, self.max_pages = page_size, chunk, max_pages
+        self.page_bytes = 2 * page_size * self.head_dim * dtype.itemsize
         self.kernels = self.device.type == "cuda" and attending.triton is not None
         L, N, W = self.layers, batch_size * self.kv_heads, self.window + 1
 
@@ -390,12 +394,11 @@ class KVCache:
         tokens, pairs = int(self.seen.sum()), int(self.length.sum())
         pool = sum(len(stack) for stack in self.free)
         pages = pool - int(self.free_count.sum())
-        one_page = 2 * self.page_size * self.head_dim * self.dtype.itemsize
         all_tokens, all_pairs = tokens + self.ended_tokens, pairs + self.ended_pairs
         return {
             "tokens": tokens, "pairs": pairs, "dense_pairs": tokens * L * H, "peak_pairs": int(self.peak),
             "compression_ratio": all_tokens * L * H / all_pairs if all_pairs else None,
-            "reads": int(self.reads.sum()), "pages": pages, "page_bytes": pages * one_page,
-            "pool_bytes": pool * one_page,
+            "reads": int(self.reads.sum()), "pages": pages, "page_bytes": pages * self.page_bytes,
+            "pool_bytes": pool * self.page_bytes,
             "pairs_per_head": self.length.view(L, -1, H).sum(1).tolist(), "reads_per_head": self.reads.tolist(),
         }

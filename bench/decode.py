@@ -223,7 +223,7 @@ def main():
     p.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64] if gpu else [8])
     p.add_argument("--crs", type=float, nargs="+", default=[1, 4, 8])
     p.add_argument("--window", type=int, default=256)
-    p.add_argument("--page-size", type=int, default=32)
+    p.add_argument("--page-size", type=int, default=64)
     p.add_argument("--steps", type=int, default=30 if gpu else 5)
     p.add_argument("--largest", action="store_true", default=gpu, help="also the largest batch that fits")
     p.add_argument("--transformers", nargs="*", default=["static", "dynamic"], help="its caches to compare with")

@@ -22,10 +22,10 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed; it has no wheel for some platforms")
 
-from conftest import Life  # noqa: E402
+from conftest import Life, small_model  # noqa: E402
 from conftest import check_pages as check_cache  # noqa: E402
 
-from dms import visible  # noqa: E402
+from dms import DMSConfig, visible  # noqa: E402
 from kernels import cache_write as writing  # noqa: E402
 from kernels import decode_attention as attending  # noqa: E402
 from kernels.cache_write import cache_write, cache_write_plain  # noqa: E402
@@ -246,6 +246,21 @@ def test_1_000_steps_of_a_cache_that_uses_the_kernels(seed):
             life.check(cache)
             check_cache(cache)
             assert torch.equal(plain.length, cache.length)
+
+
+@launches
+@pytest.mark.parametrize("settings", [None, dict(), dict(per="layer", shift=0), dict(source="neuron")])
+def test_a_model_that_decodes_by_the_kernels(settings):
+    """A prompt, then single tokens, two sequences of different lengths: the dense masked model's logits."""
+    model = small_model(1, None if settings is None else DMSConfig(window=2, **settings), 0.5).to(DEVICE)
+    cache = KVCache(model.config, 2, DEVICE, page_size=4)
+    cache.kernels, ids = True, torch.randint(0, 67, (2, 21), device=DEVICE)
+    with torch.inference_mode():
+        model(ids[:, :13], cache=cache, lengths=torch.tensor([13, 12]))
+        steps = [torch.stack((ids[0, t:t + 1], ids[1, t - 1:t])) for t in range(13, 21)]
+        logits = torch.cat([model(step, cache=cache) for step in steps], dim=1)
+        for row, b in enumerate((ids[:1, :21], ids[1:, :20])):
+            torch.testing.assert_close(logits[row], model(b)[0, -8:], atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ refusals
