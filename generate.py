@@ -328,10 +328,13 @@ def one_prompt(session, text, task=None, problem=None):
         raise InputError(chains[0].error)
     print("".join(f"[{i}] {chain.stop.text}\n" for i, chain in enumerate(chains, 1)) if args.n > 1 else "", flush=True)
     read = final_answer if problem is None else lambda text: task.final_answer(problem, text)
-    answer, votes = Counter(read(chain.stop.text) for chain in chains).most_common(1)[0]
-    if problem is not None or args.n > 1:
-        expected = "" if problem is None else f", expected {read(problem.answer)}"
-        print(f"[answer {answer}{expected}; {votes} of {args.n} agree]", file=sys.stderr)
+    votes = Counter(read(chain.stop.text) for chain in chains)
+    answer, count = votes.most_common(1)[0]
+    if problem is not None:
+        expected = read(problem.answer)
+        print(f"[answer {answer}, expected {expected}; {votes[expected]} of {args.n} right]", file=sys.stderr)
+    elif args.n > 1:
+        print(f"[answer {answer}; {count} of {args.n} agree]", file=sys.stderr)
     if args.show_evictions:
         show_evictions(session, chains[0].ids)
 

@@ -128,16 +128,18 @@ class ModelConfig:
             refuse(f"{heads} attention heads are not a multiple of {kv_heads} key/value heads", "fix the config")
         if head_dim % 2:
             refuse(f"head_dim {head_dim} is odd, which RoPE cannot rotate", "fix the config")
-        raw = {**raw, "rope_theta": theta}
-        flags = {k: raw.get(k) or False for k in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
-        if not all(isinstance(value, bool) for value in flags.values()):
-            refuse(f"one of {repr(flags)[:200]} is not true or false", "fix the config")
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
+            refuse(f"rope_theta = {repr(theta)[:80]} is not a positive number", "fix the config")
+        flags = {k: False if raw.get(k) is None else raw[k]
+                 for k in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+        for key, value in flags.items():
+            if not isinstance(value, bool):
+                refuse(f"{key} = {repr(value)[:80]} is not true or false", "fix the config")
         config = cls(
             model_type=kind, vocab_size=number("vocab_size"), hidden_size=hidden, head_dim=head_dim,
             intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers"),
-            num_attention_heads=heads, num_key_value_heads=kv_heads, rope_scaling=rope,
-            rope_theta=number("rope_theta", None, float, 1e-9, 1e30),
-            rms_norm_eps=number("rms_norm_eps", 1e-6, float, 0),
+            num_attention_heads=heads, num_key_value_heads=kv_heads, rope_theta=float(theta),
+            rms_norm_eps=number("rms_norm_eps", 1e-6, float, 0), rope_scaling=rope,
             max_position_embeddings=number("max_position_embeddings", 2048 if kind == "llama" else 32768), **flags)
         known = set(config.to_dict()) | {"rope_parameters", "torch_dtype", "dtype", "architectures", "auto_map"}
         config.extra = {k: v for k, v in raw.items() if k not in known and not k.startswith("dms_")}

@@ -6,8 +6,9 @@ Decoding: the attention kernel alone, whole steps at several compressions, and t
 
 Weights are random; what a cache holds is made, not computed: every head has the length that a share of the context
 gives it, the shares differing as those of real heads do (log-normal, as in bench/common.py), in pages scattered over
-the pool. Decisions then go on being drawn at that share. A step is a forward pass and greedy sampling, tokens read
-back at the end of each. Times are medians over --steps steps after two that are not counted.
+the pool (dense: in order, as a prompt leaves them). Decisions then go on being drawn at that share. A step is a
+forward pass and greedy sampling, tokens read back at the end of each. Times are medians over --steps steps after two
+or three that are not counted.
 
     floor = (bytes of the weights read + pairs held x 2 x D x bytes) / bandwidth of the largest copy, read + written
 
@@ -71,16 +72,14 @@ def fill(cache, context, config, cr):
     with torch.inference_mode():
         for layer in range(cache.layers):
             length = kept[layer].repeat(cache.batch_size)
-            cache._take(layer, 0)
             cache._lengthen(layer, length)
-            table = cache.table[layer]
-            held = torch.arange(table.shape[1], device=cache.device) < cache._pages(length)[:, None]
-            table[held] = table[held][torch.randperm(int(held.sum()), device=cache.device)] if cr > 1 else table[held]
             for pools in (cache.k_pages, cache.v_pages):
                 for page in pools[layer].split(4096):
                     page.normal_()
-            if cr > 1:  # the window's slots are the last ones; most of their tokens leave
-                W = cache.window + 1
+            if cr > 1:  # pages in any order; the window's slots are the last ones; most of their tokens leave
+                table, W = cache.table[layer], cache.window + 1
+                held = torch.arange(table.shape[1], device=cache.device) < cache._pages(length)[:, None]
+                table[held] = table[held][torch.randperm(int(held.sum()), device=cache.device)]
                 recent = torch.arange(context - window, context, device=cache.device)
                 slot = length[:, None] - window + torch.arange(window, device=cache.device)
                 cache.ring_slot[layer][:, recent % W] = slot.int()

@@ -317,7 +317,10 @@ QUANTIZED = {"quant_method": "awq", "bits": 4}
     (dict(rms_norm_eps=float("nan")), "rms_norm_eps"),
     (dict(rope_theta=float("nan")), "rope_theta"),
     (dict(rope_theta="1e6"), "rope_theta"),
+    (dict(rope_theta=1e30), "rope_theta"),
     (dict(tie_word_embeddings="yes"), "tie_word_embeddings"),
+    (dict(attention_bias=0), "attention_bias = 0"),
+    (dict(mlp_bias=""), "mlp_bias = ''"),
 ])
 def test_what_would_be_computed_wrongly_is_refused_by_name(changes, named):
     with pytest.raises(InputError) as e:
