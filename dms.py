@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,22 @@ class InputError(ValueError):
 
     def __init__(self, message):
         super().__init__(" ".join(message.split()))  # a path or a library's message may bring line breaks
+
+
+def one_line(text, most=120):
+    """The beginning of a text, line breaks made spaces: what an InputError may quote."""
+    return " ".join(str(text).split())[:most]
+
+
+@contextmanager
+def refusing(problem):
+    """Whatever a library raises within, a panic of its Rust code included, becomes an InputError of one line."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # tokenizers raises bare Exceptions, and its panics are not even that
+        raise InputError(f"{problem} ({type(e).__name__}: {one_line(e)})") from None
 
 
 def run_script(main, stopped="stopped"):
@@ -219,15 +236,8 @@ def start_retrofit(model, settings):
 
 def read_json(file):
     """Parse a JSON object. Raises InputError naming the file when it is missing or damaged."""
-    try:
-        data = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: not found; is this a model folder?") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{file}: not readable as JSON ({str(e)[:80]}); download it again") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{file}: is not a JSON object; download it again")
-    return data
+    with refusing(f"{file}: not found or not a JSON object; is this a model folder, and a whole one?"):
+        return dict(json.loads(Path(file).read_text(encoding="utf-8")).items())
 
 
 # our field, NVIDIA's key in config.json, its default there, the key in dms_metadata.json, its default there

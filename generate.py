@@ -120,10 +120,8 @@ class Session:
         self.cache, self.tokens, self.seconds = None, 0, 0.0
 
     def new_cache(self, rows):
-        self.cache = KVCache(self.model.config, rows, self.model.device, self.model.dtype, self.args.page_size)
-        if self.args.memory or self.model.device.type == "cuda":
-            memory = self.args.memory * 1e9 if self.args.memory else 0.8 * torch.cuda.mem_get_info()[0]
-            self.cache.max_pages = int(memory / self.cache.page_bytes)
+        self.cache = KVCache(self.model.config, rows, self.model.device, self.model.dtype, self.args.page_size,
+                             memory=self.args.memory and self.args.memory * 1e9)
 
     def encode(self, prompt):
         """Text, or a list of messages -> token ids, through the chat template unless there is none or --raw."""
@@ -154,7 +152,7 @@ class Session:
         s = self.cache.stats()
         return (f"[{self.tokens} tokens in {self.seconds:.2f} s, prompts included, {self.tokens / self.seconds:.1f} "
                 f"tokens/s; compression {s['compression_ratio'] or 1:.2f}x; at most {s['peak_pairs']:,} pairs held, "
-                f"{s['pool_bytes']:,} bytes for them]")
+                f"{s['peak_page_bytes']:,} bytes in pages]")
 
 
 def show_now(text):
@@ -276,7 +274,7 @@ def parse(argv=None):
     p.add_argument("--out", help="JSON lines with the requests' answers; those that it holds are not done again")
     p.add_argument("--batch", type=int, help="most chains side by side (default: 16 on a CPU, 64 on a GPU)")
     p.add_argument("--memory", type=float, metavar="GB",
-                   help="limit on the cache (default: none on a CPU, 80%% of what is free on a GPU)")
+                   help="the cache's memory (default: 80%% of what a GPU has free, or a CPU's machine has in all)")
     p.add_argument("--max-new-tokens", type=int, default=400)
     p.add_argument("--temperature", type=float, help="0 is greedy (default: generation_config.json, else 1; toy: 0)")
     p.add_argument("--top-k", type=int)

@@ -2,7 +2,7 @@
 The KV cache: pages, slots and the ring.
 
 Every (sequence, KV head) of every layer holds its own number of key/value pairs, in pages of `page_size` slots from
-its layer's pool. Attention does not care in which order keys are stored, since RoPE is already inside them. Hence:
+one pool. Attention does not care in which order keys are stored, since RoPE is already inside them. Hence:
 
     when token t arrives, token j = t - (window + 1) leaves the window
         evict[j]   ->  t is written over j's slot     (length unchanged)
@@ -16,22 +16,25 @@ or decode mode; a dense model is the same cache with nothing evicted.
 
 This file knows nothing of training, of tokenizers, or of how a decision was made: it is told evict or keep.
 
-Letters: L layers, B sequences, N = B * Hkv rows of a layer, row b * Hkv + h being sequence b's KV head h; P pages of a
-layer's pool; M columns of the table; W = window + 1; S slots in use; n new tokens.
+Letters: L layers, B sequences, N = B * Hkv rows of a layer, row b * Hkv + h being sequence b's KV head h; P pages of
+the pool; M columns of the table; W = window + 1; S slots in use; n new tokens.
 """
 import copy
+import math
+import mmap
+import os
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
-from dms import InputError, visible
+from dms import InputError, refusing, visible
 from kernels import cache_write as writing
 from kernels import decode_attention as attending
 
 
 class CacheFull(InputError):
-    """The limit on pages, or the device's memory, leaves no page for a token that must be stored."""
+    """No page is left for a token that must be stored."""
 
 
 class KVCache:
@@ -43,26 +46,31 @@ class KVCache:
         cache.select([0, 0, 0]); cache.release([1]); cache.stats()
 
     page_size: slots of a page, a power of two; 64, or 32 where heads are smaller than that. chunk: the most tokens a
-    sequence computes at a time; longer inputs are cut. max_pages: a limit on the pages of all layers together; None
-    lets the pools grow as needed. When it is reached CacheFull is raised: before anything is written where there is
-    one token per sequence; within a longer input the sequences that were fed hold part of it by then, and must be
-    released.
+    sequence computes at a time; longer inputs are cut. memory: bytes of the pool; None is what the model's whole
+    context takes without eviction, or 80 % of the GPU's free memory or of the machine's, if that is less. On a GPU
+    the pool is allocated at once, on a CPU the system gives memory to what has been written to. When it is used up
+    CacheFull is raised: before anything is written where there is one token per sequence; within a longer input the
+    sequences that were fed hold part of it by then, and must be released.
     """
 
-    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None, chunk=512,
-                 max_pages=None):
+    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None, chunk=512, memory=None):
         page_size = (64 if config.head_dim >= 64 else 32) if page_size is None else page_size
         if batch_size < 1 or chunk < 1 or page_size < 1 or page_size & (page_size - 1):
             raise InputError("a cache needs batch_size and chunk of at least 1 and a page_size that is a power of two")
         self.layers, self.kv_heads = config.num_hidden_layers, config.num_key_value_heads
-        self.head_dim = config.head_dim
         self.window = config.eviction.window if config.eviction else 0
         self.shift = config.eviction.shift if config.eviction else 0
-        self.device, self.dtype = torch.device(device), dtype
-        self.page_size, self.chunk, self.max_pages = page_size, chunk, max_pages
-        self.page_bytes = 2 * page_size * self.head_dim * dtype.itemsize
+        self.device, self.page_size, self.chunk = torch.device(device), page_size, chunk
+        self.page_bytes = 2 * page_size * config.head_dim * dtype.itemsize
         self.kernels = self.device.type == "cuda" and attending.triton is not None
         L, N, W = self.layers, batch_size * self.kv_heads, self.window + 1
+        if memory is None:
+            context = L * N * self._pages(config.max_position_embeddings) * self.page_bytes
+            memory = min(context, 0.8 * memory_of(self.device))
+        P = max(int(memory / self.page_bytes), 1)
+        with refusing(f"no memory for a cache of {memory / 1e9:.1f} GB; allow it less"):
+            self.k_pages, self.v_pages = (zeros(P, page_size, config.head_dim, dtype=dtype, device=self.device)
+                                          for _ in range(2))
 
         def state(*shape, dtype=torch.int32):
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -71,15 +79,12 @@ class KVCache:
         self.length = state(L, N)  # pairs that each row holds
         self.ring_slot, self.ring_evict = state(L, N, W), state(L, N, W, dtype=torch.bool)
         self.table = state(L, N, 1)  # each row's pages in order; how many there are follows from its length
-        self.free = [state(0) for _ in range(L)]  # (P,): a stack of free pages in the first free_count places
-        self.free_count = state(L)
-        self.k_pages = [torch.empty(0, page_size, self.head_dim, dtype=dtype, device=self.device) for _ in range(L)]
-        self.v_pages = [torch.empty_like(k) for k in self.k_pages]
+        self.free, self.bottom, self.top = state(P), state(L), state(L)  # layer l's stack of free pages lies in
+        self._share_out([0] * L)                                         # free[bottom[l]:top[l]]
         self.reads = state(L, self.kv_heads, dtype=torch.int64)
         self.peak = state(1, dtype=torch.int64)
-        self.ended_tokens = self.ended_pairs = 0
+        self.peak_pages = self.ended_tokens = self.ended_pairs = 0
         self.steps_left = 0  # steps of one token per sequence for which there are certainly pages enough
-        self.layout = [0]  # counts how often tensors above were replaced: a captured graph is void then
 
     @property
     def batch_size(self):
@@ -134,12 +139,10 @@ class KVCache:
             return y.view(shape)
         write, attend = (writing.cache_write, attending.decode_attention) if self.kernels else \
             (writing.cache_write_plain, attending.decode_attention_plain)
-        length, table = self.length[layer], self.table[layer]
-        k_pages, v_pages = self.k_pages[layer], self.v_pages[layer]
-        write(k[:, 0], v[:, 0], evict[:, 0], active, self.seen, length, self.ring_slot[layer],
-              self.ring_evict[layer], table, self.free[layer], self.free_count[layer:layer + 1], k_pages, v_pages,
-              self.shift)
-        return attend(q[:, :, 0], k_pages, v_pages, table, length).view(shape)
+        write(k[:, 0], v[:, 0], evict[:, 0], active, self.seen, self.length[layer], self.ring_slot[layer],
+              self.ring_evict[layer], self.table[layer], self.free, self.top[layer:layer + 1], self.k_pages,
+              self.v_pages, self.shift)
+        return attend(q[:, :, 0], self.k_pages, self.v_pages, self.table[layer], self.length[layer]).view(shape)
 
     def _rows(self, per_sequence):
         """(B, ...) -> (N, ...), each sequence's value for each of its rows."""
@@ -179,8 +182,8 @@ class KVCache:
                 position[S:], flag[S:] = seen + new[:n], evict[row, :n]
                 mask = visible(seen + new[:n, None], position, flag, self.window)  # (n, S + n)
                 pages = self.table[layer, row, :self._pages(S)].long()
-                keys, values = (torch.cat((pools[layer][pages].flatten(0, 1)[:S], x[row, :n]))
-                                for pools, x in ((self.k_pages, k), (self.v_pages, v)))
+                keys, values = (torch.cat((pool[pages].flatten(0, 1)[:S], x[row, :n]))
+                                for pool, x in ((self.k_pages, k), (self.v_pages, v)))
             out[row, :, :n] = F.scaled_dot_product_attention(
                 q[row, None, :, :n], *(x[None, None].expand(-1, group, -1, -1) for x in (keys, values)),
                 attn_mask=mask, is_causal=mask is None)[0]
@@ -208,7 +211,7 @@ class KVCache:
         row, t = survive.nonzero(as_tuple=True)
         s = slot[row, t]
         page, place = self.table[layer, row, s // self.page_size].long(), s % self.page_size
-        self.k_pages[layer][page, place], self.v_pages[layer][page, place] = k[row, t], v[row, t]
+        self.k_pages[page, place], self.v_pages[page, place] = k[row, t], v[row, t]
         row, t = in_window.nonzero(as_tuple=True)
         entry = (seen[row, 0] + t) % W
         self.ring_slot[layer, row, entry] = slot[row, t].int()
@@ -222,16 +225,15 @@ class KVCache:
     @torch.inference_mode()
     def reserve(self, lengths):
         """Make sure that a step of one token for every sequence with lengths (B,) = 1 finds its pages. Looks at the
-        rows' lengths, which waits for the GPU, once in page_size steps only. Raises CacheFull."""
+        stacks, which waits for the GPU, once in page_size steps only. Raises CacheFull."""
         if self.steps_left == 0:
-            room = -self.length % self.page_size  # slots left on each row's last page
-            for steps, rows in ((self.page_size, room < self.page_size), (1, (room == 0) & self._rows(lengths > 0))):
+            steps, N = self.page_size, self.table.shape[1]  # no row fills two pages in that many steps
+            if int((self.top - self.bottom).min()) < N:
                 try:
-                    self._grow(rows.sum(1).tolist())  # no row fills two pages in page_size steps
-                    break
-                except CacheFull:
-                    if steps == 1:
-                        raise
+                    self._share_out([N] * self.layers)
+                except CacheFull:  # enough for this step is enough
+                    steps, full = 1, (self.length % self.page_size == 0) & self._rows(lengths > 0)
+                    self._share_out(full.sum(1).tolist())
             self._widen(int(self.length.max()), self.page_size)
             self.steps_left = steps
         self.steps_left -= 1
@@ -241,44 +243,35 @@ class KVCache:
         missing = self._pages(length) + self._pages(tokens) - self.table.shape[2]
         if missing > 0:
             self.table = F.pad(self.table, (0, missing + self.table.shape[2] // 2))
-            self.layout[0] += 1
 
-    def _grow(self, need):
-        """Let every layer have need[layer] free pages. A pool that must grow does so by an eighth at least, and the
-        other layers' with it, as they will have to soon. Raises CacheFull before anything has changed."""
-        free, total = self.free_count.tolist(), [len(stack) for stack in self.free]
-        least = [max(n - f, 0) for n, f in zip(need, free)]
-        if not any(least):
-            return
-        room = sum(least) + sum(total) if self.max_pages is None else self.max_pages - sum(total)
-        if room < sum(least):
-            raise CacheFull(f"the cache is full: all {self.max_pages} pages of {self.page_size} slots are taken; "
+    def _taken(self):
+        """The pages that some row has, (P,) bool."""
+        taken = torch.zeros(len(self.free), dtype=torch.bool, device=self.device)
+        column = torch.arange(self.table.shape[2], device=self.device)
+        taken[self.table[column < self._pages(self.length)[:, :, None]].long()] = True
+        return taken
+
+    def _share_out(self, need):
+        """Divide the pages that no row has among the layers' stacks, layer l being given need[l] at the least. A
+        layer's pages lie together, as far as that goes. Raises CacheFull before anything has changed."""
+        free = (~self._taken()).nonzero()[:, 0]
+        spare = len(free) - sum(need)
+        if spare < 0:
+            raise CacheFull(f"the cache is full: all {len(self.free)} pages of {self.page_size} slots are taken; "
                             f"allow more memory, or fewer or shorter sequences")
-        spare = (room - sum(least)) // self.layers
-        for layer, P in enumerate(total):
-            more = max(need[layer] + min(P // 8, spare) - free[layer], 0)
-            if more == 0:
-                continue
-            try:
-                grown = [torch.zeros(P + more, *pools[layer].shape[1:], dtype=self.dtype, device=self.device)
-                         for pools in (self.k_pages, self.v_pages)]
-            except torch.OutOfMemoryError:
-                raise CacheFull(f"the cache is full: no memory for {P + more} pages of {self.page_size} slots a layer;"
-                                f" use fewer or shorter sequences") from None
-            for pools, larger in zip((self.k_pages, self.v_pages), grown):
-                larger[:P] = pools[layer]
-                pools[layer] = larger
-            new = torch.arange(P + more - 1, P - 1, -1, dtype=torch.int32, device=self.device)
-            self.free[layer] = torch.cat((new, self.free[layer]))  # low pages on top
-            self.free_count[layer] += more
-            self.layout[0] += 1
+        self.free[:len(free)] = free.flip(0)
+        count = torch.tensor(need) + spare // self.layers
+        count[-1] += spare % self.layers
+        self.top.copy_(count.cumsum(0))
+        self.bottom.copy_(count.cumsum(0) - count)
+        self.steps_left = 0
 
     def _take(self, layer, count):
         """`count` pages from the layer's stack, (count,) int32."""
-        self._grow([count if i == layer else 0 for i in range(self.layers)])
-        left = int(self.free_count[layer]) - count
-        self.free_count[layer] = left
-        return self.free[layer][left:left + count].flip(0)
+        if self.top[layer] - self.bottom[layer] < count:
+            self._share_out([count if i == layer else 0 for i in range(self.layers)])
+        self.top[layer] -= count
+        return self.free[self.top[layer]:][:count].flip(0)
 
     def _lengthen(self, layer, length):
         """Set the lengths (N,) of the layer's rows, giving them the pages that they need for it."""
@@ -291,17 +284,6 @@ class KVCache:
             first = (need.cumsum(0) - need)[row]
             self.table[layer, row, have[row] + torch.arange(total, device=self.device) - first] = page
         self.length[layer] = length.int()
-
-    def _collect(self):
-        """Work out each layer's free pages from the tables: those that no row has."""
-        column = torch.arange(self.table.shape[2], device=self.device)
-        for layer, stack in enumerate(self.free):
-            taken = torch.zeros(len(stack), dtype=torch.bool, device=self.device)
-            taken[self.table[layer][column < self._pages(self.length[layer])[:, None]].long()] = True
-            free = (~taken).nonzero()[:, 0].flip(0)
-            stack[:len(free)] = free.int()
-            self.free_count[layer] = len(free)
-        self.steps_left = 0
 
     # ------------------------------------------------------------------------------------------------ sequences
 
@@ -318,22 +300,21 @@ class KVCache:
 
     def has_room_for(self, tokens):
         """Can a sequence of this many tokens be expected to fit, if it is compressed as those so far have been?"""
-        if self.max_pages is None:
-            return True
         stats, rows = self.stats(), self.layers * self.kv_heads
         pairs = tokens / (stats["compression_ratio"] or 1) + self.page_size  # of a row, and its last page half empty
-        return rows * pairs <= (self.max_pages - stats["pages"]) * self.page_size
+        return rows * pairs <= (len(self.free) - stats["pages"]) * self.page_size
 
     @torch.inference_mode()
     def release(self, sequences):
         """End sequences (a list of indices): their pages are free again, their rows empty and ready for new ones."""
         b = torch.as_tensor(sequences, dtype=torch.int64, device=self.device).unique()
         rows = (b[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=self.device)).flatten()
+        self.stats()  # for the peak
         self.ended_tokens += int(self.seen[b].sum())
         self.ended_pairs += int(self.length[:, rows].sum())
         self.seen[b] = 0
         self.length[:, rows] = 0
-        self._collect()
+        self._share_out([0] * self.layers)
 
     @torch.inference_mode()
     def select(self, sequences):
@@ -354,7 +335,6 @@ class KVCache:
                 getattr(self, name).copy_(state)
         else:
             self.__dict__.update(states)
-            self.layout[0] += 1
         self.steps_left = 0
         for layer in range(self.layers):
             self._unshare(layer)
@@ -377,8 +357,8 @@ class KVCache:
         row, ordinal, page = row[order][again], ordinal[order][again], page[again]
         if len(page):
             own = self._take(layer, len(page))
-            for pools in (self.k_pages, self.v_pages):
-                pools[layer][own.long()] = pools[layer][page]
+            for pool in (self.k_pages, self.v_pages):
+                pool[own.long()] = pool[page]
             self.table[layer, row, ordinal] = own
 
     # ------------------------------------------------------------------------------------------------ counting
@@ -388,17 +368,31 @@ class KVCache:
         tokens: fed to the sequences held now; pairs: (key, value) pairs held now; dense_pairs: what a dense cache of
         the same tokens would hold; compression_ratio: their ratio, ended sequences counted in, None before any token;
         peak_pairs: the most held at once; reads: pairs attended to, summed over steps, a block counting as one step;
-        pages, page_bytes: in use now, a shared page counting once; pool_bytes: allocated, free pages included;
-        pairs_per_head, reads_per_head: [L][Hkv], summed over sequences."""
+        pages, page_bytes, peak_page_bytes: in use, now and at the most, a shared page counting once; pool_bytes: those
+        that are free included; pairs_per_head, reads_per_head: [L][Hkv], summed over sequences."""
         L, H = self.layers, self.kv_heads
-        tokens, pairs = int(self.seen.sum()), int(self.length.sum())
-        pool = sum(len(stack) for stack in self.free)
-        pages = pool - int(self.free_count.sum())
+        tokens, pairs, pages = int(self.seen.sum()), int(self.length.sum()), int(self._taken().sum())
+        self.peak_pages = max(self.peak_pages, pages)  # rows only grow until they end, where this is called
         all_tokens, all_pairs = tokens + self.ended_tokens, pairs + self.ended_pairs
         return {
             "tokens": tokens, "pairs": pairs, "dense_pairs": tokens * L * H, "peak_pairs": int(self.peak),
             "compression_ratio": all_tokens * L * H / all_pairs if all_pairs else None,
             "reads": int(self.reads.sum()), "pages": pages, "page_bytes": pages * self.page_bytes,
-            "pool_bytes": pool * self.page_bytes,
+            "peak_page_bytes": self.peak_pages * self.page_bytes, "pool_bytes": len(self.free) * self.page_bytes,
             "pairs_per_head": self.length.view(L, -1, H).sum(1).tolist(), "reads_per_head": self.reads.tolist(),
         }
+
+
+def memory_of(device):
+    """Bytes that are free on a GPU, or that the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 16e9
+
+
+def zeros(*shape, dtype, device):
+    """torch.zeros; but on a CPU, memory that the system gives only when and where it is written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1), access=mmap.ACCESS_COPY)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)

@@ -18,21 +18,23 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections import deque
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 import dms
-from dms import DMSConfig, InputError, read_json
+from dms import DMSConfig, InputError, one_line, read_json, refusing
 from kv_cache import CacheFull
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -68,14 +70,6 @@ class ModelConfig:
         """The DMS settings in force: None for a dense model and for a DMS model whose eviction is switched off."""
         return self.dms if self.dms is not None and not self.dms.disable_eviction else None
 
-    @property
-    def qkv_bias(self):
-        return self.attention_bias or self.model_type == "qwen2"
-
-    @property
-    def o_bias(self):
-        return self.attention_bias and self.model_type != "qwen2"
-
     @classmethod
     def from_dict(cls, raw, where="config.json"):
         """Read a parsed config.json, in the older spelling (rope_theta, rope_scaling, torch_dtype) or the newer one
@@ -83,73 +77,60 @@ class ModelConfig:
         def refuse(problem, remedy="use a Llama, Qwen2 or Qwen3 checkpoint that this engine covers"):
             raise InputError(f"{where}: {problem}; {remedy}")
 
-        kind = raw.get("model_type")
+        def get(key, default=None, kind=int, least=1, most=2**24):
+            value = default if raw.get(key) is None else raw[key]
+            if value is None:
+                refuse(f"{key} is missing", "the file is not a complete model config")
+            if not (isinstance(value, bool) if kind is bool else
+                    type(value) in (int, float) and least <= value <= most and kind(value) == value):
+                refuse(f"{key} = {value!r:.80} is not of type {kind.__name__} and in range", "fix the config")
+            return kind(value)
+
+        kind, layer_types = raw.get("model_type"), raw.get("layer_types")
         if not isinstance(kind, str) or kind not in ARCHITECTURES:
-            refuse(f"model_type {repr(kind)[:80]} is not supported")
+            refuse(f"model_type {kind!r:.80} is not supported")
         if raw.get("quantization_config"):
             refuse("quantized weights are not supported", "use the bf16, fp16 or fp32 checkpoint")
         if raw.get("hidden_act") not in (None, "silu"):
-            refuse(f"hidden_act {repr(raw['hidden_act'])[:80]} is not supported")
-        layer_types = raw.get("layer_types")
+            refuse(f"hidden_act {raw['hidden_act']!r:.80} is not supported")
         if layer_types is not None and (not isinstance(layer_types, list) or
                                         any(t != "full_attention" for t in layer_types)):
-            refuse(f"layer_types {repr(layer_types)[:80]} include attention that is not full")
-
+            refuse(f"layer_types {layer_types!r:.80} include attention that is not full")
+        if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) and layer_types is None:
+            if get("max_window_layers", 28, least=0) < get("num_hidden_layers"):  # defaults of transformers
+                refuse("use_sliding_window is true and layers use the sliding_window")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
-            refuse(f"rope parameters {repr(rope)[:80]} are not one flat object")
+            refuse(f"rope parameters {rope!r:.80} are not one flat object")
         rope = {k: v for k, v in rope.items() if v is not None}
-        older = rope.pop("type", None)
-        rope["rope_type"] = rope.get("rope_type") or older or "default"
-        theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+        older = rope.pop("type", "default")
+        rope.setdefault("rope_type", older)
+        raw = {**raw, "rope_theta": rope.pop("rope_theta", raw.get("rope_theta"))}
         if any(x.get("partial_rotary_factor") not in (None, 1.0) for x in (rope, raw)):
             refuse("partial rotary embeddings are not supported")
         if rope["rope_type"] not in ROPE_KINDS:
-            refuse(f"RoPE kind {repr(rope['rope_type'])[:80]} is not supported (known: {', '.join(ROPE_KINDS)})")
+            refuse(f"RoPE kind {rope['rope_type']!r:.80} is not supported (known: {', '.join(ROPE_KINDS)})")
 
-        def number(key, default=None, kind=int, least=1, most=2**31):
-            value = raw.get(key, default)
-            value = default if value is None else value
-            if value is None:
-                refuse(f"{key} is missing", "the file is not a complete model config")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most or \
-                    kind(value) != value:
-                refuse(f"{key} = {repr(value)[:80]} is not a number of the right kind and range", "fix the config")
-            return kind(value)
-
-        hidden, heads = number("hidden_size", most=2**20), number("num_attention_heads", most=2**16)
-        kv_heads = number("num_key_value_heads", heads, most=2**16)
-        head_dim = number("head_dim", max(hidden // heads, 1) if kind != "qwen3" or "head_dim" in raw else 128,
-                          most=2**12)
-        if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) and layer_types is None:
-            if number("max_window_layers", 28, least=0) < number("num_hidden_layers"):  # defaults of transformers
-                refuse("use_sliding_window is true and layers use the sliding_window")
-        if heads % kv_heads:
-            refuse(f"{heads} attention heads are not a multiple of {kv_heads} key/value heads", "fix the config")
-        if head_dim % 2:
-            refuse(f"head_dim {head_dim} is odd, which RoPE cannot rotate", "fix the config")
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
-            refuse(f"rope_theta = {repr(theta)[:80]} is not a positive number", "fix the config")
-        flags = {k: False if raw.get(k) is None else raw[k]
-                 for k in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
-        for key, value in flags.items():
-            if not isinstance(value, bool):
-                refuse(f"{key} = {repr(value)[:80]} is not true or false", "fix the config")
+        sizes = {key: get(key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                           "num_attention_heads")}
+        heads = sizes["num_attention_heads"]
+        head_dim = 128 if kind == "qwen3" and "head_dim" not in raw else max(sizes["hidden_size"] // heads, 1)
         config = cls(
-            model_type=kind, vocab_size=number("vocab_size"), hidden_size=hidden, head_dim=head_dim,
-            intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers"),
-            num_attention_heads=heads, num_key_value_heads=kv_heads, rope_theta=float(theta),
-            rms_norm_eps=number("rms_norm_eps", 1e-6, float, 0), rope_scaling=rope,
-            max_position_embeddings=number("max_position_embeddings", 2048 if kind == "llama" else 32768), **flags)
+            model_type=kind, **sizes, num_key_value_heads=get("num_key_value_heads", heads),
+            head_dim=get("head_dim", head_dim, most=2**12), rms_norm_eps=get("rms_norm_eps", 1e-6, float, 0),
+            rope_theta=get("rope_theta", 10000.0, float, 1e-9, 1e29), rope_scaling=rope,
+            max_position_embeddings=get("max_position_embeddings", 2048 if kind == "llama" else 32768),
+            **{key: get(key, False, bool) for key in ("tie_word_embeddings", "attention_bias", "mlp_bias")})
+        if heads % config.num_key_value_heads:
+            refuse(f"{heads} attention heads are not a multiple of the key/value heads", "fix the config")
+        if config.head_dim % 2:
+            refuse(f"head_dim {config.head_dim} is odd, which RoPE cannot rotate", "fix the config")
         known = set(config.to_dict()) | {"rope_parameters", "torch_dtype", "dtype", "architectures", "auto_map"}
         config.extra = {k: v for k, v in raw.items() if k not in known and not k.startswith("dms_")}
-        try:
+        with refusing(f"{where}: RoPE kind {rope['rope_type']!r} has a missing or unusable parameter; fix the config"):
             freq, scale = rope_frequencies(config)
             if not (freq.isfinite().all() and math.isfinite(scale)):
                 raise ValueError("not finite")
-        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as e:
-            refuse(f"RoPE kind {rope['rope_type']!r} has a missing or unusable parameter ({one_line(repr(e))})",
-                   "fix the config")
         return config
 
     def to_dict(self):
@@ -204,7 +185,7 @@ def rope_frequencies(config):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate x (B, H, T, D) by cos, sin (B or 1, 1, T, D), pairing channel i with i + D/2."""
+    """Rotate x (B, T, H, D) by cos, sin (B or 1, T, 1, D), pairing channel i with i + D/2."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -248,10 +229,11 @@ class Attention(nn.Module):
         super().__init__()
         C, D, Hq, Hkv = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
         self.config, self.layer = config, layer
-        self.q_proj = Linear(C, Hq * D, bias=config.qkv_bias)
-        self.k_proj = Linear(C, Hkv * D, bias=config.qkv_bias)
-        self.v_proj = Linear(C, Hkv * D, bias=config.qkv_bias)
-        self.o_proj = Linear(Hq * D, C, bias=config.o_bias)
+        qwen2 = config.model_type == "qwen2"
+        self.q_proj = Linear(C, Hq * D, bias=config.attention_bias or qwen2)
+        self.k_proj = Linear(C, Hkv * D, bias=config.attention_bias or qwen2)
+        self.v_proj = Linear(C, Hkv * D, bias=config.attention_bias or qwen2)
+        self.o_proj = Linear(Hq * D, C, bias=config.attention_bias and not qwen2)
         if config.model_type == "qwen3":
             self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
         if config.dms is not None and config.dms.source == "adapter":
@@ -266,27 +248,24 @@ class Attention(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, residual, x, rope, attend):
-        """residual, x: (B, T, C) before and after the input norm; rope: cos, sin (B or 1, 1, T, D)."""
+        """residual, x: (B, T, C) before and after the input norm; rope: cos, sin (B or 1, T, 1, D)."""
         config, (B, T, _) = self.config, x.shape
+        neuron, s = config.dms is not None and config.dms.source == "neuron", None
         q = self.q_proj(x).view(B, T, -1, config.head_dim)  # (B, T, Hq, D)
         k = self.k_proj(x).view(B, T, -1, config.head_dim)  # (B, T, Hkv, D)
         v = self.v_proj(x).view(B, T, -1, config.head_dim)
         if config.model_type == "qwen3":
             q, k = self.q_norm(q), self.k_norm(k)
-        logits = None
-        if config.dms is not None and config.dms.source == "adapter" and config.eviction is not None:
+        if neuron:
+            s, q = dms.borrow_neuron(q, config.num_key_value_heads)  # s (B, T, Hkv)
+        elif config.eviction is not None:
             residual = residual.to(self.dms_proj_alpha.weight.dtype)  # float32 while it is trained
-            logits = config.dms.logits(self.dms_proj_alpha(self.dms_proj_alpha_norm(residual)))  # (B, T, Hkv)
-        borrowed = config.dms is not None and config.dms.source == "neuron"
-        if borrowed:
-            s, q = dms.borrow_neuron(q, config.num_key_value_heads)
-            logits = config.dms.logits(s) if config.eviction is not None else None
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+            s = self.dms_proj_alpha(self.dms_proj_alpha_norm(residual))
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if borrowed:  # RoPE turned another channel into the borrowed one: silence it again
-            q = dms.borrow_neuron(q.transpose(1, 2), config.num_key_value_heads)[1].transpose(1, 2)
-        logits = None if logits is None else logits.transpose(1, 2)  # (B, Hkv, T)
-        y = attend(self.layer, q, k, v, logits)  # (B, Hq, T, D)
+        if neuron:  # RoPE turned another channel into the borrowed one: silence it again
+            q = dms.borrow_neuron(q, config.num_key_value_heads)[1]
+        logits = None if config.eviction is None else config.dms.logits(s).transpose(1, 2)  # (B, Hkv, T)
+        y = attend(self.layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits)  # (B, Hq, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -318,9 +297,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        # given its weight, nn.Embedding does not initialise it, which on "meta" would import the compiler: 2 s
+        # a normal draw, as nn.Embedding makes where it is given none, would import sympy or the compiler on "meta"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
-                                         _weight=torch.empty(config.vocab_size, config.hidden_size))
+                                         _weight=torch.rand(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -367,7 +346,7 @@ class Model(nn.Module):
         position = torch.arange(ids.shape[1], device=ids.device)[None]
         if start is not None:
             position = position + start[:, None]
-        angle = position[:, None, :, None] * self.rope_freq.float()  # (B or 1, 1, T, D/2)
+        angle = position[:, :, None, None] * self.rope_freq.float()  # (B or 1, T, 1, D/2)
         angle = torch.cat((angle, angle), dim=-1)
         x = self.model.embed_tokens(ids)
         rope = [(f(angle) * self.rope_scale).to(x.dtype) for f in (torch.cos, torch.sin)]
@@ -460,7 +439,7 @@ class DecodeStep:
         self.tokens = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.device)
         self.lengths = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
         self.uniform = torch.zeros(cache.batch_size, device=cache.device)
-        self.graph, self.layout, self.captures = None, None, cache.device.type == "cuda"
+        self.graph, self.table, self.captures = None, None, cache.device.type == "cuda"
 
     @torch.inference_mode()
     def __call__(self, tokens, uniform):
@@ -471,8 +450,8 @@ class DecodeStep:
         self.cache.reserve(self.lengths)
         self.tokens.copy_(torch.tensor([[tokens.get(row, 0)] for row in rows]))
         self.uniform.copy_(torch.tensor([uniform.get(row, 0.0) for row in rows]))
-        if not self.captures or self.layout != self.cache.layout[0]:
-            self.layout, self.graph = self.cache.layout[0], None
+        if not self.captures or self.table is not self.cache.table:  # the only tensor that is ever replaced
+            self.table, self.graph = self.cache.table, None
             self.run()
         else:
             if self.graph is None:
@@ -561,22 +540,6 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
 # --------------------------- Loading and saving: safetensors and JSON only, nothing in a model folder is ever executed
 
 
-def one_line(text, most=120):
-    """The beginning of a text, line breaks made spaces: what an InputError may quote."""
-    return " ".join(str(text).split())[:most]
-
-
-@contextmanager
-def refusing(problem):
-    """Whatever a library raises within, a panic of its Rust code included, becomes an InputError of one line."""
-    try:
-        yield
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # tokenizers raises bare Exceptions, and its panics are not even that
-        raise InputError(f"{problem} ({type(e).__name__}: {one_line(e)})") from None
-
-
 def resolve(path_or_hub_id, relative_to=None):
     """The local folder of a model: an existing folder (also tried relative to `relative_to`), or a hub repository's
     snapshot with its weights, configs and tokenizer only. Raises InputError if it is neither."""
@@ -587,11 +550,8 @@ def resolve(path_or_hub_id, relative_to=None):
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise InputError(f"{name}: no such folder, and not a hub id of the form owner/name; check the path")
     from huggingface_hub import snapshot_download
-    try:
+    with refusing(f"{name}: not a local folder, and the hub did not give it; check the name, the network or HF_TOKEN"):
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
-    except Exception as e:  # the hub client raises a family of its own, requests' and httpx's
-        raise InputError(f"{name}: not a local folder, and the hub did not give it ({type(e).__name__}: "
-                         f"{one_line(e)}); check the name, the network or HF_TOKEN") from None
 
 
 def write_atomic(file, write):
@@ -637,12 +597,9 @@ def open_weights(files, stack, device="cpu"):
     """{tensor name: open safetensors file}. The files stay open as long as `stack`, an ExitStack, does."""
     where = {}
     for file in files:
-        try:
+        with refusing(f"{file}: truncated or damaged safetensors file; download it again"):
             handle = stack.enter_context(safe_open(file, framework="pt", device=str(device)))
             names = list(handle.keys())
-        except (SafetensorError, OSError, ValueError) as e:
-            raise InputError(f"{file}: truncated or damaged safetensors file ({one_line(e)}); download it again") \
-                from None
         for name in names:
             if name in where:
                 raise InputError(f"{file}: tensor {one_line(name)} is also in another shard; download the checkpoint "
@@ -794,7 +751,7 @@ class Tokenizer:
         """[{"role": ..., "content": ...}, ...] -> the text the model expects; encode it with
         add_special_tokens=False. variables: what the template knows besides, such as enable_thinking."""
         from jinja2 import TemplateError
-        from jinja2.ext import Extension, loopcontrols
+        from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         if not isinstance(self.template, str):
             raise InputError("this tokenizer has no chat template; give a plain prompt instead")
@@ -802,29 +759,20 @@ class Tokenizer:
         def raise_exception(message):
             raise TemplateError(message)
 
-        def strftime_now(pattern):
-            from datetime import datetime
-            return datetime.now().strftime(pattern)
+        def tojson(x, ensure_ascii=False, **layout):
+            return json.dumps(x, ensure_ascii=ensure_ascii, **layout)
 
-        def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-            return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-        class Generation(Extension):
-            """{% generation %} marks what a trainer takes as the answer; here it is just its contents."""
-            tags = {"generation"}
-
-            def parse(self, parser):
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=[loopcontrols, Generation])
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = tojson
-        environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+        environment.globals.update(raise_exception=raise_exception,
+                                   strftime_now=lambda pattern: datetime.now().strftime(pattern))
         special = {k: self.special(k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
         special = {k: v for k, v in special.items() if v is not None}
+        # {% generation %} marks what a trainer takes as the answer: here it is just its contents
+        template = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})",
+                          lambda tag: tag[1] + ("if" if tag[1].endswith("end") else "if true"), self.template)
         with refusing("the chat template failed on these messages"):
-            return environment.from_string(self.template).render(
+            return environment.from_string(template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
                 **special, **variables)
 

@@ -196,18 +196,18 @@ def measure(model, data, args, desc, reference=None):
         states = [m.hidden(ids, dms.masked_attention(m.config)) for m in (model, reference)]
         result["kl"] = dms.distillation_loss(*states, model.lm_head.weight, reference.lm_head.weight, keep).item()
     if hasattr(data, "answer_tasks"):
-        result["accuracy"], caches, peak = data.answer_tasks(model, cache, args, desc)
+        result["accuracy"], caches = data.answer_tasks(model, cache, args, desc)
     else:
-        result["accuracy"], caches, peak = {}, [cache(1) for _ in ids], 0
-        for row, n, one in zip(ids, lengths.tolist(), caches):
-            model(row[None, :n], cache=one, last_only=True)
-            peak = max(peak, one.stats()["page_bytes"])
-            one.release([0])
+        result["accuracy"], caches = {}, [cache(1)]
+        for row, n in zip(ids, lengths.tolist()):
+            model(row[None, :n], cache=caches[0], last_only=True)
+            caches[0].release([0])
     tokens, pairs = sum(c.ended_tokens for c in caches), sum(c.ended_pairs for c in caches)
     heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    stats = [c.stats() for c in caches]
     return {**result, "compression_ratio": tokens * heads / pairs, "tokens": tokens, "pairs": pairs,
-            "peak_pairs": max(int(c.peak) for c in caches), "reads": sum(int(c.reads.sum()) for c in caches),
-            "peak_page_bytes": peak}
+            "peak_pairs": max(s["peak_pairs"] for s in stats), "reads": sum(s["reads"] for s in stats),
+            "peak_page_bytes": max(s["peak_page_bytes"] for s in stats)}
 
 
 def evaluate(args, out):

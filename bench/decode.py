@@ -73,12 +73,12 @@ def fill(cache, context, config, cr):
         for layer in range(cache.layers):
             length = kept[layer].repeat(cache.batch_size)
             cache._lengthen(layer, length)
-            for pools in (cache.k_pages, cache.v_pages):
-                for page in pools[layer].split(4096):
-                    page.normal_()
+            table, W = cache.table[layer], cache.window + 1
+            held = torch.arange(table.shape[1], device=cache.device) < cache._pages(length)[:, None]
+            for pool in (cache.k_pages, cache.v_pages):
+                for pages in pool[int(table[held].min()):int(table[held].max()) + 1].split(4096):
+                    pages.normal_()
             if cr > 1:  # pages in any order; the window's slots are the last ones; most of their tokens leave
-                table, W = cache.table[layer], cache.window + 1
-                held = torch.arange(table.shape[1], device=cache.device) < cache._pages(length)[:, None]
                 table[held] = table[held][torch.randperm(int(held.sum()), device=cache.device)]
                 recent = torch.arange(context - window, context, device=cache.device)
                 slot = length[:, None] - window + torch.arange(window, device=cache.device)

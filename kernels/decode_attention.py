@@ -9,7 +9,7 @@ for the GPU, and a captured graph stays right while lengths change. A program be
 The arithmetic is small beside the reading, which sets the sizes: a block of keys or values is 16 KiB, the next is on
 its way while one is multiplied, and three such programs fit on an H200's multiprocessor: 96 KiB are on their way.
 
-Letters: N = B * Hkv rows, G query heads per KV head, D head size, P pages of the layer's pool, M columns of the table.
+Letters: N = B * Hkv rows, G query heads per KV head, D head size, P pages of the pool, M columns of the table.
 """
 import math
 

@@ -115,16 +115,18 @@ class Life:
                 rule = visible(T - 1, torch.arange(T), evict, self.dms.window if self.dms else 0)
                 slot = torch.arange(int(cache.length[layer, row]), device=self.device)
                 page = cache.table[layer, row, slot // cache.page_size].long()
-                k, v = (p[layer][page, slot % cache.page_size, 0] for p in (cache.k_pages, cache.v_pages))
+                k, v = (p[page, slot % cache.page_size, 0] for p in (cache.k_pages, cache.v_pages))
                 assert torch.equal(k, -v) and sorted(k.tolist()) == sorted(x for x, r in zip(tokens, rule) if r)
 
 
 def check_pages(cache):
     """Every page is free or in the table of a row that needs it, not both; and only rows that were forked share it,
     none of which is ever going to write to it."""
-    W = cache.window + 1
-    for layer in range(cache.layers):
-        having, free = {}, cache.free[layer][:cache.free_count[layer]].tolist()
+    W, P = cache.window + 1, len(cache.free)
+    assert P == len(cache.k_pages) == len(cache.v_pages)
+    free, taken = [], set()
+    for layer, (bottom, top) in enumerate(zip(cache.bottom.tolist(), cache.top.tolist())):
+        free, having = free + cache.free[bottom:top].tolist(), {}
         for row, length in enumerate(cache.length[layer].tolist()):
             count, seen = -(-length // cache.page_size), int(cache.seen[row // cache.kv_heads])
             pages = cache.table[layer, row, :count].tolist()
@@ -134,11 +136,12 @@ def check_pages(cache):
             written = {slot // cache.page_size for slot in [*slots, *([length] if length % cache.page_size else [])]}
             for ordinal, page in enumerate(pages):
                 having.setdefault(page, []).append((row, ordinal, ordinal in written))
-        assert len(cache.free[layer]) == len(cache.k_pages[layer]) == len(cache.v_pages[layer])
-        assert sorted([*free, *having]) == list(range(len(cache.free[layer])))
+        assert not taken & set(having)
+        taken |= set(having)
         for sharers in having.values():
             assert len(sharers) == 1 or not any(written for _, _, written in sharers)
             assert len({ordinal for _, ordinal, _ in sharers}) == 1
+    assert sorted([*free, *taken]) == list(range(P))
 
 
 def plain_forward(folder, ids, dms=None):

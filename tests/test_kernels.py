@@ -137,7 +137,7 @@ def empty_cache(B, heads, D, W, page_size, columns, P, dtype=torch.float32, inte
     return dict(
         seen=state(B, dtype=torch.int64), length=state(N), ring_slot=state(N, W, fill=NOWHERE),
         ring_evict=state(N, W, fill=True, dtype=torch.bool), table=state(N, columns, fill=NOWHERE),
-        free=torch.randperm(P, device=DEVICE).to(integers), free_count=state(1, fill=P),
+        free=torch.randperm(P, device=DEVICE).to(integers), top=state(1, fill=P),
         k_pages=state(P, page_size, D, fill=math.nan, dtype=dtype),
         v_pages=state(P, page_size, D, fill=math.nan, dtype=dtype))
 
@@ -150,9 +150,9 @@ def pages_of(cache):
 def finish(cache, b, heads):
     """Sequence b ends: its pages go back to the stack."""
     for row in range(b * heads, (b + 1) * heads):
-        n, count = pages_of(cache)[row], int(cache["free_count"])
+        n, count = pages_of(cache)[row], int(cache["top"])
         cache["free"][count:count + n] = cache["table"][row, :n]
-        cache["free_count"] += n
+        cache["top"] += n
         cache["table"][row], cache["length"][row] = NOWHERE, 0
         cache["ring_evict"][row], cache["ring_slot"][row] = True, NOWHERE
     cache["seen"][b] = 0
@@ -169,7 +169,7 @@ def held(cache, row):
 
 def check_pages(cache):
     """Every page of the pool is free or some row's, once."""
-    pages = cache["free"][:int(cache["free_count"])].tolist()
+    pages = cache["free"][:int(cache["top"])].tolist()
     for row, n in enumerate(pages_of(cache)):
         pages += cache["table"][row, :n].tolist()
     assert sorted(pages) == list(range(len(cache["free"])))
@@ -204,7 +204,7 @@ def test_cache_write(seed):
         cache_write_plain(token, -token, **news, **plain, shift=shift)
         for state in (cache, plain):
             state["seen"] += news["active"]
-        for name in ("length", "ring_slot", "ring_evict", "free_count"):
+        for name in ("length", "ring_slot", "ring_evict", "top"):
             assert torch.equal(cache[name], plain[name]), name
         for row in range(N):
             if active[row // heads]:

@@ -116,8 +116,8 @@ def test_logits_and_greedy_tokens_equal_transformers(family, tmp_path):
     expected = theirs(ids).logits
     assert expected.std() > 0.3  # the comparison is of something
     torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(ours(ids, cache=KVCache(ours.config, 1)), expected, atol=1e-4, rtol=0)
-    cache = KVCache(ours.config, 1, page_size=8)
+    torch.testing.assert_close(ours(ids, cache=KVCache(ours.config, 1, memory=1e6)), expected, atol=1e-4, rtol=0)
+    cache = KVCache(ours.config, 1, page_size=8, memory=1e6)
     steps = torch.cat([ours(ids[:, t:t + 1], cache=cache) for t in range(LENGTH)], dim=1)
     torch.testing.assert_close(steps, expected, atol=1e-4, rtol=0)
 

@@ -39,8 +39,8 @@ class ToyData:
 
     def answer_tasks(self, model, new_cache, args, desc):
         """Free-running greedy answers to args.eval_problems test problems of each task, args.eval_batch side by side
-        in new_cache(rows): {task: share that is correct}, the caches, the most bytes in pages at once."""
-        accuracy, caches, peak = {}, [], 0
+        in new_cache(rows): {task: share that is correct}, and the caches."""
+        accuracy, caches = {}, []
         for task in tasks.TASKS:
             rng = random.Random(f"evaluate {task}")
             problems = [tasks.make_problem(task, rng, "test") for _ in range(args.eval_problems)]
@@ -49,7 +49,6 @@ class ToyData:
             with tqdm(total=len(problems), desc=f"{desc}: {task}", leave=False) as bar:
                 for drawn in generate(model, caches[-1], sequences, {self.end}):
                     bar.update(sum(s.over for s, _ in drawn))
-                    peak = max(peak, caches[-1].stats()["page_bytes"])
             texts = [self.tokenizer.decode(s.new, skip_special_tokens=True) for s in sequences]
             accuracy[task] = sum(map(tasks.is_correct, problems, texts)) / len(problems)
-        return accuracy, caches, peak
+        return accuracy, caches
