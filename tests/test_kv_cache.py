@@ -91,7 +91,8 @@ def test_pages_fall_with_compression_at_2048_tokens():
             return decide(layer, q, k, v, 0.5 - keep.float())
         return attend
 
-    cache, dense = KVCache(model.config, 1), KVCache(small_config(num_key_value_heads=4, max_position_embeddings=4096), 1)
+    cache = KVCache(model.config, 1)
+    dense = KVCache(small_config(num_key_value_heads=4, max_position_embeddings=4096), 1)
     with torch.inference_mode():
         for t in range(0, 2048, 256):
             with cache.append(torch.tensor([256]), 256) as attend:
