@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dms
 from dms import DMSConfig, InputError, one_line, read_json, refusing
+from kernels import in_float32
 from kv_cache import CacheFull
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -210,18 +211,12 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         rows = x.shape[:-1].numel()
-        plain = x.dtype == torch.float32 and not 1 < rows <= 16 or rows == 1
-        if plain or x.device.type != "cpu" or torch.is_grad_enabled() or \
-                x.dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        if x.device.type != "cpu" or torch.is_grad_enabled() or rows == 1 or \
+                (rows > 16 if x.dtype == torch.float32 else torch.backends.cpu.get_cpu_capability() == "AVX512"):
             return super().forward(x)
         columns = x.reshape(rows, -1).float().T
-        if x.dtype == torch.float32:
-            y = (self.weight @ columns).T
-        else:
-            buffer = torch.empty(2**20 // self.in_features + 1, self.in_features)
-            pieces = self.weight.split(len(buffer))
-            y = torch.cat([buffer[:len(w)].copy_(w) @ columns for w in pieces]).T.to(x.dtype)
-        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
+        y = torch.cat([in_float32(w) @ columns for w in self.weight.split(2**20 // self.in_features + 1)]).T
+        return (y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias).reshape(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):

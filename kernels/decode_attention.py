@@ -15,24 +15,25 @@ import math
 
 import torch
 
-from kernels import check_launch, tl, triton
+from kernels import check_launch, in_float32, scratch, tl, triton
 
 
-def take(pool, page, buffer):
-    """pool[page] in float32, page ascending. What lies in one piece is not copied, unless its dtype must change, and
-    then into the first of the buffer's pages: few enough to stay in a CPU's cache until they are used."""
-    some = pool[page[0]:page[-1] + 1] if bool((page.diff() == 1).all()) else pool[page]
-    return some if some.dtype == torch.float32 else buffer[:len(page)].copy_(some)
+def gather(name, x, index):
+    """x[index] in scratch memory; without a copy where that is one slice of x."""
+    if bool((index.diff() == 1).all()):
+        return x[index[0]:index[-1] + 1]
+    return torch.index_select(x, 0, index, out=scratch(name, (len(index), *x.shape[1:]), x.device, x.dtype))
 
 
+@torch.no_grad()
 def decode_attention_plain(q, k_pages, v_pages, table, length, piece=2**20):
     """Softmax attention in float32, scale D^-0.5, of each row's queries to the `length` pairs that the row holds.
 
     q (N, G, D); k_pages, v_pages (P, page_size, D), q's dtype, finite; table (N, M) integer: a row's pages in order,
     of which the first ceil(length / page_size) count and the rest may be anything; length (N,) integer, 0 gives zeros.
     -> (N, G, D), q's dtype.
-    Every page is multiplied by itself, in the order in which pages lie in memory, `piece` numbers of K or V at a time,
-    and a row's results are added up.
+    Made for a CPU: every page is multiplied by itself, in the order in which pages lie in memory, `piece` numbers of K
+    or V at a time, so that those converted to float32 are used while they are in the processor's cache.
     """
     page_size, D = k_pages.shape[1:]
     row, ordinal = (torch.arange(table.shape[1], device=q.device) * page_size < length[:, None]).nonzero(as_tuple=True)
@@ -41,18 +42,24 @@ def decode_attention_plain(q, k_pages, v_pages, table, length, piece=2**20):
     page, order = table[row, ordinal].long().sort()
     row, fill = row[order], (length[row] - ordinal * page_size)[order]
     count = max(piece // (page_size * D), 1)  # pages at a time
-    buffer = torch.empty(count, page_size, D, device=q.device)
-    query = (q.float() * D ** -0.5).transpose(1, 2)
-    score = torch.cat([torch.bmm(take(k_pages, p, buffer), query[r]) for p, r in zip(page.split(count),
-                                                                                     row.split(count))])
-    score.masked_fill_((torch.arange(page_size, device=q.device) >= fill[:, None])[:, :, None], -1e30)
-    top = score.amax(1)  # (pages, G), after score (pages, page_size, G)
+    pieces = [slice(i, i + count) for i in range(0, len(page), count)]
+    query = q.float() * D ** -0.5
+    score = scratch("score", (len(page), q.shape[1], page_size), q.device)
+    for some in pieces:
+        k = in_float32(gather("pages", k_pages, page[some]))
+        torch.bmm(gather("query", query, row[some]), k.transpose(1, 2), out=score[some])
+    last = (fill < page_size).nonzero()[:, 0]
+    unused = torch.arange(page_size, device=q.device) >= fill[last, None]
+    score[last] = score[last].masked_fill(unused[:, None], -1e30)
+    top = score.amax(2)  # (pages, G)
     top = top.new_full(q.shape[:2], -1e30).scatter_reduce(0, row[:, None].expand_as(top), top, "amax")  # (N, G)
-    weight = score.sub_(top[row][:, None]).exp_().transpose(1, 2)
+    weight = score.sub_(top[row][:, :, None]).exp_()
     total = torch.zeros_like(top).index_add_(0, row, weight.sum(2))
     out = torch.zeros(q.shape, device=q.device)
-    for p, r, w in zip(page.split(count), row.split(count), weight.split(count)):
-        out.index_add_(0, r, torch.bmm(w, take(v_pages, p, buffer)))
+    for some in pieces:
+        v = in_float32(gather("pages", v_pages, page[some]))
+        part = scratch("part", (len(v), *q.shape[1:]), q.device)
+        out.index_add_(0, row[some], torch.bmm(weight[some], v, out=part))
     return (out / total.clamp(min=1e-30)[:, :, None]).to(q.dtype)
 
 
