@@ -9,10 +9,9 @@ one pool. Attention does not care in which order keys are stored, since RoPE is 
         otherwise  ->  t is appended                  (length + 1)
 
 A ring of `window + 1` entries per (sequence, KV head) holds each recent token's slot and decision: entry
-j mod (window + 1) is j's. Nothing is ever moved. One token per sequence is the business of kernels/, cache_write and
-decode_attention, or on a CPU of their plain twins. Many tokens at once (a prompt, a chat turn) are the same rule over
-a block: as many of the block's survivors as there are freed slots go there, the rest is appended. There is no prefill
-or decode mode; a dense model is the same cache with nothing evicted.
+j mod (window + 1) is j's. Nothing is ever moved. The rule itself is kernels/cache_write.py's, for any number of new
+tokens; what a single new token attends to is read by kernels/decode_attention.py. There is no prefill or decode mode;
+a dense model is the same cache with nothing evicted.
 
 This file knows nothing of training, of tokenizers, or of how a decision was made: it is told evict or keep.
 
@@ -112,58 +111,47 @@ class KVCache:
         elif reserve:
             self.reserve(lengths)
 
-        active = lengths > 0
 
         def attend(layer, q, k, v, logits):
-            y = self._append(layer, q, k, v, logits, lengths, active)
+            y = self._append(layer, q, k, v, logits, lengths)
             return y if torch.is_inference_mode_enabled() else y.clone()  # a clone may be part of a gradient graph
 
         yield attend
         with torch.inference_mode():
             self.seen += lengths
             if T == 1:
-                self.reads += (self.length.view(self.layers, -1, self.kv_heads) * active[:, None]).sum(1)
+                self.reads += (self.length.view(self.layers, -1, self.kv_heads) * (lengths > 0)[:, None]).sum(1)
             self.peak.copy_(torch.maximum(self.peak, self.length.sum()))
 
     @torch.inference_mode()
-    def _append(self, layer, q, k, v, logits, lengths, active):
+    def _append(self, layer, q, k, v, logits, lengths):
         B, H, T, D = k.shape
-        shape, q = q.shape, q.reshape(B * H, -1, T, D)
-        k, v = k.reshape(B * H, T, D), v.reshape(B * H, T, D)
+        shape, q, k, v = q.shape, q.reshape(B * H, -1, T, D), k.reshape(B * H, T, D), v.reshape(B * H, T, D)
         evict = torch.zeros(B * H, T, dtype=torch.bool, device=k.device) if logits is None else \
             (logits > 0).reshape(B * H, T)
+        length, table = self.length[layer], self.table[layer]
         if T > 1:
-            evict = self._decide(layer, evict, lengths)
             y = self._attend_block(layer, q, k, v, evict, lengths)
-            self._write_block(layer, k, v, evict, lengths)
-            return y.view(shape)
-        write, attend = (writing.cache_write, attending.decode_attention) if self.kernels else \
-            (writing.cache_write_plain, attending.decode_attention_plain)
-        write(k[:, 0], v[:, 0], evict[:, 0], active, self.seen, self.length[layer], self.ring_slot[layer],
-              self.ring_evict[layer], self.table[layer], self.free, self.top[layer:layer + 1], self.k_pages,
-              self.v_pages, self.shift)
-        return attend(q[:, :, 0], self.k_pages, self.v_pages, self.table[layer], self.length[layer]).view(shape)
+            more = self._pages(length + self._rows(lengths)) - self._pages(length)  # if all of it is kept
+            self._stack(layer, int(more.sum()))
+        write = writing.cache_write if self.kernels and T == 1 else writing.cache_write_plain
+        write(k, v, evict, lengths, self.seen, length, self.ring_slot[layer], self.ring_evict[layer], table, self.free,
+              self.top[layer:layer + 1], self.k_pages, self.v_pages, self.shift)
+        if T == 1:
+            attend = attending.decode_attention if self.kernels else attending.decode_attention_plain
+            y = attend(q[:, :, 0], self.k_pages, self.v_pages, table, length)
+        return y.view(shape)
 
     def _rows(self, per_sequence):
         """(B, ...) -> (N, ...), each sequence's value for each of its rows."""
         return per_sequence.repeat_interleave(self.kv_heads, dim=0)
 
-    def _decide(self, layer, evict, lengths):
-        """What was decided at each new token -> what is decided about it (N, T). With shift 1 the first decision is
-        about the last token of the ring, and the last new token is not decided yet."""
-        t = torch.arange(evict.shape[1], device=self.device)
-        n, seen = self._rows(lengths)[:, None], self._rows(self.seen)[:, None]
-        if self.shift:
-            last = (seen - 1) % (self.window + 1)
-            ring = self.ring_evict[layer]
-            ring.scatter_(1, last, torch.where((n > 0) & (seen > 0), evict[:, :1], ring.gather(1, last)))
-            evict = F.pad(evict[:, 1:], (0, 1))
-        return evict & (t < n - self.shift)
-
     def _attend_block(self, layer, q, k, v, evict, lengths):
         """q (N, G, T, D), k, v (N, T, D), evict (N, T), nothing of it written yet -> (N, G, T, D). A row's queries see
         its slots, of which those in the ring may expire on the way, and the new tokens themselves."""
         W, group = self.window + 1, q.shape[1]
+        evict = writing.about(evict, self._rows(lengths)[:, None], self._rows(self.seen)[:, None],
+                              self.ring_evict[layer], self.shift)
         out = torch.zeros_like(q)
         new = torch.arange(q.shape[2], device=self.device)
         for row, (n, seen, S) in enumerate(zip(self._rows(lengths).tolist(), self._rows(self.seen).tolist(),
@@ -188,34 +176,6 @@ class KVCache:
                 q[row, None, :, :n], *(x[None, None].expand(-1, group, -1, -1) for x in (keys, values)),
                 attn_mask=mask, is_causal=mask is None)[0]
         return out
-
-    def _write_block(self, layer, k, v, evict, lengths):
-        """Store the new tokens k, v (N, T, D) with decisions evict (N, T) as the ring says."""
-        W, T = self.window + 1, k.shape[1]
-        n, seen = self._rows(lengths)[:, None], self._rows(self.seen)[:, None]
-        length = self.length[layer].long()[:, None]
-        # the oldest of the ring leave the window, and the flagged ones leave their slots
-        i = torch.arange(min(T, W), device=self.device)
-        entry = (seen - W + i) % W
-        freed = self.ring_evict[layer].gather(1, entry) & (seen - W + i >= 0) & (i < n)
-        slots = self.ring_slot[layer].long().gather(1, entry)
-        slots = slots.gather(1, freed.long().argsort(dim=1, descending=True, stable=True))
-        freed = freed.sum(1, keepdim=True)
-        # a flagged new token that is outside the window before the block ends is never stored
-        t = torch.arange(T, device=self.device)
-        in_window = (t >= n - W) & (t < n)
-        survive = in_window | (~evict & (t < n))
-        rank = survive.cumsum(1) - 1
-        slot = torch.where(rank < freed, slots.gather(1, rank.clamp(0, len(i) - 1)), length + rank - freed)
-        self._lengthen(layer, (length + survive.sum(1, keepdim=True) - freed)[:, 0])
-        row, t = survive.nonzero(as_tuple=True)
-        s = slot[row, t]
-        page, place = self.table[layer, row, s // self.page_size].long(), s % self.page_size
-        self.k_pages[page, place], self.v_pages[page, place] = k[row, t], v[row, t]
-        row, t = in_window.nonzero(as_tuple=True)
-        entry = (seen[row, 0] + t) % W
-        self.ring_slot[layer, row, entry] = slot[row, t].int()
-        self.ring_evict[layer, row, entry] = evict[row, t]
 
     # ------------------------------------------------------------------------------------------------ pages
 
@@ -266,24 +226,10 @@ class KVCache:
         self.bottom.copy_(count.cumsum(0) - count)
         self.steps_left = 0
 
-    def _take(self, layer, count):
-        """`count` pages from the layer's stack, (count,) int32."""
+    def _stack(self, layer, count):
+        """See to it that at least `count` pages are on the layer's stack."""
         if self.top[layer] - self.bottom[layer] < count:
             self._share_out([count if i == layer else 0 for i in range(self.layers)])
-        self.top[layer] -= count
-        return self.free[self.top[layer]:][:count].flip(0)
-
-    def _lengthen(self, layer, length):
-        """Set the lengths (N,) of the layer's rows, giving them the pages that they need for it."""
-        have = self._pages(self.length[layer]).long()
-        need = self._pages(length) - have
-        total = int(need.sum())
-        if total:
-            page = self._take(layer, total)
-            row = torch.arange(len(need), device=self.device).repeat_interleave(need)
-            first = (need.cumsum(0) - need)[row]
-            self.table[layer, row, have[row] + torch.arange(total, device=self.device) - first] = page
-        self.length[layer] = length.int()
 
     # ------------------------------------------------------------------------------------------------ sequences
 
@@ -356,7 +302,9 @@ class KVCache:
         again = F.pad(page[1:] == page[:-1], (1, 0)) if len(page) else page.bool()  # the first row keeps the page
         row, ordinal, page = row[order][again], ordinal[order][again], page[again]
         if len(page):
-            own = self._take(layer, len(page))
+            self._stack(layer, len(page))
+            self.top[layer] -= len(page)
+            own = self.free[self.top[layer]:][:len(page)]
             for pool in (self.k_pages, self.v_pages):
                 pool[own.long()] = pool[page]
             self.table[layer, row, ordinal] = own

@@ -72,7 +72,12 @@ def fill(cache, context, config, cr):
     with torch.inference_mode():
         for layer in range(cache.layers):
             length = kept[layer].repeat(cache.batch_size)
-            cache._lengthen(layer, length)
+            cache.length[layer] = length.int()
+            need = cache._pages(length)
+            cache._stack(layer, int(need.sum()))
+            cache.top[layer] -= int(need.sum())
+            pages = cache.free[cache.top[layer]:][:int(need.sum())].flip(0)
+            cache.table[layer][torch.arange(cache.table.shape[2], device=cache.device) < need[:, None]] = pages
             table, W = cache.table[layer], cache.window + 1
             held = torch.arange(table.shape[1], device=cache.device) < cache._pages(length)[:, None]
             for pool in (cache.k_pages, cache.v_pages):

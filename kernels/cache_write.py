@@ -1,60 +1,86 @@
 """
-Cache write: one decode step's bookkeeping of one layer, a new token for every row, in one launch.
+Cache write: the cache's rule. New tokens of every row are stored where evicted ones leave their slots, else appended.
 
     j = t - (window + 1) leaves the window as t arrives: if j was evicted, t is written over j's slot; otherwise t is
     appended, on a fresh page from the free stack where the row's last one is full
 
-It is the cache's rule for many tokens at T = 1. Nothing is copied to the host: a row's program reads the row's state,
-changes it, and takes pages with an atomic subtraction, in whatever order rows come.
+Many tokens at once (a prompt, a chat turn) are the same rule over a block: as many of its survivors as there are freed
+slots go there, the rest is appended. The kernel is that for one token per row, a decode step's bookkeeping of one
+layer in one launch: nothing is copied to the host; a row's program reads the row's state, changes it, and takes pages
+with an atomic subtraction, in whatever order rows come.
 
-Letters: B sequences, N = B * Hkv rows (row b * Hkv + h), D head size, P pages of the pool, M columns of the
-table, W = window + 1 entries of the ring.
+Letters: B sequences, N = B * Hkv rows (row b * Hkv + h), T new tokens, D head size, P pages of the pool, M columns of
+the table, W = window + 1 entries of the ring.
 """
 import torch
+import torch.nn.functional as F
 
 from kernels import check_launch, tl, triton
 
 
-def cache_write_plain(k, v, evict, active, seen, length, ring_slot, ring_evict, table, free, top, k_pages,
-                      v_pages, shift):
-    """Store one new token per row and update the row's state, in place. Integers may be int32 (enough) or int64.
+def about(evict, n, seen, ring_evict, shift):
+    """What was decided at each new token (N, T) -> what is decided about it, (N, T) bool. With shift 1 the first
+    decision is about the last token of the ring, and the last new token is not decided yet. n, seen (N, 1)."""
+    if shift:
+        last = (seen - 1) % ring_evict.shape[1]
+        ring_evict.scatter_(1, last, torch.where((n > 0) & (seen > 0), evict[:, :1], ring_evict.gather(1, last)))
+        evict = F.pad(evict[:, 1:], (0, 1))
+    return evict & (torch.arange(evict.shape[1], device=evict.device) < n - shift)
 
-    Read: k, v (N, D), the pools' dtype; evict (N,) bool, the decision computed at this token, which speaks of token
-    seen - shift, shift 0 or 1; active (B,) bool, sequences that bring a token, the others staying as they are; seen
-    (B,) integer, tokens fed before; free (P,) integer, a stack of free pages with its top at top - 1.
+
+def cache_write_plain(k, v, evict, lengths, seen, length, ring_slot, ring_evict, table, free, top, k_pages, v_pages,
+                      shift):
+    """Store the new tokens of every row and update the row's state, in place. Integers may be int32 (enough) or int64.
+
+    Read: k, v (N, T, D), the pools' dtype; evict (N, T) bool, the decisions computed at these tokens, each of which
+    speaks of the token `shift`, 0 or 1, before it; lengths (B,) int64, how many of the T tokens are real; seen (B,)
+    integer, tokens fed before; free (P,) integer, a stack of free pages with its top at top - 1.
     Updated: length (N,) pairs held; ring_slot (N, W) integer and ring_evict (N, W) bool, slot and decision of token t
     at t mod W; table (N, M) integer, a row's pages in order, as many as its length needs; top (1,); k_pages and
     v_pages (P, page_size, D).
-    The caller sees to it that pages are not shared, and that stack and table have room (KVCache.reserve).
+    The caller sees to it that pages are not shared, and that stack and table have room.
     """
-    W, page_size, heads = ring_slot.shape[1], k_pages.shape[1], len(k) // len(seen)
-    row = active.repeat_interleave(heads).nonzero()[:, 0]
-    t = seen.long()[row // heads]
-    if shift:
-        known = t > 0
-        ring_evict[row[known], (t[known] - 1) % W] = evict[row[known]]
-    reuse = ring_evict[row, t % W] & (t >= W)
-    slot = torch.where(reuse, ring_slot[row, t % W], length[row]).long()
-    new = ~reuse & (slot % page_size == 0)
-    top -= new.sum().to(top.dtype)
-    table[row[new], slot[new] // page_size] = free[top + new.cumsum(0)[new] - 1].to(table.dtype)
-    page = table[row, slot // page_size].long()
-    length[row] += (~reuse).to(length.dtype)
-    k_pages[page, slot % page_size], v_pages[page, slot % page_size] = k[row], v[row]
-    ring_slot[row, t % W] = slot.to(ring_slot.dtype)
-    ring_evict[row, t % W] = evict[row] & (not shift)
+    (N, T, _), W, page_size = k.shape, ring_slot.shape[1], k_pages.shape[1]
+    n, seen = (x.long().repeat_interleave(N // len(x))[:, None] for x in (lengths, seen))  # (N, 1)
+    evict = about(evict, n, seen, ring_evict, shift)
+    # the oldest of the ring leave the window, and the flagged ones leave their slots
+    i = torch.arange(min(T, W), device=k.device)
+    entry = (seen - W + i) % W
+    freed = ring_evict.gather(1, entry) & (seen - W + i >= 0) & (i < n)
+    reuse = ring_slot.gather(1, entry).gather(1, freed.int().argsort(dim=1, descending=True, stable=True))
+    freed = freed.sum(1, keepdim=True)
+    # a flagged new token that is outside the window before the block ends is never stored
+    t = torch.arange(T, device=k.device)
+    in_window = (t >= n - W) & (t < n)
+    survive = in_window | (~evict & (t < n))
+    rank = survive.cumsum(1) - 1
+    slot = torch.where(rank < freed, reuse.gather(1, rank.clamp(0, len(i) - 1)), length[:, None] + rank - freed)
+    have = -(-length // page_size)
+    length += (survive.sum(1) - freed[:, 0]).to(length.dtype)
+    need = -(-length // page_size) - have
+    row = torch.arange(N, device=k.device).repeat_interleave(need)
+    taken = torch.arange(len(row), device=k.device)
+    table[row, have[row] + taken - (need.cumsum(0) - need)[row]] = free[top - 1 - taken].to(table.dtype)
+    top -= len(row)
+    row, t = survive.nonzero(as_tuple=True)
+    place = slot[row, t] % page_size
+    page = table[row, slot[row, t] // page_size].long()
+    k_pages[page, place], v_pages[page, place] = k[row, t], v[row, t]
+    row, t = in_window.nonzero(as_tuple=True)
+    entry = (seen[row, 0] + t) % W
+    ring_slot[row, entry], ring_evict[row, entry] = slot[row, t].to(ring_slot.dtype), evict[row, t]
 
 
 if triton is not None:
     @triton.jit(do_not_specialize=["heads", "table_stride"])
-    def _write(k_ptr, v_ptr, evict_ptr, active_ptr, seen_ptr, length_ptr, ring_slot_ptr, ring_evict_ptr, table_ptr,
+    def _write(k_ptr, v_ptr, evict_ptr, lengths_ptr, seen_ptr, length_ptr, ring_slot_ptr, ring_evict_ptr, table_ptr,
                free_ptr, top_ptr, k_pages_ptr, v_pages_ptr, heads, table_stride,
                D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
         """Program (row,), of a single warp: its threads read the row's state before any of them changes it."""
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, WIDTH)
         # what needs no other load to be found is asked for at once
-        active = tl.load(active_ptr + row // heads)
+        active = tl.load(lengths_ptr + row // heads) > 0
         t = tl.load(seen_ptr + row // heads).to(tl.int64)
         evict = tl.load(evict_ptr + row).to(tl.int1)
         length = tl.load(length_ptr + row).to(tl.int64)
@@ -85,18 +111,17 @@ if triton is not None:
             tl.store(ring_evict_ptr + entry, evict & (SHIFT == 0))
 
 
-def cache_write(k, v, evict, active, seen, length, ring_slot, ring_evict, table, free, top, k_pages, v_pages,
-                shift):
-    """cache_write_plain by the kernel. CPU tensors only under TRITON_INTERPRET=1."""
+def cache_write(k, v, evict, lengths, seen, length, ring_slot, ring_evict, table, free, top, k_pages, v_pages, shift):
+    """cache_write_plain for T = 1 by the kernel. CPU tensors only under TRITON_INTERPRET=1."""
     k, v = k.contiguous(), v.contiguous()
-    check_launch("cache_write", k, v, evict, active, seen, length, ring_slot, ring_evict, free, top, k_pages,
+    check_launch("cache_write", k, v, evict, lengths, seen, length, ring_slot, ring_evict, free, top, k_pages,
                  v_pages)
     if not {k.dtype, v.dtype} == {k_pages.dtype} == {v_pages.dtype}:
         raise ValueError(f"cache_write needs k and v of the pages' dtype, {k_pages.dtype}, not {k.dtype}, {v.dtype}")
-    if shift not in (0, 1) or len(k) % len(seen):
-        raise ValueError(f"cache_write needs a shift of 0 or 1, not {shift}, and len(k) a multiple of len(seen)")
-    N, D = k.shape
-    _write[(N,)](k, v, evict, active, seen, length, ring_slot, ring_evict, table, free,
+    N, T, D = k.shape
+    if shift not in (0, 1) or T != 1 or N % len(seen):
+        raise ValueError(f"cache_write needs a shift of 0 or 1, not {shift}, T = 1, not {T}, and N a multiple of B")
+    _write[(N,)](k, v, evict, lengths, seen, length, ring_slot, ring_evict, table, free,
                  top, k_pages, v_pages, N // len(seen), table.stride(0), D=D,
                  WIDTH=triton.next_power_of_2(D), PAGE=k_pages.shape[1], W=ring_slot.shape[1], SHIFT=shift,
                  num_warps=1)

@@ -199,11 +199,13 @@ def test_cache_write(seed):
         active = [rng.random() < 0.9 for _ in range(B)]
         token = torch.tensor([[row, int(cache["seen"][row // heads]), *[0] * (D - 2)] for row in range(N)],
                              dtype=torch.float32, device=DEVICE)
-        news = dict(evict=torch.tensor(evict, device=DEVICE), active=torch.tensor(active, device=DEVICE))
+        token = token[:, None]
+        news = dict(evict=torch.tensor(evict, device=DEVICE)[:, None],
+                    lengths=torch.tensor(active, device=DEVICE).long())
         cache_write(token, -token, **news, **cache, shift=shift)
         cache_write_plain(token, -token, **news, **plain, shift=shift)
         for state in (cache, plain):
-            state["seen"] += news["active"]
+            state["seen"] += news["lengths"]
         for name in ("length", "ring_slot", "ring_evict", "top"):
             assert torch.equal(cache[name], plain[name]), name
         for row in range(N):
@@ -222,8 +224,8 @@ def test_cache_write_stores(dtype, D):
     """What is stored is bit for bit what was given, and nothing beside it is touched."""
     cache = empty_cache(2, 3, D, W=4, page_size=4, columns=2, P=12, dtype=dtype)
     k, v = torch.randn(2, 6, D).to(dtype).to(DEVICE)
-    cache_write(k, v, torch.ones(6, dtype=torch.bool, device=DEVICE), torch.tensor([True, False], device=DEVICE),
-                **cache, shift=0)
+    cache_write(k[:, None], v[:, None], torch.ones(6, 1, dtype=torch.bool, device=DEVICE),
+                torch.tensor([1, 0], device=DEVICE), **cache, shift=0)
     page = cache["table"][:3, 0].long()
     assert torch.equal(cache["k_pages"][page, 0], k[:3]) and torch.equal(cache["v_pages"][page, 0], v[:3])
     for pool in ("k_pages", "v_pages"):
@@ -278,19 +280,20 @@ def test_refusals(monkeypatch):
         with pytest.raises(ValueError, match=says) as error:
             decode_attention(**{**arguments, **change})
         assert "\n" not in str(error.value)
-    cache, k = empty_cache(1, 2, 8, 4, 4, 2, 4), torch.ones(2, 8, device=DEVICE)
+    cache, k = empty_cache(1, 2, 8, 4, 4, 2, 4), torch.ones(2, 1, 8, device=DEVICE)
     for change, says in ((dict(k=k.half()), "dtype"), (dict(shift=2), "shift"),
+                         (dict(k=k.expand(2, 3, 8), v=k.expand(2, 3, 8)), "T = 1"),
                          (dict(free=cache["free"][::2]), "contiguous"), (dict(seen=cache["seen"].to("meta")), "meta")):
-        yes = torch.ones(2, dtype=torch.bool, device=DEVICE)
+        yes, one = torch.ones(2, 1, dtype=torch.bool, device=DEVICE), torch.ones(1, dtype=torch.int64, device=DEVICE)
         with pytest.raises(ValueError, match=says) as error:
-            cache_write(**{**dict(k=k, v=k, evict=yes, active=yes[:1], **cache, shift=0), **change})
+            cache_write(**{**dict(k=k, v=k, evict=yes, lengths=one, **cache, shift=0), **change})
         assert "\n" not in str(error.value)
     if DEVICE == "cpu":
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
             decode_attention(q, k_pages, v_pages, table, length)
         with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-            cache_write(k, k, yes, yes[:1], **cache, shift=0)
+            cache_write(k, k, yes, one, **cache, shift=0)
 
 
 def test_without_triton(monkeypatch):
@@ -383,9 +386,9 @@ def test_cache_write_compiles(arch):
     """Likewise. A warp moves a row of 256 bytes in one go, 8 bytes a thread."""
     i32, flag = torch.int32, torch.bool
     kernel = compiled(writing._write, *launched(
-        writing, "_write", cache_write, pointer(512, 128), pointer(512, 128), pointer(512, dtype=flag),
-        pointer(64, dtype=flag), pointer(64, dtype=torch.int64), pointer(512, dtype=i32), pointer(512, 513, dtype=i32),
-        pointer(512, 513, dtype=flag), pointer(512, 128, dtype=i32),
+        writing, "_write", cache_write, pointer(512, 1, 128), pointer(512, 1, 128), pointer(512, 1, dtype=flag),
+        pointer(64, dtype=torch.int64), pointer(64, dtype=torch.int64), pointer(512, dtype=i32),
+        pointer(512, 513, dtype=i32), pointer(512, 513, dtype=flag), pointer(512, 128, dtype=i32),
         pointer(100_000, dtype=i32), pointer(1, dtype=i32), pointer(100_000, 64, 128), pointer(100_000, 64, 128),
         shift=1), arch)
     check_no_spills(kernel)
