@@ -240,6 +240,17 @@ def read_json(file):
         return dict(json.loads(Path(file).read_text(encoding="utf-8")).items())
 
 
+def read_lines(file, cut=False):
+    """The JSON objects of a file, one to a line. cut: the last line has no end if its writer was interrupted, and does
+    not count then. Raises InputError."""
+    with refusing(f"{file}: not readable as text; give a file of JSON lines"):
+        lines, rows = Path(file).read_text(encoding="utf-8").split("\n"), []
+    for number, line in enumerate(lines[:-1] if cut else lines, 1):
+        with refusing(f"{file}: line {number} is not a JSON object; fix it"):
+            rows += [dict(json.loads(line).items())] if line.strip() else []
+    return rows
+
+
 # our field, NVIDIA's key in config.json, its default there, the key in dms_metadata.json, its default there
 FIELDS = (("window", "dms_window_size", 512, "window_size", 256),
           ("scale", "dms_alpha_scale", 100.0, "alpha_scale", 100.0),

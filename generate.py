@@ -13,11 +13,11 @@ Generate from a dense or DMS checkpoint with the compacting cache, and see what 
 The text goes to standard output; the closing line with speed and memory goes to standard error.
 """
 import argparse
+import functools
 import json
 import os
 import random
 import re
-import stat
 import sys
 import time
 from collections import Counter
@@ -27,43 +27,36 @@ import torch
 from tqdm import tqdm
 
 import dms
-from dms import InputError, read_json
+from dms import InputError, read_json, read_lines
 from kv_cache import KVCache
 from model import Sequence, generate, load_model, load_tokenizer, resolve, write_atomic
 
-HERE = Path(__file__).resolve().parent
-SHIPPED = HERE / "toy" / "retrofitted"
-
-
-def default_model():
-    """The newest finished retrofit under out/, else the retrofitted toy model that the repository ships."""
-    finished = [file.parent for file in Path("out").glob("*/config.json") if (file.parent / "settings.json").exists()]
-    return str(max(finished, key=lambda folder: (folder / "config.json").stat().st_mtime, default=SHIPPED))
+SHIPPED = Path(__file__).resolve().parent / "toy" / "retrofitted"
+show_now = functools.partial(print, end="", flush=True)
 
 
 def toy_problem(task, seed):
-    sys.path.insert(0, str(HERE))
+    """A problem of the toy world: its text, the function that finds an answer in a text, and the right answer."""
     from toy import tasks
-    return tasks, tasks.make_problem(task, random.Random(f"generate {seed}"), "test")
+    problem = tasks.make_problem(task, random.Random(f"generate {seed}"), "test")
+    read = functools.partial(tasks.final_answer, problem)
+    return problem.prompt, read, read(problem.answer)
 
 
 class Stream:
     """Tokens in, printable text out as soon as it is certain: an incomplete UTF-8 sequence is held back, and so is
     what might be the beginning of a stop string. `text` is all that has been let out. As a Sequence's `stop` it says
-    when to end: on an id of `ends` or a stop string. show: takes each piece of text."""
+    whether a stop string has come. show: takes each piece of text."""
 
-    def __init__(self, tokenizer, stop_strings=(), ends=(), show=None):
-        self.tokenizer, self.stops, self.ends, self.show = tokenizer, [s for s in stop_strings if s], ends, show
-        self.ids, self.read, self.whole, self.text = [], (0, 0), "", ""
-        self.stopped = self.ended = False  # by a stop string; by an end token
+    def __init__(self, tokenizer, stop_strings=(), show=None):
+        self.tokenizer, self.stops, self.show = tokenizer, [s for s in stop_strings if s], show
+        self.ids, self.read, self.whole, self.text, self.stopped = [], (0, 0), "", "", False
 
     def __call__(self, token):
-        self.ended = token in self.ends
-        if not self.ended:
-            self.ids.append(token)
-            if self.stops or self.show is not None:
-                self._decode()
-        return self.ended or self.stopped
+        self.ids.append(token)
+        if self.stops or self.show is not None:
+            self._decode()
+        return self.stopped
 
     def finish(self):
         """Let out what was held back and turned out to be text after all."""
@@ -111,16 +104,14 @@ class Session:
         ends = ends if isinstance(ends, list) else [ends]
         ends.append(self.tokenizer.token_id(self.tokenizer.special("eos_token")))
         self.ends = {e for e in ends if isinstance(e, int)}
-        self.sampling = {}
-        for name, fallback in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
-            given, stated = getattr(args, name), defaults.get(name)
-            if name == "temperature" and defaults.get("do_sample") is False:
-                stated = 0.0
-            self.sampling[name] = given if given is not None else fallback if stated is None else stated
+        self.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        greedy = {"temperature": 0.0} if defaults.get("do_sample") is False else {}
+        for source in (defaults, greedy, vars(args)):
+            self.sampling.update({k: source[k] for k in self.sampling if source.get(k) is not None})
         self.cache, self.tokens, self.seconds = None, 0, 0.0
 
     def new_cache(self, rows):
-        self.cache = KVCache(self.model.config, rows, self.model.device, self.model.dtype, self.args.page_size,
+        self.cache = KVCache(self.model.config, rows, self.model.device, self.model.dtype,
                              memory=self.args.memory and self.args.memory * 1e9)
 
     def encode(self, prompt):
@@ -134,13 +125,13 @@ class Session:
     def chains(self, ids, seed, count=1, show=None, max_new_tokens=None):
         """Sequences that continue ids, each with a Stream as its `stop`."""
         return [Sequence(ids, max_new_tokens or self.args.max_new_tokens, f"{seed} {i}",
-                         Stream(self.tokenizer, self.args.stop, self.ends, show if i == 0 else None))
+                         Stream(self.tokenizer, self.args.stop, show if i == 0 else None))
                 for i in range(count)]
 
     def run(self, sequences, release=True):
         """Generate; yields the sequences that are over, after each step."""
         begin, before = time.perf_counter(), self.seconds
-        for drawn in generate(self.model, self.cache, sequences, sampling=self.sampling, release=release):
+        for drawn in generate(self.model, self.cache, sequences, self.ends, self.sampling, release):
             self.tokens += sum(token is not None for _, token in drawn)
             self.seconds = before + time.perf_counter() - begin
             over = [s for s, _ in drawn if s.over]
@@ -148,15 +139,12 @@ class Session:
                 sequence.stop.finish()
             yield over
 
-    def closing_line(self):
-        s = self.cache.stats()
-        return (f"[{self.tokens} tokens in {self.seconds:.2f} s, prompts included, {self.tokens / self.seconds:.1f} "
-                f"tokens/s; compression {s['compression_ratio'] or 1:.2f}x; at most {s['peak_pairs']:,} pairs held, "
-                f"{s['peak_page_bytes']:,} bytes in pages]")
-
-
-def show_now(text):
-    print(text, end="", flush=True)
+    def finish(self, chains, release=True):
+        """Generate to the end. Raises InputError if a sequence did not fit into the cache."""
+        for _ in self.run(chains, release):
+            pass
+        if chains[0].error:
+            raise InputError(chains[0].error)
 
 
 def chat(session):
@@ -164,10 +152,10 @@ def chat(session):
     included. What the model said stays as it was said, thoughts too, as the cache cannot unsay it."""
     template, mark, pending = session.tokenizer.apply_chat_template, "@ANSWER@", None
     session.new_cache(1)
-    for number, line in enumerate(iter(lambda: prompt_line("> "), None)):
+    for number, line in enumerate(iter(lambda: prompt_line("> "), "")):
         if not line.strip():
             continue
-        turn = {"role": "user", "content": line}
+        turn = {"role": "user", "content": line.rstrip("\n")}
         if pending is None:
             text, pending = template([turn], add_generation_prompt=True), []
         else:
@@ -176,29 +164,15 @@ def chat(session):
         ids = pending + session.tokenizer.encode(text, add_special_tokens=False)
         session.model.check_ids(ids, int(session.cache.seen) + session.args.max_new_tokens)
         chain = session.chains(ids, f"{session.args.seed} {number}", show=show_now)[0]
-        for _ in session.run([chain], release=False):
-            pass
-        if chain.error:
-            raise InputError(chain.error)
-        pending = [] if chain.stop.ended else chain.new[-1:]  # not yet fed; the template itself ends the turn
+        session.finish([chain], release=False)
+        # the last token is not yet fed; the template itself ends the turn
+        pending = [] if chain.new[-1] in session.ends else chain.new[-1:]
         print(flush=True)
 
 
 def prompt_line(mark):
-    if sys.stdin.isatty():
-        print(mark, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
-
-
-def read_lines(file, cut=False):
-    """The JSON objects of a file, one to a line. cut: the last line has no end if its writer was interrupted, and does
-    not count then. Raises InputError."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
-        return [dict(json.loads(line).items()) for line in (lines[:-1] if cut else lines) if line.strip()]
-    except (OSError, ValueError, AttributeError) as e:
-        raise InputError(f"{file}: not readable as JSON objects, one to a line ({str(e)[:80]}); fix it") from None
+    print(mark if sys.stdin.isatty() else "", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
 
 
 def serve(session):
@@ -243,13 +217,12 @@ def serve(session):
 def show_evictions(session, ids):
     """Print the text with each token shaded by the share of (layer, head) pairs that still hold it at the end: bright
     for all, dark for few; where the output is no terminal, the share in tenths follows each token in brackets."""
-    model, T, held = session.model, len(ids), []
+    model, settings, held = session.model, session.model.config.dms, []
     masked, position = dms.masked_attention(model.config), torch.arange(len(ids), device=model.device)
 
     def attend(layer, q, k, v, logits):
-        evict = dms.decisions(logits, model.config.dms.shift)[0] if logits is not None else \
-            torch.zeros(k.shape[1:3], dtype=torch.bool, device=k.device)
-        held.append(dms.visible(T - 1, position, evict, model.config.dms.window if logits is not None else 0))
+        held.append(torch.ones(k.shape[1:3], device=k.device) if logits is None else dms.visible(
+            len(ids) - 1, position, dms.decisions(logits, settings.shift)[0], settings.window))
         return masked(layer, q, k, v, logits)
 
     model.hidden(torch.tensor([ids], device=model.device), attend)
@@ -284,7 +257,6 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dense", action="store_true", help="switch eviction off")
     p.add_argument("--show-evictions", action="store_true", help="print the text shaded by how many heads hold it")
-    p.add_argument("--page-size", type=int, help="slots of a page (default: 64, or 32 for heads smaller than that)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="(default: float32 on a CPU, bfloat16 on a GPU)")
@@ -302,34 +274,25 @@ def parse(argv=None):
         raise InputError("--chat reads its turns from standard input; leave out -n and --prompt")
     if (args.requests is None) != (args.out is None) or args.requests and (args.chat or args.prompt is not None):
         raise InputError("--requests and --out belong together, without --prompt and --chat")
-    args.model = args.model or default_model()
+    if args.model is None:
+        finished = [file for file in Path("out").glob("*/config.json") if (file.parent / "settings.json").exists()]
+        args.model = str(max(finished, key=os.path.getmtime).parent if finished else SHIPPED)
     return args
 
 
-def piped():
-    """Is there text on standard input, rather than a terminal or nothing?"""
-    mode = os.fstat(sys.stdin.fileno()).st_mode
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-def one_prompt(session, text, task=None, problem=None):
-    """Answer a text, in -n chains, and say what they voted for."""
+def one_prompt(session, text, read=final_answer, expected=None):
+    """Answer a text, in -n chains, and say what they voted for, as `read` finds it in what they say."""
     args, ids = session.args, session.encode(text)
-    if problem is not None:
+    if expected is not None:
         print(f"{text}\n", file=sys.stderr)
     session.model.check_ids(ids, args.max_new_tokens)
     session.new_cache(args.n)
     chains = session.chains(ids, args.seed, args.n, show_now if args.n == 1 else None)
-    for _ in session.run(chains):
-        pass
-    if chains[0].error:
-        raise InputError(chains[0].error)
+    session.finish(chains)
     print("".join(f"[{i}] {chain.stop.text}\n" for i, chain in enumerate(chains, 1)) if args.n > 1 else "", flush=True)
-    read = final_answer if problem is None else lambda text: task.final_answer(problem, text)
     votes = Counter(read(chain.stop.text) for chain in chains)
     answer, count = votes.most_common(1)[0]
-    if problem is not None:
-        expected = read(problem.answer)
+    if expected is not None:
         print(f"[answer {answer}, expected {expected}; {votes[expected]} of {args.n} right]", file=sys.stderr)
     elif args.n > 1:
         print(f"[answer {answer}; {count} of {args.n} agree]", file=sys.stderr)
@@ -339,25 +302,24 @@ def one_prompt(session, text, task=None, problem=None):
 
 def main(argv=None):
     args = parse(argv)
-    task = problem = None
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text, problem = sys.stdin.read() if args.prompt == "-" else args.prompt, ()
     if text is None and not args.chat and not args.requests:
-        text = (sys.stdin.read() if piped() else None) or None
-        if text is None:
-            task, problem = toy_problem(args.task, args.seed)
-            text = problem.prompt
-            args.temperature = 0.0 if args.temperature is None and args.n == 1 else args.temperature
+        text, *problem = toy_problem(args.task, args.seed)
+        args.temperature = 0.0 if args.temperature is None and args.n == 1 else args.temperature
     if text is not None and not text.strip():
-        raise InputError("the prompt is empty; give some text with --prompt or on standard input")
+        raise InputError("the prompt is empty; give some text with --prompt, or on standard input with --prompt -")
     session = Session(args)
     if args.chat:
         chat(session)
     elif args.requests:
         serve(session)
     else:
-        one_prompt(session, text, task, problem)
+        one_prompt(session, text, *problem)
     if session.tokens:
-        print(session.closing_line(), file=sys.stderr)
+        s = session.cache.stats()
+        print(f"[{session.tokens} tokens in {session.seconds:.2f} s, prompts included, "
+              f"{session.tokens / session.seconds:.1f} tokens/s; compression {s['compression_ratio'] or 1:.2f}x; "
+              f"at most {s['peak_pairs']:,} pairs held, {s['peak_page_bytes']:,} bytes in pages]", file=sys.stderr)
 
 
 if __name__ == "__main__":

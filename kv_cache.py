@@ -2,16 +2,11 @@
 The KV cache: pages, slots and the ring.
 
 Every (sequence, KV head) of every layer holds its own number of key/value pairs, in pages of `page_size` slots from
-one pool. Attention does not care in which order keys are stored, since RoPE is already inside them. Hence:
-
-    when token t arrives, token j = t - (window + 1) leaves the window
-        evict[j]   ->  t is written over j's slot     (length unchanged)
-        otherwise  ->  t is appended                  (length + 1)
-
-A ring of `window + 1` entries per (sequence, KV head) holds each recent token's slot and decision: entry
-j mod (window + 1) is j's. Nothing is ever moved. The rule itself is kernels/cache_write.py's, for any number of new
-tokens; what a single new token attends to is read by kernels/decode_attention.py. There is no prefill or decode mode;
-a dense model is the same cache with nothing evicted.
+one pool. Attention does not care in which order keys are stored, since RoPE is already inside them. Hence the rule of
+kernels/cache_write.py: a new token is written over the slot of an evicted one that leaves the window, or appended. A
+ring of `window + 1` entries per (sequence, KV head) holds each recent token's slot and decision: entry
+t mod (window + 1) is t's. Nothing is ever moved. A single new token attends by kernels/decode_attention.py. There is
+no prefill or decode mode; a dense model is the same cache with nothing evicted.
 
 This file knows nothing of training, of tokenizers, or of how a decision was made: it is told evict or keep.
 
@@ -65,7 +60,9 @@ class KVCache:
         L, N, W = self.layers, batch_size * self.kv_heads, self.window + 1
         if memory is None:
             context = L * N * self._pages(config.max_position_embeddings) * self.page_bytes
-            memory = min(context, 0.8 * memory_of(self.device))
+            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else \
+                os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 16e9
+            memory = min(context, 0.8 * free)
         P = max(int(memory / self.page_bytes), 1)
         with refusing(f"no memory for a cache of {memory / 1e9:.1f} GB; allow it less"):
             self.k_pages, self.v_pages = (zeros(P, page_size, config.head_dim, dtype=dtype, device=self.device)
@@ -89,12 +86,9 @@ class KVCache:
     def batch_size(self):
         return len(self.seen)
 
-    # ------------------------------------------------------------------------------------------------ feeding tokens
-
     def check_lengths(self, T, lengths):
         """lengths as (B,) int64 on the cache's device, all T if None. Raises InputError if they do not fit."""
-        if lengths is None:
-            lengths = torch.full((self.batch_size,), T)
+        lengths = [T] * self.batch_size if lengths is None else lengths
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
         if lengths.shape != self.seen.shape or bool((lengths < 0).any()) or bool((lengths > T).any()):
             raise InputError(f"lengths must be {self.batch_size} numbers from 0 to {T}, one per sequence of the cache")
@@ -110,7 +104,6 @@ class KVCache:
             self._widen(int(self.length.max()), T)
         elif reserve:
             self.reserve(lengths)
-
 
         def attend(layer, q, k, v, logits):
             y = self._append(layer, q, k, v, logits, lengths)
@@ -131,9 +124,11 @@ class KVCache:
             (logits > 0).reshape(B * H, T)
         length, table = self.length[layer], self.table[layer]
         if T > 1:
-            y = self._attend_block(layer, q, k, v, evict, lengths)
-            more = self._pages(length + self._rows(lengths)) - self._pages(length)  # if all of it is kept
-            self._stack(layer, int(more.sum()))
+            n, seen = self._rows(lengths)[:, None], self._rows(self.seen)[:, None]
+            about = writing.about(evict, n, seen, self.ring_evict[layer], self.shift)
+            y = self._attend_block(layer, q, k, v, about, lengths)
+            most = length + writing.stored(about, n, self.window + 1).sum(1)  # if no slot falls free
+            self._stack(layer, int((self._pages(most) - self._pages(length)).sum()))
         write = writing.cache_write if self.kernels and T == 1 else writing.cache_write_plain
         write(k, v, evict, lengths, self.seen, length, self.ring_slot[layer], self.ring_evict[layer], table, self.free,
               self.top[layer:layer + 1], self.k_pages, self.v_pages, self.shift)
@@ -150,8 +145,6 @@ class KVCache:
         """q (N, G, T, D), k, v (N, T, D), evict (N, T), nothing of it written yet -> (N, G, T, D). A row's queries see
         its slots, of which those in the ring may expire on the way, and the new tokens themselves."""
         W, group = self.window + 1, q.shape[1]
-        evict = writing.about(evict, self._rows(lengths)[:, None], self._rows(self.seen)[:, None],
-                              self.ring_evict[layer], self.shift)
         out = torch.zeros_like(q)
         new = torch.arange(q.shape[2], device=self.device)
         for row, (n, seen, S) in enumerate(zip(self._rows(lengths).tolist(), self._rows(self.seen).tolist(),
@@ -176,8 +169,6 @@ class KVCache:
                 q[row, None, :, :n], *(x[None, None].expand(-1, group, -1, -1) for x in (keys, values)),
                 attn_mask=mask, is_causal=mask is None)[0]
         return out
-
-    # ------------------------------------------------------------------------------------------------ pages
 
     def _pages(self, slots):
         return -(-slots // self.page_size)
@@ -231,8 +222,6 @@ class KVCache:
         if self.top[layer] - self.bottom[layer] < count:
             self._share_out([count if i == layer else 0 for i in range(self.layers)])
 
-    # ------------------------------------------------------------------------------------------------ sequences
-
     def part(self, sequence, tokens):
         """One sequence as a cache of its own, to be fed up to `tokens` tokens before this cache is used again: state
         and pools are this cache's. It is not for `release` or `select`."""
@@ -266,7 +255,7 @@ class KVCache:
     def select(self, sequences):
         """Make row i continue what sequence sequences[i] has fed so far: fork (name one several times), drop (do not
         name it; it ends as in `release`) and reorder in one. Nothing is computed again. Forks share all pages but
-        those that they are going to write to: the last one, and those with a slot that falls free within a window."""
+        those that they may write to: the last one, and those that hold the window."""
         chosen = torch.as_tensor(sequences, dtype=torch.int64, device=self.device)
         if len(chosen) == 0 or bool((chosen < 0).any()) or bool((chosen >= self.batch_size).any()):
             raise InputError(f"sequences to select must be indices below {self.batch_size}, at least one")
@@ -286,14 +275,11 @@ class KVCache:
             self._unshare(layer)
 
     def _unshare(self, layer):
-        """Copy the pages that several rows have and are going to write to. Rows that share a page were forked from
-        each other, so the same writes lie ahead of them, and after this nobody ever writes to a page of several."""
-        seen, entry = self._rows(self.seen)[:, None], torch.arange(self.window + 1, device=self.device)
-        leaving = self.ring_evict[layer] & (entry < seen)
-        if self.shift:  # the last token is not decided yet
-            leaving |= (entry == (seen - 1) % len(entry)) & (seen > 0)
+        """Copy the pages that several rows have and may write to. Rows that share a page were forked from each other,
+        so the same writes may lie ahead of them, and after this nobody ever writes to a page of several."""
+        recent = torch.arange(self.window + 1, device=self.device) < self._rows(self.seen)[:, None]
         written = torch.zeros(self.table[layer].shape, dtype=torch.bool, device=self.device)
-        row, entry = leaving.nonzero(as_tuple=True)
+        row, entry = recent.nonzero(as_tuple=True)
         written[row, self.ring_slot[layer, row, entry].long() // self.page_size] = True
         row = (self.length[layer] % self.page_size).nonzero()[:, 0]
         written[row, self.length[layer, row].long() // self.page_size] = True
@@ -308,8 +294,6 @@ class KVCache:
             for pool in (self.k_pages, self.v_pages):
                 pool[own.long()] = pool[page]
             self.table[layer, row, ordinal] = own
-
-    # ------------------------------------------------------------------------------------------------ counting
 
     def stats(self):
         """What is counted, all from real lengths and pages:
@@ -331,16 +315,9 @@ class KVCache:
         }
 
 
-def memory_of(device):
-    """Bytes that are free on a GPU, or that the machine has."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 16e9
-
-
 def zeros(*shape, dtype, device):
     """torch.zeros; but on a CPU, memory that the system gives only when and where it is written to."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1), access=mmap.ACCESS_COPY)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, access=mmap.ACCESS_COPY)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)

@@ -13,6 +13,7 @@ of eviction beyond handing each layer's decision logits to `attend`, or of train
 References: Touvron et al. 2302.13971 (Llama), Yang et al. 2505.09388 (Qwen3), Su et al. 2104.09864 (RoPE),
 Peng et al. 2309.00071 (YaRN).
 """
+import functools
 import hashlib
 import itertools
 import json
@@ -194,16 +195,6 @@ def apply_rope(x, cos, sin):
 # --------------------------------------------------------------------------------------------------------- The decoder
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
 class Linear(nn.Linear):
     """y = W x + b. On a CPU without bf16 instructions, products of 16-bit numbers are many times slower than those of
     float32, so pieces of W that stay in its cache are converted; and W x^T is up to twice as fast as x W^T there for
@@ -230,14 +221,14 @@ class Attention(nn.Module):
         self.v_proj = Linear(C, Hkv * D, bias=config.attention_bias or qwen2)
         self.o_proj = Linear(Hq * D, C, bias=config.attention_bias and not qwen2)
         if config.model_type == "qwen3":
-            self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+            self.q_norm, self.k_norm = nn.RMSNorm(D, config.rms_norm_eps), nn.RMSNorm(D, config.rms_norm_eps)
         if config.dms is not None and config.dms.source == "adapter":
             self.add_adapter()
 
     def add_adapter(self):
         """The decision's own weights, set to decide nothing (s = 0)."""
         config = self.config
-        self.dms_proj_alpha_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dms_proj_alpha_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dms_proj_alpha = Linear(config.hidden_size, config.num_key_value_heads, bias=config.attention_bias)
         for p in self.dms_proj_alpha.parameters():
             nn.init.zeros_(p)
@@ -279,9 +270,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, rope, attend):
@@ -296,7 +287,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
                                          _weight=torch.rand(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Model(nn.Module):
@@ -338,9 +329,7 @@ class Model(nn.Module):
         """The final normed states (B, T, C) of ids (B, T) int64. start: position of each row's first token, (B,)
         int64 or None for 0. attend(layer, q, k, v, logits) -> (B, Hq, T, D), with q (B, Hq, T, D), k and v
         (B, Hkv, T, D), rotated, and the decision logits (B, Hkv, T) float32, or None where nothing is evicted."""
-        position = torch.arange(ids.shape[1], device=ids.device)[None]
-        if start is not None:
-            position = position + start[:, None]
+        position = torch.arange(ids.shape[1], device=ids.device)[None] + (0 if start is None else start[:, None])
         angle = position[:, :, None, None] * self.rope_freq.float()  # (B or 1, T, 1, D/2)
         angle = torch.cat((angle, angle), dim=-1)
         x = self.model.embed_tokens(ids)
@@ -363,17 +352,15 @@ class Model(nn.Module):
         if cache is None:
             x = self.hidden(ids, dms.masked_attention(self.config))
             return self.lm_head(x[:, -1:] if last_only else x)
-        lengths = cache.check_lengths(ids.shape[1], lengths)
-        out = []
+        lengths, out = cache.check_lengths(ids.shape[1], lengths), []
         for t in range(0, ids.shape[1], cache.chunk):
             piece = ids[:, t:t + cache.chunk]
             with cache.append((lengths - t).clamp(0, piece.shape[1]), piece.shape[1]) as attend:
                 x = self.hidden(piece, attend, cache.seen)
-            if last_only:  # (B, 1, C): each row's last token if it lies in this piece, else what was there before
-                last = (lengths - 1 - t)[:, None, None]
-                here = (last >= 0) & (last < piece.shape[1])
-                x = x.gather(1, last.clamp(0, piece.shape[1] - 1).expand(-1, 1, x.shape[2]))
-                out = [torch.where(here, x, out[0]) if out else x]
+            if last_only:  # (B, 1, C): each row's last token, from whichever piece it lies in
+                row = torch.arange(len(ids), device=ids.device)
+                x = x[row, (lengths - 1 - t).clamp(0, piece.shape[1] - 1)][:, None]
+                out = [x if t == 0 else torch.where((lengths > t)[:, None, None], x, out[0])]
             else:
                 out.append(x)
         return self.lm_head(torch.cat(out, dim=1))
@@ -410,7 +397,7 @@ class Sequence:
     ids: list  # to be fed; what is drawn is added to it
     max_new_tokens: int
     seed: object = 0
-    stop: object = None  # (token id) -> bool, asked about every token drawn
+    stop: object = None  # (token id) -> bool, asked about every token drawn that is not an end token
     new: list = field(default_factory=list)  # drawn so far, an end token included
     over: bool = False
     error: str | None = None  # why it is over before its end
@@ -480,25 +467,14 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
     step, rows = DecodeStep(model, cache, sampling), list(range(cache.batch_size))  # rows that are free
     blocked, most = False, cache.batch_size  # until one ends, nothing starts; how many may start as one
     while waiting or running:
-        drawn = []
-
-        def put_back(some, problem):
-            """The sequences in some rows, the youngest, wait again; one that is alone and does not fit has failed."""
-            waiting.extendleft(running.pop(row) for row in reversed(some))
-            cache.release(some)
-            rows.extend(some)
-            if not running and len(some) == 1:
-                waiting[0].over, waiting[0].error = True, str(problem)
-                drawn.append((None, waiting.popleft(), None))
-            return bool(running)
-
+        drawn, back = [], []  # back: rows whose sequences, the youngest, wait again for want of pages
         try:
             tokens = step({row: s.ids[-1] for row, s in running.items()},
                           {row: s.uniform() for row, s in running.items()}) if running else []
             drawn = [(row, s, tokens[row]) for row, s in running.items()]
-        except CacheFull as problem:
-            blocked = put_back([next(reversed(running))], problem)
-        while waiting and rows and not blocked and (not running or cache.has_room_for(len(waiting[0].ids))):
+        except CacheFull as e:
+            back, problem = [next(reversed(running))], str(e)
+        while waiting and rows and not (blocked or back) and (not running or cache.has_room_for(len(waiting[0].ids))):
             same = list(itertools.takewhile(lambda s: s.ids == waiting[0].ids,
                                             itertools.islice(waiting, min(len(rows), most))))
             new = [rows.pop(0) for _ in same]
@@ -508,16 +484,24 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
                 logits = model(ids, cache=cache.part(new[0], ids.shape[1]), last_only=True)[:, -1]
                 if len(same) > 1:
                     cache.select([new[0] if row in new else row for row in range(cache.batch_size)])
-            except CacheFull as problem:
-                blocked, most = put_back(new, problem), max(len(same) // 2, 1)
-                continue
+            except CacheFull as e:
+                back, problem, most = new, str(e), max(len(same) // 2, 1)
+                break
             uniform = torch.tensor([s.uniform() for s in same], device=model.device)
             drawn += zip(new, same, sample(logits.expand(len(same), -1), uniform, **sampling).tolist())
+        if back:
+            waiting.extendleft(running.pop(row) for row in reversed(back))
+            cache.release(back)
+            rows.extend(back)
+            blocked = bool(running)
+            if not running and len(back) == 1:  # it is alone, and does not fit
+                waiting[0].over, waiting[0].error = True, problem
+                drawn.append((None, waiting.popleft(), None))
         for _, s, token in drawn:
             if token is not None:
                 s.ids.append(token)
                 s.new.append(token)
-                s.over = (s.stop is not None and s.stop(token)) or token in end_ids or len(s.new) >= s.max_new_tokens
+                s.over = token in end_ids or s.stop is not None and s.stop(token) or len(s.new) >= s.max_new_tokens
         over = [row for row, s, _ in drawn if row is not None and s.over]
         for row in over:
             del running[row]
@@ -567,25 +551,19 @@ def write_json(file, data):
 
 def weight_files(folder):
     """The safetensors files of a model folder, from its index or by the standard name."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        if (folder / "model.safetensors").exists():
-            return [folder / "model.safetensors"]
-        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        raise InputError(f"{folder}: no model.safetensors or model.safetensors.index.json" +
-                         ("; pickled weights are not read, convert them to safetensors" if pickles else
-                          "; is this a model folder?"))
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: has no weight_map; download it again")
-    names = list(dict.fromkeys(str(v) for v in weight_map.values()))
+    index, names = Path(folder) / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise InputError(f"{index}: has no weight_map; download it again")
+        names = list(dict.fromkeys(map(str, names.values())))
     for name in names:
         if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
             raise InputError(f"{index}: unsafe or unknown shard name {name[:80]!r}; shards lie beside their index")
-        if not os.path.isfile(folder / name):
-            raise InputError(f"{folder / one_line(name)}: this shard is missing; download it again")
-    return [folder / name for name in names]
+        if not os.path.isfile(index.with_name(name)):
+            raise InputError(f"{index.with_name(one_line(name))}: missing; download it again, and convert pickled "
+                             f"weights (.bin, .pt), which are never read, to safetensors")
+    return [index.with_name(name) for name in names]
 
 
 def open_weights(files, stack, device="cpu"):
@@ -621,8 +599,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         base, overlay = resolve(raw["dms_base_model"], relative_to=folder), [folder / ADAPTER_FILE]
         trained_on = raw.get("dms_base_fingerprint", "missing")
     if adapter is not None:
-        config.dms, file, trained_on = dms.read_adapter_settings(adapter)
-        overlay = [file]
+        config.dms, *overlay, trained_on = dms.read_adapter_settings(adapter)
 
     def refuse(problem):
         raise InputError(f"{base}: {problem}; the checkpoint is incomplete, of a kind that is not supported, or not "
@@ -644,14 +621,13 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
                                  f"only those, or load its folder as a model")
         where.update(adapters)
         wanted = dict(model.named_parameters())  # a tied head is not in it
-        ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        missing = [name for name in wanted if name not in where]
-        if missing:
-            refuse(f"{len(missing)} tensors are missing, the first {missing[0]}")
         for name in where:
-            if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+            if name not in wanted and not name.endswith("rotary_emb.inv_freq") and \
+                    not (name == "lm_head.weight" and config.tie_word_embeddings):
                 refuse(f"tensor {one_line(name)} has no place in a {config.model_type} model")
         for name, parameter in wanted.items():
+            if name not in where:
+                refuse(f"tensor {name} is missing")
             part = where[name].get_slice(name)
             shape = list(part.get_shape())
             if shape != list(parameter.shape):
@@ -701,11 +677,12 @@ def copy_tokenizer(source, folder):
 
 
 class Tokenizer:
-    """tokenizer.json run by `tokenizers`, and the chat template run in jinja2's sandbox."""
+    """The tokenizer of a model folder or hub id: tokenizer.json run by `tokenizers`, and the chat template run in
+    jinja2's sandbox."""
 
-    def __init__(self, folder):
+    def __init__(self, path_or_hub_id):
         from tokenizers import Tokenizer as FastTokenizer
-        folder = Path(folder)
+        folder = resolve(path_or_hub_id)
         file = folder / "tokenizer.json"
         if not file.exists():
             raise InputError(f"{file}: not found; only tokenizers in this format are read")
@@ -754,15 +731,12 @@ class Tokenizer:
         def raise_exception(message):
             raise TemplateError(message)
 
-        def tojson(x, ensure_ascii=False, **layout):
-            return json.dumps(x, ensure_ascii=ensure_ascii, **layout)
-
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = tojson
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         environment.globals.update(raise_exception=raise_exception,
                                    strftime_now=lambda pattern: datetime.now().strftime(pattern))
-        special = {k: self.special(k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        special = {k: v for k, v in special.items() if v is not None}
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = {name: self.special(name) for name in names if self.special(name) is not None}
         # {% generation %} marks what a trainer takes as the answer: here it is just its contents
         template = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})",
                           lambda tag: tag[1] + ("if" if tag[1].endswith("end") else "if true"), self.template)
@@ -772,6 +746,4 @@ class Tokenizer:
                 **special, **variables)
 
 
-def load_tokenizer(path_or_hub_id):
-    """The tokenizer of a model folder or hub id: .encode, .decode, .apply_chat_template."""
-    return Tokenizer(resolve(path_or_hub_id))
+load_tokenizer = Tokenizer

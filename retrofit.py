@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import dms
-from dms import DMSConfig, InputError, read_json
+from dms import DMSConfig, InputError, read_json, read_lines, refusing
 from kv_cache import KVCache
 from model import copy_tokenizer, load_model, load_tokenizer, resolve, save_model, write_atomic, write_json
 
@@ -43,27 +43,17 @@ class TextData:
 
     def __init__(self, file, tokenizer, seq_len, batch_size, seed):
         self.tokenizer, self.seq_len, self.batch_size, self.seed = tokenizer, seq_len, batch_size, seed
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"{file}: not readable as UTF-8 text ({e}); give a .txt or .jsonl file, or toy") from None
-        self.documents = []
         if str(file).endswith(".jsonl"):
-            for number, line in enumerate(text.splitlines(), 1):
-                try:
-                    row = json.loads(line) if line.strip() else {}
-                    document = row.get("messages") or row.get("text")
-                except (ValueError, AttributeError):
-                    raise InputError(f"{file}: line {number} is not a JSON object; it needs one a line") from None
-                if document:
-                    self.documents.append(document)
+            documents = [row.get("messages") or row.get("text") for row in read_lines(file)]
         else:
-            self.documents = [d for d in text.split("\n\n") if d.strip()]
-        if len(self.documents) < 2:
-            raise InputError(f"{file}: has {len(self.documents)} usable documents; needed are at least 2, as text "
-                             f"separated by blank lines, or JSON lines with \"text\" or \"messages\"")
-        self.kept_out = self.documents[1::50]
-        self.documents = [d for i, d in enumerate(self.documents) if i % 50 != 1]
+            with refusing(f"{file}: not readable as text; give a .txt or .jsonl file, or toy"):
+                documents = Path(file).read_text(encoding="utf-8").split("\n\n")
+        documents = [d for d in documents if d and (not isinstance(d, str) or d.strip())]
+        if len(documents) < 2:
+            raise InputError(f"{file}: has {len(documents)} usable documents; needed are at least 2, as text parted "
+                             f"by blank lines, or JSON lines with \"text\" or \"messages\"")
+        self.kept_out = documents[1::50]
+        self.documents = [d for i, d in enumerate(documents) if i % 50 != 1]
 
     def encode(self, document):
         if isinstance(document, str):
@@ -81,8 +71,7 @@ class TextData:
         return torch.tensor(ids[:budget]).view(rows, self.seq_len), torch.full((rows,), self.seq_len)
 
     def batch(self, step):
-        rng = random.Random(f"{self.seed} {step}")
-        return self.pack(self.documents, rng, self.batch_size)
+        return self.pack(self.documents, random.Random(f"{self.seed} {step}"), self.batch_size)
 
     def held_out(self, rows):
         return self.pack(self.kept_out, random.Random("held out"), rows)
@@ -119,26 +108,19 @@ def train_step(student, teacher, data, optimizer, step, args):
 
 def save_state(file, names, optimizer, step):
     """Weights in training and AdamW's moments, one safetensors file, replaced atomically."""
-    tensors = {}
-    for name, p in names.items():
-        tensors[f"weight.{name}"] = p.detach()
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}.{name}"] = optimizer.state[p][key]
-    tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    tensors = {f"{key}.{name}": x.detach().contiguous().cpu() for name, p in names.items()
+               for key, x in {"weight": p, **optimizer.state[p]}.items() if key != "step"}
     write_atomic(file, lambda scratch: save_file(tensors, scratch, {"step": str(step)}))
 
 
 def load_state(file, names, optimizer):
     """The inverse of save_state; returns the number of steps done."""
-    try:
-        with safe_open(file, "pt") as f:
-            step = int(f.metadata()["step"])
-            for name, p in names.items():
-                p.data.copy_(f.get_tensor(f"weight.{name}"))
-                moments = {key: f.get_tensor(f"{key}.{name}").to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-    except Exception as e:  # safetensors' own, or a missing tensor
-        raise InputError(f"{file}: does not belong to this run ({str(e)[:80]}); start anew in another --out") from None
+    with refusing(f"{file}: does not belong to this run; start anew in another --out"), safe_open(file, "pt") as f:
+        step = int(f.metadata()["step"])
+        for name, p in names.items():
+            p.data.copy_(f.get_tensor(f"weight.{name}"))
+            moments = {key: f.get_tensor(f"{key}.{name}").to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
     return step
 
 
@@ -152,16 +134,15 @@ def train(args, out):
         raise InputError(f"--seq-len {args.seq_len} is longer than the model's context of "
                          f"{student.config.max_position_embeddings}; make it shorter")
     student.check_ids(data.batch(0)[0].unique().tolist())
-    settings = DMSConfig(window=args.window, source=args.decision, shift=args.shift, per=args.per,
-                         target_cr=args.target_cr)
-    dms.start_retrofit(student, settings)
+    dms.start_retrofit(student, DMSConfig(window=args.window, source=args.decision, shift=args.shift, per=args.per,
+                                          target_cr=args.target_cr))
     for name, p in student.named_parameters():
         p.requires_grad_(args.train == "all" or "dms_proj_alpha" in name)
     student.recompute = args.recompute
     names = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(names.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", settings_of(args))
+    write_json(out / "settings.json", args.settings)
     state, metrics = out / "state.safetensors", out / "metrics.jsonl"
     done = load_state(state, names, optimizer) if state.exists() else 0
     lines = metrics.read_text().splitlines(keepends=True)[:done] if metrics.exists() else []
@@ -218,29 +199,22 @@ def evaluate(args, out):
     results = {"dense": measure(teacher, data, args, "dense"), "DMS": measure(student, data, args, "DMS", teacher)}
     # a sliding window is a DMS model that evicts everything; its budget is what DMS held of an average sequence
     sequences = len(results["dense"]["accuracy"]) * args.eval_problems or 32
-    mean_length = results["dense"]["tokens"] / sequences
-    budget = max(round(mean_length / results["DMS"]["compression_ratio"]), 1)
+    budget = max(round(results["dense"]["tokens"] / sequences / results["DMS"]["compression_ratio"]), 1)
     sliding = load_model(args.model, args.device, args.torch_dtype)
     dms.start_retrofit(sliding, DMSConfig(window=budget - 1, offset=-1.0))
     results["window"] = measure(sliding.requires_grad_(False), data, args, f"window of {budget}", teacher)
-    write_json(out / "results.json", {"settings": settings_of(args), "hardware": hardware(), "window_tokens": budget,
-                                      "torch": torch.__version__, "results": results})
-    names = list(results)
-    rows = [(task, [f"{results[n]['accuracy'][task]:.1%}" for n in names]) for task in results["dense"]["accuracy"]]
-    rows += [("KL to the teacher, nats", ["0"] + [f"{results[n]['kl']:.4f}" for n in names[1:]]),
-             ("compression ratio", [f"{results[n]['compression_ratio']:.2f}x" for n in names]),
-             ("peak pairs held", [f"{results[n]['peak_pairs']:,}" for n in names]),
-             ("KV reads, pairs", [f"{results[n]['reads']:,}" for n in names]),
-             ("peak bytes in pages", [f"{results[n]['peak_page_bytes']:,}" for n in names])]
-    titles = ["dense", f"DMS {args.target_cr:g}x", f"window of {budget}"]
-    print(f"\n{'':26}" + "".join(f"{t:>18}" for t in titles))
-    for name, values in rows:
-        print(f"{name:26}" + "".join(f"{v:>18}" for v in values))
-
-
-def hardware():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else \
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else \
         f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    write_json(out / "results.json", {"settings": args.settings, "hardware": hardware, "window_tokens": budget,
+                                      "torch": torch.__version__, "results": results})
+    rows = [("", ["dense", f"DMS {args.target_cr:g}x", f"window of {budget}"])]
+    for task in results["dense"]["accuracy"]:
+        rows.append((task, [f"{r['accuracy'][task]:.1%}" for r in results.values()]))
+    for name, key, form in (("KL to the teacher, nats", "kl", ".4f"), ("peak pairs held", "peak_pairs", ","),
+                            ("compression ratio", "compression_ratio", ".2f"), ("KV reads, pairs", "reads", ","),
+                            ("peak bytes in pages", "peak_page_bytes", ",")):
+        rows.append((name, [f"{r.get(key, 0):{form}}" for r in results.values()]))
+    print("".join(f"\n{name:26}" + "".join(f"{value:>18}" for value in values) for name, values in rows))
 
 
 # ---------------------------------------------------------------------------------------------------------- The script
@@ -252,10 +226,6 @@ def make_data(args):
         from toy.data import ToyData
         return ToyData(tokenizer, args.seq_len, args.batch_size, args.seed)
     return TextData(args.data, tokenizer, args.seq_len, args.batch_size, args.seed)
-
-
-def settings_of(args):
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "torch_dtype", "out", "device")}
 
 
 def parse(argv=None):
@@ -287,8 +257,8 @@ def parse(argv=None):
                    help="of frozen weights (default: float32 on a CPU, bfloat16 on a GPU)")
     args = p.parse_args(argv)
     toy = args.data == "toy" or (args.data is None and Path(args.model).resolve() == TEACHER)
+    out = Path(args.out or Path("out") / f"{Path(args.model).name}-dms-{args.target_cr:g}x")
     if args.resume:
-        out = Path(args.out or default_out(args))
         if not (out / "settings.json").exists():
             raise InputError(f"{out}: holds no run to resume; name its folder with --out, or leave --resume out")
         saved = read_json(out / "settings.json")
@@ -303,14 +273,11 @@ def parse(argv=None):
                                      ("seq_len", 512, 8192)):
         if getattr(args, name) is None:
             setattr(args, name, for_toy if toy else otherwise)
-    args.out = args.out or default_out(args)
+    args.out = str(out)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
     args.torch_dtype = getattr(torch, args.dtype)
     return args
-
-
-def default_out(args):
-    return str(Path("out") / f"{Path(args.model).name}-dms-{args.target_cr:g}x")
 
 
 def check(args):

@@ -28,6 +28,12 @@ def about(evict, n, seen, ring_evict, shift):
     return evict & (torch.arange(evict.shape[1], device=evict.device) < n - shift)
 
 
+def stored(evict, n, W):
+    """Which new tokens (N, T) are stored: those that are kept, and those still in the window when the block ends."""
+    t = torch.arange(evict.shape[1], device=evict.device)
+    return ((t >= n - W) | ~evict) & (t < n)
+
+
 def cache_write_plain(k, v, evict, lengths, seen, length, ring_slot, ring_evict, table, free, top, k_pages, v_pages,
                       shift):
     """Store the new tokens of every row and update the row's state, in place. Integers may be int32 (enough) or int64.
@@ -49,10 +55,7 @@ def cache_write_plain(k, v, evict, lengths, seen, length, ring_slot, ring_evict,
     freed = ring_evict.gather(1, entry) & (seen - W + i >= 0) & (i < n)
     reuse = ring_slot.gather(1, entry).gather(1, freed.int().argsort(dim=1, descending=True, stable=True))
     freed = freed.sum(1, keepdim=True)
-    # a flagged new token that is outside the window before the block ends is never stored
-    t = torch.arange(T, device=k.device)
-    in_window = (t >= n - W) & (t < n)
-    survive = in_window | (~evict & (t < n))
+    survive = stored(evict, n, W)
     rank = survive.cumsum(1) - 1
     slot = torch.where(rank < freed, reuse.gather(1, rank.clamp(0, len(i) - 1)), length[:, None] + rank - freed)
     have = -(-length // page_size)
@@ -66,7 +69,8 @@ def cache_write_plain(k, v, evict, lengths, seen, length, ring_slot, ring_evict,
     place = slot[row, t] % page_size
     page = table[row, slot[row, t] // page_size].long()
     k_pages[page, place], v_pages[page, place] = k[row, t], v[row, t]
-    row, t = in_window.nonzero(as_tuple=True)
+    recent = t >= n[row, 0] - W
+    row, t = row[recent], t[recent]
     entry = (seen[row, 0] + t) % W
     ring_slot[row, entry], ring_evict[row, entry] = slot[row, t].to(ring_slot.dtype), evict[row, t]
 

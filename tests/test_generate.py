@@ -182,11 +182,10 @@ def test_stream_holds_back_half_characters_and_half_stop_strings():
     ids = tokenizer.encode("naïve ☃ snow STOP never", add_special_tokens=False)
     stream = script.Stream(tokenizer, ["STOP"], show=pieces.append)
     assert any(stream(i) for i in ids)
-    assert "".join(pieces) == stream.text == "naïve ☃ snow " and stream.stopped and not stream.ended
+    assert "".join(pieces) == stream.text == "naïve ☃ snow " and stream.stopped
     assert not any("\ufffd" in p or "S" in p for p in pieces)
-    stream = script.Stream(tokenizer, ["STOP"], ends={7})
-    assert not any(stream(i) for i in tokenizer.encode("a ST"))
-    assert stream(7) and stream.ended and stream.text == "a "
+    stream = script.Stream(tokenizer, ["STOP"])
+    assert not any(stream(i) for i in tokenizer.encode("a ST")) and stream.text == "a "
     stream.finish()
     assert stream.text == "a ST"
 
@@ -232,7 +231,7 @@ def test_a_chat_turn_equals_the_whole_conversation_at_once():
     session = script.Session(args)
     turns = ["The code of ann is 31. Give the codes of ann.", "The code of tom is 52. Give the codes of tom, ann."]
     lines = iter(turns)
-    original, script.prompt_line = script.prompt_line, lambda mark: next(lines, None)
+    original, script.prompt_line = script.prompt_line, lambda mark: next(lines, "")
     fed = []
     model, hidden = session.model, session.model.hidden
 
@@ -332,8 +331,8 @@ def test_requests_vote_and_report_what_does_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize("lines, message", [
-    ('{"text": "x"}\n', "line 1 needs"), ('[1]\n', "not readable as JSON"), ('{"prompt": "x", "max_new_tokens": 0}\n',
-                                                                              "at least 1"),
+    ('{"text": "x"}\n', "line 1 needs"), ('[1]\n', "line 1 is not a JSON"),
+    ('{"prompt": "x", "max_new_tokens": 0}\n', "at least 1"),
     ('{"prompt": "x"}\n{"prompt": "' + "river " * 2000 + '"}\n', "context is 1024"),
 ])
 def test_bad_requests_are_refused_before_any_work(lines, message, tmp_path):
