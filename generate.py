@@ -319,7 +319,8 @@ def main(argv=None):
         s = session.cache.stats()
         print(f"[{session.tokens} tokens in {session.seconds:.2f} s, prompts included, "
               f"{session.tokens / session.seconds:.1f} tokens/s; compression {s['compression_ratio'] or 1:.2f}x; "
-              f"at most {s['peak_pairs']:,} pairs held, {s['peak_page_bytes']:,} bytes in pages]", file=sys.stderr)
+              f"at most {s['peak_pairs']:,} pairs held, in {s['peak_page_bytes']:,} bytes of a pool of "
+              f"{s['pool_bytes']:,}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

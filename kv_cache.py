@@ -104,9 +104,10 @@ class KVCache:
             self._widen(int(self.length.max()), T)
         elif reserve:
             self.reserve(lengths)
+        n, seen = self._rows(lengths), self._rows(self.seen)
 
         def attend(layer, q, k, v, logits):
-            y = self._append(layer, q, k, v, logits, lengths)
+            y = self._append(layer, q, k, v, logits, n, seen)
             return y if torch.is_inference_mode_enabled() else y.clone()  # a clone may be part of a gradient graph
 
         yield attend
@@ -117,20 +118,19 @@ class KVCache:
             self.peak.copy_(torch.maximum(self.peak, self.length.sum()))
 
     @torch.inference_mode()
-    def _append(self, layer, q, k, v, logits, lengths):
+    def _append(self, layer, q, k, v, logits, n, seen):
         B, H, T, D = k.shape
         shape, q, k, v = q.shape, q.reshape(B * H, -1, T, D), k.reshape(B * H, T, D), v.reshape(B * H, T, D)
         evict = torch.zeros(B * H, T, dtype=torch.bool, device=k.device) if logits is None else \
             (logits > 0).reshape(B * H, T)
         length, table = self.length[layer], self.table[layer]
         if T > 1:
-            n, seen = self._rows(lengths)[:, None], self._rows(self.seen)[:, None]
-            about = writing.about(evict, n, seen, self.ring_evict[layer], self.shift)
-            y = self._attend_block(layer, q, k, v, about, lengths)
-            most = length + writing.stored(about, n, self.window + 1).sum(1)  # if no slot falls free
+            about = writing.about(evict, n[:, None], seen[:, None], self.ring_evict[layer], self.shift)
+            y = self._attend_block(layer, q, k, v, about, n, seen)
+            most = length + writing.stored(about, n[:, None], self.window + 1).sum(1)  # if no slot falls free
             self._stack(layer, int((self._pages(most) - self._pages(length)).sum()))
         write = writing.cache_write if self.kernels and T == 1 else writing.cache_write_plain
-        write(k, v, evict, lengths, self.seen, length, self.ring_slot[layer], self.ring_evict[layer], table, self.free,
+        write(k, v, evict, n, seen, length, self.ring_slot[layer], self.ring_evict[layer], table, self.free,
               self.top[layer:layer + 1], self.k_pages, self.v_pages, self.shift)
         if T == 1:
             attend = attending.decode_attention if self.kernels else attending.decode_attention_plain
@@ -141,14 +141,13 @@ class KVCache:
         """(B, ...) -> (N, ...), each sequence's value for each of its rows."""
         return per_sequence.repeat_interleave(self.kv_heads, dim=0)
 
-    def _attend_block(self, layer, q, k, v, evict, lengths):
+    def _attend_block(self, layer, q, k, v, evict, lengths, fed):
         """q (N, G, T, D), k, v (N, T, D), evict (N, T), nothing of it written yet -> (N, G, T, D). A row's queries see
         its slots, of which those in the ring may expire on the way, and the new tokens themselves."""
         W, group = self.window + 1, q.shape[1]
         out = torch.zeros_like(q)
         new = torch.arange(q.shape[2], device=self.device)
-        for row, (n, seen, S) in enumerate(zip(self._rows(lengths).tolist(), self._rows(self.seen).tolist(),
-                                               self.length[layer].tolist())):
+        for row, (n, seen, S) in enumerate(zip(lengths.tolist(), fed.tolist(), self.length[layer].tolist())):
             if n == 0:
                 continue
             self.reads[layer, row % self.kv_heads] += S + n

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dms import DMSConfig  # noqa: E402
-from model import Model, ModelConfig  # noqa: E402
+from model import Model, ModelConfig, rope_frequencies  # noqa: E402
 
 SHAPES = {
     "qwen3-0.6b": dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
@@ -41,17 +41,14 @@ def random_model(config, device="cpu", dtype=torch.float32, cr=1.0, window=256, 
     decided token by token."""
     torch.manual_seed(seed)
     config.dms = DMSConfig(window=window, target_cr=cr) if cr > 1 else None
-    with torch.device(device):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            model = Model(config)
-        finally:
-            torch.set_default_dtype(default)
-    for name, p in model.named_parameters():
-        if p.ndim > 1 and "dms" not in name:
-            torch.nn.init.normal_(p, std=0.02)
-    model.rope_freq = model.rope_freq.float().to(device)
+    with torch.device("meta"):
+        model = Model(config).to(dtype)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
+    model.rope_freq = rope_frequencies(config)[0].to(device)
     if cr > 1:
         H, C = config.num_key_value_heads, config.hidden_size
         threshold = (config.dms.offset / config.dms.scale)

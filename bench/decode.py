@@ -72,14 +72,12 @@ def fill(cache, context, config, cr):
     with torch.inference_mode():
         for layer in range(cache.layers):
             length = kept[layer].repeat(cache.batch_size)
+            need, table, W = cache._pages(length), cache.table[layer], cache.window + 1
+            total, held = int(need.sum()), torch.arange(table.shape[1], device=cache.device) < need[:, None]
+            cache._stack(layer, total)
+            cache.top[layer] -= total
+            table[held] = cache.free[cache.top[layer]:][:total].flip(0)
             cache.length[layer] = length.int()
-            need = cache._pages(length)
-            cache._stack(layer, int(need.sum()))
-            cache.top[layer] -= int(need.sum())
-            pages = cache.free[cache.top[layer]:][:int(need.sum())].flip(0)
-            cache.table[layer][torch.arange(cache.table.shape[2], device=cache.device) < need[:, None]] = pages
-            table, W = cache.table[layer], cache.window + 1
-            held = torch.arange(table.shape[1], device=cache.device) < cache._pages(length)[:, None]
             for pool in (cache.k_pages, cache.v_pages):
                 for pages in pool[int(table[held].min()):int(table[held].max()) + 1].split(4096):
                     pages.normal_()

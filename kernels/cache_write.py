@@ -9,7 +9,7 @@ slots go there, the rest is appended. The kernel is that for one token per row, 
 layer in one launch: nothing is copied to the host; a row's program reads the row's state, changes it, and takes pages
 with an atomic subtraction, in whatever order rows come.
 
-Letters: B sequences, N = B * Hkv rows (row b * Hkv + h), T new tokens, D head size, P pages of the pool, M columns of
+Letters: N rows, a KV head of a sequence each, T new tokens, D head size, P pages of the pool, M columns of
 the table, W = window + 1 entries of the ring.
 """
 import torch
@@ -39,15 +39,15 @@ def cache_write_plain(k, v, evict, lengths, seen, length, ring_slot, ring_evict,
     """Store the new tokens of every row and update the row's state, in place. Integers may be int32 (enough) or int64.
 
     Read: k, v (N, T, D), the pools' dtype; evict (N, T) bool, the decisions computed at these tokens, each of which
-    speaks of the token `shift`, 0 or 1, before it; lengths (B,) int64, how many of the T tokens are real; seen (B,)
-    integer, tokens fed before; free (P,) integer, a stack of free pages with its top at top - 1.
+    speaks of the token `shift`, 0 or 1, before it; lengths (N,) int64, how many of the T tokens are real; seen (N,)
+    int64, tokens fed before; free (P,) integer, a stack of free pages with its top at top - 1.
     Updated: length (N,) pairs held; ring_slot (N, W) integer and ring_evict (N, W) bool, slot and decision of token t
     at t mod W; table (N, M) integer, a row's pages in order, as many as its length needs; top (1,); k_pages and
     v_pages (P, page_size, D).
     The caller sees to it that pages are not shared, and that stack and table have room.
     """
     (N, T, _), W, page_size = k.shape, ring_slot.shape[1], k_pages.shape[1]
-    n, seen = (x.long().repeat_interleave(N // len(x))[:, None] for x in (lengths, seen))  # (N, 1)
+    n, seen = lengths[:, None], seen[:, None]
     evict = about(evict, n, seen, ring_evict, shift)
     # the oldest of the ring leave the window, and the flagged ones leave their slots
     i = torch.arange(min(T, W), device=k.device)
@@ -61,31 +61,33 @@ def cache_write_plain(k, v, evict, lengths, seen, length, ring_slot, ring_evict,
     have = -(-length // page_size)
     length += (survive.sum(1) - freed[:, 0]).to(length.dtype)
     need = -(-length // page_size) - have
-    row = torch.arange(N, device=k.device).repeat_interleave(need)
-    taken = torch.arange(len(row), device=k.device)
-    table[row, have[row] + taken - (need.cumsum(0) - need)[row]] = free[top - 1 - taken].to(table.dtype)
-    top -= len(row)
+    if need.any():
+        row = torch.arange(N, device=k.device).repeat_interleave(need)
+        taken = torch.arange(len(row), device=k.device)
+        table[row, have[row] + taken - (need.cumsum(0) - need)[row]] = free[top - 1 - taken].to(table.dtype)
+        top -= len(row)
     row, t = survive.nonzero(as_tuple=True)
-    place = slot[row, t] % page_size
-    page = table[row, slot[row, t] // page_size].long()
+    slot = slot[row, t]
+    page, place = table[row, slot // page_size].long(), slot % page_size
     k_pages[page, place], v_pages[page, place] = k[row, t], v[row, t]
-    recent = t >= n[row, 0] - W
-    row, t = row[recent], t[recent]
+    if T > W:  # the ring is about the last of them
+        recent = t >= lengths[row] - W
+        row, t, slot = row[recent], t[recent], slot[recent]
     entry = (seen[row, 0] + t) % W
-    ring_slot[row, entry], ring_evict[row, entry] = slot[row, t].to(ring_slot.dtype), evict[row, t]
+    ring_slot[row, entry], ring_evict[row, entry] = slot.to(ring_slot.dtype), evict[row, t]
 
 
 if triton is not None:
-    @triton.jit(do_not_specialize=["heads", "table_stride"])
+    @triton.jit(do_not_specialize=["table_stride"])
     def _write(k_ptr, v_ptr, evict_ptr, lengths_ptr, seen_ptr, length_ptr, ring_slot_ptr, ring_evict_ptr, table_ptr,
-               free_ptr, top_ptr, k_pages_ptr, v_pages_ptr, heads, table_stride,
+               free_ptr, top_ptr, k_pages_ptr, v_pages_ptr, table_stride,
                D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
         """Program (row,), of a single warp: its threads read the row's state before any of them changes it."""
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, WIDTH)
         # what needs no other load to be found is asked for at once
-        active = tl.load(lengths_ptr + row // heads) > 0
-        t = tl.load(seen_ptr + row // heads).to(tl.int64)
+        active = tl.load(lengths_ptr + row) > 0
+        t = tl.load(seen_ptr + row)
         evict = tl.load(evict_ptr + row).to(tl.int1)
         length = tl.load(length_ptr + row).to(tl.int64)
         k = tl.load(k_ptr + row * D + d, mask=d < D)
@@ -123,9 +125,9 @@ def cache_write(k, v, evict, lengths, seen, length, ring_slot, ring_evict, table
     if not {k.dtype, v.dtype} == {k_pages.dtype} == {v_pages.dtype}:
         raise ValueError(f"cache_write needs k and v of the pages' dtype, {k_pages.dtype}, not {k.dtype}, {v.dtype}")
     N, T, D = k.shape
-    if shift not in (0, 1) or T != 1 or N % len(seen):
-        raise ValueError(f"cache_write needs a shift of 0 or 1, not {shift}, T = 1, not {T}, and N a multiple of B")
+    if shift not in (0, 1) or T != 1 or not len(lengths) == len(seen) == N:
+        raise ValueError(f"cache_write needs a shift of 0 or 1, not {shift}, T = 1, not {T}, and lengths, seen (N,)")
     _write[(N,)](k, v, evict, lengths, seen, length, ring_slot, ring_evict, table, free,
-                 top, k_pages, v_pages, N // len(seen), table.stride(0), D=D,
+                 top, k_pages, v_pages, table.stride(0), D=D,
                  WIDTH=triton.next_power_of_2(D), PAGE=k_pages.shape[1], W=ring_slot.shape[1], SHIFT=shift,
                  num_warps=1)

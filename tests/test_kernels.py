@@ -135,7 +135,7 @@ def empty_cache(B, heads, D, W, page_size, columns, P, dtype=torch.float32, inte
 
     N = B * heads
     return dict(
-        seen=state(B, dtype=torch.int64), length=state(N), ring_slot=state(N, W, fill=NOWHERE),
+        seen=state(N, dtype=torch.int64), length=state(N), ring_slot=state(N, W, fill=NOWHERE),
         ring_evict=state(N, W, fill=True, dtype=torch.bool), table=state(N, columns, fill=NOWHERE),
         free=torch.randperm(P, device=DEVICE).to(integers), top=state(1, fill=P),
         k_pages=state(P, page_size, D, fill=math.nan, dtype=dtype),
@@ -154,8 +154,7 @@ def finish(cache, b, heads):
         cache["free"][count:count + n] = cache["table"][row, :n]
         cache["top"] += n
         cache["table"][row], cache["length"][row] = NOWHERE, 0
-        cache["ring_evict"][row], cache["ring_slot"][row] = True, NOWHERE
-    cache["seen"][b] = 0
+        cache["ring_evict"][row], cache["ring_slot"][row], cache["seen"][row] = True, NOWHERE, 0
 
 
 def held(cache, row):
@@ -197,11 +196,11 @@ def test_cache_write(seed):
                     decided[row] = []
         evict = [rng.random() < rate for _ in range(N)]
         active = [rng.random() < 0.9 for _ in range(B)]
-        token = torch.tensor([[row, int(cache["seen"][row // heads]), *[0] * (D - 2)] for row in range(N)],
+        token = torch.tensor([[row, int(cache["seen"][row]), *[0] * (D - 2)] for row in range(N)],
                              dtype=torch.float32, device=DEVICE)
         token = token[:, None]
         news = dict(evict=torch.tensor(evict, device=DEVICE)[:, None],
-                    lengths=torch.tensor(active, device=DEVICE).long())
+                    lengths=torch.tensor(active, device=DEVICE).long().repeat_interleave(heads))
         cache_write(token, -token, **news, **cache, shift=shift)
         cache_write_plain(token, -token, **news, **plain, shift=shift)
         for state in (cache, plain):
@@ -225,7 +224,7 @@ def test_cache_write_stores(dtype, D):
     cache = empty_cache(2, 3, D, W=4, page_size=4, columns=2, P=12, dtype=dtype)
     k, v = torch.randn(2, 6, D).to(dtype).to(DEVICE)
     cache_write(k[:, None], v[:, None], torch.ones(6, 1, dtype=torch.bool, device=DEVICE),
-                torch.tensor([1, 0], device=DEVICE), **cache, shift=0)
+                torch.tensor([1] * 3 + [0] * 3, device=DEVICE), **cache, shift=0)
     page = cache["table"][:3, 0].long()
     assert torch.equal(cache["k_pages"][page, 0], k[:3]) and torch.equal(cache["v_pages"][page, 0], v[:3])
     for pool in ("k_pages", "v_pages"):
@@ -284,7 +283,7 @@ def test_refusals(monkeypatch):
     for change, says in ((dict(k=k.half()), "dtype"), (dict(shift=2), "shift"),
                          (dict(k=k.expand(2, 3, 8), v=k.expand(2, 3, 8)), "T = 1"),
                          (dict(free=cache["free"][::2]), "contiguous"), (dict(seen=cache["seen"].to("meta")), "meta")):
-        yes, one = torch.ones(2, 1, dtype=torch.bool, device=DEVICE), torch.ones(1, dtype=torch.int64, device=DEVICE)
+        yes, one = torch.ones(2, 1, dtype=torch.bool, device=DEVICE), torch.ones(2, dtype=torch.int64, device=DEVICE)
         with pytest.raises(ValueError, match=says) as error:
             cache_write(**{**dict(k=k, v=k, evict=yes, lengths=one, **cache, shift=0), **change})
         assert "\n" not in str(error.value)
@@ -387,7 +386,7 @@ def test_cache_write_compiles(arch):
     i32, flag = torch.int32, torch.bool
     kernel = compiled(writing._write, *launched(
         writing, "_write", cache_write, pointer(512, 1, 128), pointer(512, 1, 128), pointer(512, 1, dtype=flag),
-        pointer(64, dtype=torch.int64), pointer(64, dtype=torch.int64), pointer(512, dtype=i32),
+        pointer(512, dtype=torch.int64), pointer(512, dtype=torch.int64), pointer(512, dtype=i32),
         pointer(512, 513, dtype=i32), pointer(512, 513, dtype=flag), pointer(512, 128, dtype=i32),
         pointer(100_000, dtype=i32), pointer(1, dtype=i32), pointer(100_000, 64, 128), pointer(100_000, 64, 128),
         shift=1), arch)
