@@ -40,15 +40,17 @@ class KVCache:
         cache.select([0, 0, 0]); cache.release([1]); cache.stats()
 
     page_size: slots of a page, a power of two; 64, or 32 where heads are smaller than that. chunk: the most tokens a
-    sequence computes at a time; longer inputs are cut. memory: bytes of the pool; None is what the model's whole
-    context takes without eviction, or 80 % of the GPU's free memory or of the machine's, if that is less. On a GPU
-    the pool is allocated at once, on a CPU the system gives memory to what has been written to. When it is used up
-    CacheFull is raised: before anything is written where there is one token per sequence; within a longer input the
-    sequences that were fed hold part of it by then, and must be released.
+    sequence computes at a time, 512, or 2,048 on a GPU; longer inputs are cut. memory: bytes of the pool; None is
+    what the model's whole context takes without eviction, or 80 % of the GPU's free memory or of the machine's, if
+    that is less. On a GPU the pool is allocated at once, on a CPU the system gives memory to what has been written
+    to. When it is used up CacheFull is raised: before anything is written where there is one token per sequence;
+    within a longer input the sequences that were fed hold part of it by then, and must be released.
     """
 
-    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None, chunk=512, memory=None):
+    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None, chunk=None, memory=None):
+        gpu = torch.device(device).type == "cuda"
         page_size = (64 if config.head_dim >= 64 else 32) if page_size is None else page_size
+        chunk = (2048 if gpu else 512) if chunk is None else chunk
         if batch_size < 1 or chunk < 1 or page_size < 1 or page_size & (page_size - 1):
             raise InputError("a cache needs batch_size and chunk of at least 1 and a page_size that is a power of two")
         self.layers, self.kv_heads = config.num_hidden_layers, config.num_key_value_heads
@@ -56,11 +58,12 @@ class KVCache:
         self.shift = config.eviction.shift if config.eviction else 0
         self.device, self.page_size, self.chunk = torch.device(device), page_size, chunk
         self.page_bytes = 2 * page_size * config.head_dim * dtype.itemsize
-        self.kernels = self.device.type == "cuda" and attending.triton is not None
+        self.kernels = gpu and attending.triton is not None
+        self.scores = 2**29 if gpu else 2**20  # of a block's attention, at a time
         L, N, W = self.layers, batch_size * self.kv_heads, self.window + 1
         if memory is None:
             context = L * N * self._pages(config.max_position_embeddings) * self.page_bytes
-            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else \
+            free = torch.cuda.mem_get_info(self.device)[0] if gpu else \
                 os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 16e9
             memory = min(context, 0.8 * free)
         P = max(int(memory / self.page_bytes), 1)
@@ -141,32 +144,32 @@ class KVCache:
         """(B, ...) -> (N, ...), each sequence's value for each of its rows."""
         return per_sequence.repeat_interleave(self.kv_heads, dim=0)
 
-    def _attend_block(self, layer, q, k, v, evict, lengths, fed):
+    def _attend_block(self, layer, q, k, v, evict, n, seen):
         """q (N, G, T, D), k, v (N, T, D), evict (N, T), nothing of it written yet -> (N, G, T, D). A row's queries see
-        its slots, of which those in the ring may expire on the way, and the new tokens themselves."""
-        W, group = self.window + 1, q.shape[1]
-        out = torch.zeros_like(q)
-        new = torch.arange(q.shape[2], device=self.device)
-        for row, (n, seen, S) in enumerate(zip(lengths.tolist(), fed.tolist(), self.length[layer].tolist())):
-            if n == 0:
-                continue
-            self.reads[layer, row % self.kv_heads] += S + n
-            if S == 0 and not evict[row].any():
-                keys, values, mask = k[row, :n], v[row, :n], None
-            else:
-                position = torch.zeros(S + n, dtype=torch.int64, device=self.device)  # of a key; 0 for kept ones
-                flag = torch.zeros(S + n, dtype=torch.bool, device=self.device)
-                recent = torch.arange(max(seen - W, 0), seen, device=self.device)
-                slot = self.ring_slot[layer, row, recent % W].long()
-                position[slot], flag[slot] = recent, self.ring_evict[layer, row, recent % W]
-                position[S:], flag[S:] = seen + new[:n], evict[row, :n]
-                mask = visible(seen + new[:n, None], position, flag, self.window)  # (n, S + n)
-                pages = self.table[layer, row, :self._pages(S)].long()
-                keys, values = (torch.cat((pool[pages].flatten(0, 1)[:S], x[row, :n]))
-                                for pool, x in ((self.k_pages, k), (self.v_pages, v)))
-            out[row, :, :n] = F.scaled_dot_product_attention(
-                q[row, None, :, :n], *(x[None, None].expand(-1, group, -1, -1) for x in (keys, values)),
-                attn_mask=mask, is_causal=mask is None)[0]
+        its slots, of which those in the ring may expire on the way, and the new tokens themselves. As many rows at a
+        time, the longest's shape for all, as make `self.scores` numbers: on a CPU a long row is computed alone."""
+        W, group, held, out = self.window + 1, q.shape[1], self.length[layer], torch.zeros_like(q)
+        self.reads[layer] += ((held + n) * (n > 0)).view(-1, self.kv_heads).sum(0)
+        count = self.scores // (group * q.shape[2] * (int(held.max()) + q.shape[2])) + 1
+        for rows in (slice(i, i + count) for i in range(0, len(q), count)):
+            length, start, S, T = held[rows, None], seen[rows, None], int(held[rows].max()), int(n[rows].max())
+            new = start + torch.arange(T, device=self.device)  # positions of queries, and of their own keys
+            keys, values, flag, mask = k[rows, :T], v[rows, :T], evict[rows, :T], None
+            if S > 0 or flag.any():
+                unused = torch.arange(S + 1, device=self.device) >= length  # of slots; the last stands for none
+                recent = start - W + torch.arange(W, device=self.device)
+                slot = self.ring_slot[layer, rows].long().gather(1, recent % W).where(recent >= 0, S)
+                leaves = self.ring_evict[layer, rows].gather(1, recent % W)
+                position = torch.where(unused, 2**60, 0).scatter_(1, slot, recent)  # 0 for kept ones
+                position = torch.cat((position[:, :S], new), dim=1)
+                flag = torch.cat((torch.zeros_like(unused).scatter_(1, slot, leaves)[:, :S], flag), dim=1)
+                mask = visible(new[:, :, None], position[:, None], flag[:, None], self.window)[:, None]  # T x (S + T)
+                pages = self.table[layer, rows, :self._pages(S)].long()
+                keys, values = (torch.cat((pool[pages].flatten(1, 2)[:, :S].masked_fill_(unused[:, :S, None], 0), x),
+                                          dim=1) for pool, x in ((self.k_pages, keys), (self.v_pages, values)))
+            out[rows, :, :T] = F.scaled_dot_product_attention(
+                q[rows, :, :T], *(x[:, None].expand(-1, group, -1, -1) for x in (keys, values)),
+                attn_mask=mask, is_causal=mask is None)
         return out
 
     def _pages(self, slots):

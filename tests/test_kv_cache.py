@@ -37,6 +37,7 @@ def test_any_cut_equals_dense_masked_model(seed):
     lengths = [rng.randint(1, longest) for _ in range(B)]
     ids = torch.randint(0, 67, (B, longest), generator=torch.Generator().manual_seed(seed))
     cache = KVCache(model.config, B, page_size=rng.choice([1, 2, 4, 16]), chunk=rng.choice([1, 5, 32, 512]))
+    cache.scores = rng.choice([1, 2000, 2**29])  # rows of a block at a time
     pieces, fed = [[] for _ in range(B)], [0] * B
     largest = rng.choice([1, 4, 30, 200])
     while fed != lengths:
@@ -76,6 +77,20 @@ def uneven_cache(seed=0, B=3, tokens=200, dms=None, **changes):
     with torch.inference_mode():
         model(ids, cache=cache)
     return model, cache, ids
+
+
+@pytest.mark.parametrize("scores", [1, 2**29])
+def test_a_block_reads_no_slot_that_is_not_in_use(scores):
+    model, _, ids = uneven_cache()
+    cache = KVCache(model.config, 3, page_size=16)
+    cache.scores = scores
+    for pool in (cache.k_pages, cache.v_pages):
+        pool.fill_(float("nan"))
+    with torch.inference_mode():
+        logits = torch.cat([model(ids[:, t:t + 50], cache=cache) for t in range(0, 200, 50)], dim=1)
+        assert int(cache.length.min()) < 16 < int(cache.length.max())  # rows of very different lengths, as one
+        for b in range(3):
+            torch.testing.assert_close(logits[b], oracle(model, ids[b])[0], atol=1e-4, rtol=1e-4)
 
 
 def test_pages_fall_with_compression_at_2048_tokens():
