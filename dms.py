@@ -58,6 +58,16 @@ def run_script(main, stopped="stopped"):
         sys.exit(print(f"\n{stopped}", file=sys.stderr) or 130)
 
 
+def choose_device(name):
+    """The device of a script's --device, made the current one: "cuda" is this process's own GPU under torchrun."""
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    with refusing(f"--device {name}: cannot be used; give cpu, or cuda where PyTorch finds a GPU"):
+        torch.zeros(1, device=name)
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
+    return name
+
+
 @dataclass
 class DMSConfig:
     """How a checkpoint decides. Everything here is part of the checkpoint, nothing is hard-wired."""

@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import os
-import random
 import re
 import sys
 import time
@@ -33,14 +32,6 @@ from model import Sequence, generate, load_model, load_tokenizer, resolve, write
 
 SHIPPED = Path(__file__).resolve().parent / "toy" / "retrofitted"
 show_now = functools.partial(print, end="", flush=True)
-
-
-def toy_problem(task, seed):
-    """A problem of the toy world: its text, the function that finds an answer in a text, and the right answer."""
-    from toy import tasks
-    problem = tasks.make_problem(task, random.Random(f"generate {seed}"), "test")
-    read = functools.partial(tasks.final_answer, problem)
-    return problem.prompt, read, read(problem.answer)
 
 
 class Stream:
@@ -96,6 +87,8 @@ class Session:
         folder = resolve(args.model)
         self.tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, args.device, getattr(torch, args.dtype), adapter=args.adapter)
+        if args.compile:
+            self.model.compile()
         if args.dense and self.model.config.dms is not None:
             self.model.config.dms.disable_eviction = True
         file = folder / "generation_config.json"
@@ -116,11 +109,9 @@ class Session:
 
     def encode(self, prompt):
         """Text, or a list of messages -> token ids, through the chat template unless there is none or --raw."""
-        if isinstance(prompt, str) and (self.args.raw or self.tokenizer.template is None):
-            return self.tokenizer.encode(prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True),
-                                     add_special_tokens=False)
+        if isinstance(prompt, str) and not self.args.raw and self.tokenizer.template is not None:
+            prompt = [{"role": "user", "content": prompt}]
+        return self.tokenizer.encode(prompt, add_generation_prompt=True)
 
     def chains(self, ids, seed, count=1, show=None, max_new_tokens=None):
         """Sequences that continue ids, each with a Stream as its `stop`."""
@@ -152,7 +143,8 @@ def chat(session):
     included. What the model said stays as it was said, thoughts too, as the cache cannot unsay it."""
     template, mark, pending = session.tokenizer.apply_chat_template, "@ANSWER@", None
     session.new_cache(1)
-    for number, line in enumerate(iter(lambda: prompt_line("> "), "")):
+    ask = functools.partial(print, "> " if sys.stdin.isatty() else "", end="", file=sys.stderr, flush=True)
+    for number, line in enumerate(iter(lambda: ask() or sys.stdin.readline(), "")):
         if not line.strip():
             continue
         turn = {"role": "user", "content": line.rstrip("\n")}
@@ -168,11 +160,6 @@ def chat(session):
         # the last token is not yet fed; the template itself ends the turn
         pending = [] if chain.new[-1] in session.ends else chain.new[-1:]
         print(flush=True)
-
-
-def prompt_line(mark):
-    print(mark if sys.stdin.isatty() else "", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline()
 
 
 def serve(session):
@@ -257,13 +244,12 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dense", action="store_true", help="switch eviction off")
     p.add_argument("--show-evictions", action="store_true", help="print the text shaded by how many heads hold it")
+    p.add_argument("--compile", action="store_true", help="torch.compile what lies between attentions (for a GPU)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="(default: float32 on a CPU, bfloat16 on a GPU)")
     args = p.parse_args(argv)
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
+    args.device = dms.choose_device(args.device)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     args.batch = args.batch or (16 if args.device == "cpu" else 64)
     if args.n < 1 or args.max_new_tokens < 1 or args.batch < 1 or not (args.memory or 1) > 0:
@@ -304,7 +290,8 @@ def main(argv=None):
     args = parse(argv)
     text, problem = sys.stdin.read() if args.prompt == "-" else args.prompt, ()
     if text is None and not args.chat and not args.requests:
-        text, *problem = toy_problem(args.task, args.seed)
+        from toy.tasks import question
+        text, *problem = question(args.task, args.seed)
         args.temperature = 0.0 if args.temperature is None and args.n == 1 else args.temperature
     if text is not None and not text.strip():
         raise InputError("the prompt is empty; give some text with --prompt, or on standard input with --prompt -")

@@ -261,9 +261,7 @@ class KVCache:
         chosen = torch.as_tensor(sequences, dtype=torch.int64, device=self.device)
         if len(chosen) == 0 or bool((chosen < 0).any()) or bool((chosen >= self.batch_size).any()):
             raise InputError(f"sequences to select must be indices below {self.batch_size}, at least one")
-        dropped = [b for b in range(self.batch_size) if b not in set(chosen.tolist())]
-        if dropped:
-            self.release(dropped)
+        self.release(list(set(range(self.batch_size)) - set(chosen.tolist())))
         rows = (chosen[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=self.device)).flatten()
         states = {name: getattr(self, name)[:, rows] for name in ("length", "ring_slot", "ring_evict", "table")}
         states["seen"] = self.seen[chosen]

@@ -211,10 +211,10 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         C, D, Hq, Hkv = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        self.config, self.layer = config, layer
+        self.config = config
         qwen2 = config.model_type == "qwen2"
         self.q_proj = Linear(C, Hq * D, bias=config.attention_bias or qwen2)
         self.k_proj = Linear(C, Hkv * D, bias=config.attention_bias or qwen2)
@@ -233,8 +233,9 @@ class Attention(nn.Module):
         for p in self.dms_proj_alpha.parameters():
             nn.init.zeros_(p)
 
-    def forward(self, residual, x, rope, attend):
-        """residual, x: (B, T, C) before and after the input norm; rope: cos, sin (B or 1, T, 1, D)."""
+    def project(self, residual, x, rope):
+        """residual, x: (B, T, C) before and after the input norm; rope: cos, sin (B or 1, T, 1, D) -> what `attend`
+        takes: q (B, Hq, T, D), k and v (B, Hkv, T, D), decision logits (B, Hkv, T) or None."""
         config, (B, T, _) = self.config, x.shape
         neuron, s = config.dms is not None and config.dms.source == "neuron", None
         q = self.q_proj(x).view(B, T, -1, config.head_dim)  # (B, T, Hq, D)
@@ -250,9 +251,8 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if neuron:  # RoPE turned another channel into the borrowed one: silence it again
             q = dms.borrow_neuron(q, config.num_key_value_heads)[1]
-        logits = None if config.eviction is None else config.dms.logits(s).transpose(1, 2)  # (B, Hkv, T)
-        y = attend(self.layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits)  # (B, Hq, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        logits = None if config.eviction is None else config.dms.logits(s).transpose(1, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits
 
 
 class MLP(nn.Module):
@@ -268,26 +268,22 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, attend):
-        x = x + self.self_attn(x, self.input_layernorm(x), rope, attend)
+    def before(self, x, rope):
+        return self.self_attn.project(x, self.input_layernorm(x), rope)
+
+    def after(self, x, y):
+        x = x + self.self_attn.o_proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
-class Decoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        # a normal draw, as nn.Embedding makes where it is given none, would import sympy or the compiler on "meta"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
-                                         _weight=torch.rand(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+    def forward(self, x, rope, attend):
+        return self.after(x, attend(*self.before(x, rope)))
 
 
 class Model(nn.Module):
@@ -296,9 +292,12 @@ class Model(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.config, V, C = config, config.vocab_size, config.hidden_size
+        # nn.Embedding's own normal draw would import sympy or the compiler on "meta"
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(V, C, _weight=torch.rand(V, C)),
+                                    "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                                    "norm": nn.RMSNorm(C, config.rms_norm_eps)})
+        self.lm_head = Linear(C, V, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         freq, self.rope_scale = rope_frequencies(config)
@@ -312,6 +311,13 @@ class Model(nn.Module):
     @property
     def dtype(self):
         return self.lm_head.weight.dtype
+
+    def compile(self, **options):
+        """Let torch.compile, which gets the options, fuse what every block does before and after attention: norms,
+        RoPE, decision and activation become a few kernels. It compiles at the first calls, one layer for all."""
+        for block in self.model.layers:
+            block.before, block.after = (torch.compile(f, dynamic=True, **options)
+                                         for f in (block.before, block.after))
 
     def check_ids(self, ids, room=0):
         """Raise InputError unless the list of token ids can be fed and followed by `room` more tokens."""
@@ -334,11 +340,10 @@ class Model(nn.Module):
         angle = torch.cat((angle, angle), dim=-1)
         x = self.model.embed_tokens(ids)
         rope = [(f(angle) * self.rope_scale).to(x.dtype) for f in (torch.cos, torch.sin)]
-        for block in self.model.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, attend, use_reentrant=False)
-            else:
-                x = block(x, rope, attend)
+        for layer, block in enumerate(self.model.layers):
+            run = functools.partial(block, rope=rope, attend=functools.partial(attend, layer))
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(run, x, use_reentrant=False) if again else run(x)
         return self.model.norm(x)
 
     def forward(self, ids, cache=None, lengths=None, last_only=False):
@@ -471,7 +476,7 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
         try:
             tokens = step({row: s.ids[-1] for row, s in running.items()},
                           {row: s.uniform() for row, s in running.items()}) if running else []
-            drawn = [(row, s, tokens[row]) for row, s in running.items()]
+            drawn = [(s, tokens[row]) for row, s in running.items()]
         except CacheFull as e:
             back, problem = [next(reversed(running))], str(e)
         while waiting and rows and not (blocked or back) and (not running or cache.has_room_for(len(waiting[0].ids))):
@@ -488,7 +493,7 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
                 back, problem, most = new, str(e), max(len(same) // 2, 1)
                 break
             uniform = torch.tensor([s.uniform() for s in same], device=model.device)
-            drawn += zip(new, same, sample(logits.expand(len(same), -1), uniform, **sampling).tolist())
+            drawn += zip(same, sample(logits.expand(len(same), -1), uniform, **sampling).tolist())
         if back:
             waiting.extendleft(running.pop(row) for row in reversed(back))
             cache.release(back)
@@ -496,15 +501,14 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
             blocked = bool(running)
             if not running and len(back) == 1:  # it is alone, and does not fit
                 waiting[0].over, waiting[0].error = True, problem
-                drawn.append((None, waiting.popleft(), None))
-        for _, s, token in drawn:
+                drawn.append((waiting.popleft(), None))
+        for s, token in drawn:
             if token is not None:
                 s.ids.append(token)
                 s.new.append(token)
                 s.over = token in end_ids or s.stop is not None and s.stop(token) or len(s.new) >= s.max_new_tokens
-        over = [row for row, s, _ in drawn if row is not None and s.over]
-        for row in over:
-            del running[row]
+        over = [row for row, s in running.items() if s.over]
+        running = {row: s for row, s in running.items() if not s.over}
         if over and release:
             cache.release(over)
             rows.extend(over)
@@ -513,7 +517,7 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
                 cache.select(list(running))
                 running, rows = dict(enumerate(running.values())), []
                 step = DecodeStep(model, cache, sampling)
-        yield [(s, token) for _, s, token in drawn]
+        yield drawn
 
 
 # --------------------------- Loading and saving: safetensors and JSON only, nothing in a model folder is ever executed
@@ -710,8 +714,11 @@ class Tokenizer:
         with refusing("the tokenizer failed on a token's text"):
             return None if token is None else self.fast.token_to_id(token)
 
-    def encode(self, text, add_special_tokens=True):
-        """text -> list of token ids; add_special_tokens as the tokenizer file defines it (Llama's begin of text)."""
+    def encode(self, text, add_special_tokens=True, **template):
+        """text, or messages for the chat template with its arguments, -> list of token ids; to a plain text
+        add_special_tokens adds what the tokenizer file defines (Llama's begin of text)."""
+        if isinstance(text, list):
+            text, add_special_tokens = self.apply_chat_template(text, **template), False
         with refusing("the tokenizer failed on this text"):
             return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
 

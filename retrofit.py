@@ -55,16 +55,11 @@ class TextData:
         self.kept_out = documents[1::50]
         self.documents = [d for i, d in enumerate(documents) if i % 50 != 1]
 
-    def encode(self, document):
-        if isinstance(document, str):
-            return self.tokenizer.encode(document)
-        return self.tokenizer.encode(self.tokenizer.apply_chat_template(document), add_special_tokens=False)
-
     def pack(self, documents, rng, rows):
         end = self.tokenizer.token_id(self.tokenizer.special("eos_token"))
         ids, budget = [], rows * self.seq_len
         while len(ids) < budget:
-            more = self.encode(rng.choice(documents)) + ([end] if end is not None else [])
+            more = self.tokenizer.encode(rng.choice(documents)) + ([end] if end is not None else [])
             if not more and not ids:
                 raise InputError("the data gives no tokens; check the file and the tokenizer")
             ids += more
@@ -273,7 +268,7 @@ def parse(argv=None):
                                      ("seq_len", 512, 8192)):
         if getattr(args, name) is None:
             setattr(args, name, for_toy if toy else otherwise)
-    args.out = str(out)
+    args.out, args.device = str(out), dms.choose_device(args.device)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     args.settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
     args.torch_dtype = getattr(torch, args.dtype)

@@ -31,12 +31,13 @@ def in_float32(x):
 
 
 def check_launch(name, *tensors):
-    """What every launcher needs: Triton, and contiguous tensors on one GPU, or on the CPU under TRITON_INTERPRET=1."""
+    """What every launcher needs: Triton, contiguous tensors, the current GPU or, under TRITON_INTERPRET=1, the CPU."""
     if triton is None:
         raise ImportError(f"{name} needs triton, which is not installed; {name}_plain does not")
-    devices = {x.device for x in tensors}
-    if len(devices) > 1 or tensors[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"{name} needs its tensors on one GPU, or on the CPU under TRITON_INTERPRET=1, not on "
-                         f"{', '.join(sorted(map(str, devices)))}")
+    devices, here = {x.device for x in tensors}, tensors[0].device
+    if len(devices) > 1 or (os.environ.get("TRITON_INTERPRET") != "1" if here.type == "cpu" else
+                            here.index != torch.cuda.current_device()):
+        raise ValueError(f"{name} needs its tensors on the GPU that torch.cuda.set_device chose, or on the CPU under "
+                         f"TRITON_INTERPRET=1, not on {', '.join(sorted(map(str, devices)))}")
     if not all(x.is_contiguous() for x in tensors):
         raise ValueError(f"{name} needs contiguous tensors")

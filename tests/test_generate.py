@@ -1,4 +1,5 @@
 """Sampling, stopping, streaming, and the script as a user runs it."""
+import io
 import json
 import os
 import random
@@ -95,15 +96,34 @@ def test_sequences_side_by_side_give_what_each_gives_alone(rows, sampling):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a captured decode step needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("sampling", [{}, dict(temperature=1.3, top_k=20, top_p=0.95, min_p=0.01)])
-def test_captured_steps_draw_what_the_cpu_draws(sampling):
+def test_captured_steps_draw_what_the_cpu_draws(sampling, compiled):
     model = small_model(4, DMSConfig(window=3), 0.5)
     expected = [alone(model, s, {3, 5, 8}, **sampling) for s in sequences(12, new=60)]
     some, cache = sequences(12, new=60), KVCache(model.config, 3, "cuda", page_size=4)
     assert cache.kernels
+    if compiled:
+        model.compile()
     for _ in generate(model.to("cuda"), cache, some, {3, 5, 8}, sampling):
         pass
     assert [s.new for s in some] == expected
+
+
+@pytest.mark.parametrize("settings", [None, DMSConfig(window=3), DMSConfig(window=3, source="neuron")])
+def test_compiled_blocks_draw_the_same(settings, monkeypatch):
+    """Each half of a layer is one graph, made once for all layers, lengths and batches but those of 1."""
+    monkeypatch.delattr(engine.Linear, "forward")  # as on a GPU, where it does nothing of its own
+    model, graphs = small_model(4, settings, 0.5), []
+    expected = [alone(model, s, {3, 5, 8}) for s in sequences(12)]
+    torch._dynamo.reset()
+    model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    for rows in (1, 3, 12):
+        some = sequences(12)
+        for _ in generate(model, KVCache(model.config, rows, page_size=4), some, {3, 5, 8}):
+            pass
+        assert [s.new for s in some] == expected
+    assert 4 <= len(graphs) <= 8
 
 
 def test_a_captured_step_never_outlives_its_tensors(monkeypatch):
@@ -226,12 +246,11 @@ def test_chat_and_show_evictions(tmp_path):
     assert shown.returncode == 0 and "[10]" in shown.stdout and ("[0]" in shown.stdout or "[1]" in shown.stdout)
 
 
-def test_a_chat_turn_equals_the_whole_conversation_at_once():
+def test_a_chat_turn_equals_the_whole_conversation_at_once(monkeypatch):
     args = script.parse(["--chat", "--temperature", "0", "--max-new-tokens", "40"])
     session = script.Session(args)
     turns = ["The code of ann is 31. Give the codes of ann.", "The code of tom is 52. Give the codes of tom, ann."]
-    lines = iter(turns)
-    original, script.prompt_line = script.prompt_line, lambda mark: next(lines, "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(turns)))
     fed = []
     model, hidden = session.model, session.model.hidden
 
@@ -240,10 +259,7 @@ def test_a_chat_turn_equals_the_whole_conversation_at_once():
         return hidden(ids, *rest)
 
     model.hidden = spy
-    try:
-        script.chat(session)
-    finally:
-        script.prompt_line = original
+    script.chat(session)
     del model.hidden
     expected = KVCache(model.config, 1)
     logits = model(torch.tensor([fed]), cache=expected, last_only=True)
@@ -262,6 +278,7 @@ def test_a_chat_turn_equals_the_whole_conversation_at_once():
     (["--max-new-tokens", "0"], "at least 1"),
     (["--chat", "-n", "2"], "--chat reads its turns"),
     (["--top-p", "0"], "--top-p"),
+    (["--device", "gpu"], "--device gpu: cannot be used"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     done = run(*arguments, cwd=tmp_path)

@@ -17,9 +17,7 @@ class ToyData:
         self.end = tokenizer.token_id(tokenizer.special("eos_token"))
 
     def encode(self, problem, with_answer):
-        text = self.tokenizer.apply_chat_template(tasks.messages(problem, with_answer),
-                                                  add_generation_prompt=not with_answer)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(tasks.messages(problem, with_answer), add_generation_prompt=not with_answer)
 
     def rows(self, rng, split, rows):
         ids, lengths = torch.zeros(rows, self.seq_len, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)

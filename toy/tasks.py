@@ -16,6 +16,7 @@ Most of each text is filler that can be forgotten at once; what is needed sits o
 Train and test problems are disjoint by construction: a checksum of the statements and the question,
 filler left out, says which of the two a problem belongs to.
 """
+import functools
 import json
 import random
 import re
@@ -193,6 +194,13 @@ def final_answer(problem, text):
 def is_correct(problem, text):
     """Does `text`, an assistant's reply, end with the expected value(s)?"""
     return final_answer(problem, text) == " ".join(value for _, value in problem.expected)
+
+
+def question(task, seed):
+    """A test problem's text, the function that finds an answer to it in a reply, and the right answer."""
+    problem = make_problem(task, random.Random(f"generate {seed}"), "test")
+    read = functools.partial(final_answer, problem)
+    return problem.prompt, read, read(problem.answer)
 
 
 def messages(problem, with_answer=True):
