@@ -3,6 +3,7 @@ Decoding: the attention kernel alone, whole steps at several compressions, and t
 
     python bench/decode.py                                       # a GPU: Qwen3-8B's shape; a CPU: Qwen3-0.6B's, 8k x 8
     python bench/decode.py --shape qwen3-0.6b --layers 4 --contexts 2048 --batches 1 8 --out /tmp/decode.json
+    python bench/decode.py --memory 2 --dtype float32 --batches --transformers     # the most tokens/s from 2 GB
 
 Weights are random; what a cache holds is made, not computed: every head has the length that a share of the context
 gives it, the shares differing as those of real heads do (log-normal, as in bench/common.py), in pages scattered over
@@ -13,11 +14,14 @@ or three that are not counted.
     floor = (bytes of the weights read + pairs held x 2 x D x bytes) / bandwidth of the largest copy, read + written
 
 Printed and written as JSON to --out, with hardware, versions and commit: copy bandwidth; kernel rows (bytes/s of the
-attention over even and uneven lengths); step rows (tokens/s, time over floor, pairs, bytes); rows of transformers
+attention over even and uneven lengths); step rows (tokens/s, time over floor, pairs, bytes), with --compile also
+those of the model whose blocks torch.compile has fused; with --memory (a GPU: 80 % of what is free) the largest batch
+whose cache fits there, dense and compressed, and so the tokens/s of each from the same memory; rows of transformers
 (its best attention for the device, over the caches that it has); and on the steps at one batch a line fitted to time
 against pairs.
 """
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -62,12 +66,19 @@ def copy_bandwidth(device):
     return 2 * a.numel() / median_seconds(lambda: b.copy_(a), 9, device)[1]
 
 
-def fill(cache, context, config, cr):
-    """Make the cache hold what `context` tokens of every sequence leave, context / cr of a head on average."""
-    window = min(cache.window + 1, int(context / cr)) if cr > 1 else context
+def kept_pairs(config, context, cr):
+    """What `context` tokens leave: the window, the share of what is outside it that each head (L, Hkv) keeps, and the
+    pairs that each head holds, context / cr on average."""
+    window = min(config.dms.window + 1, int(context / cr)) if cr > 1 else context
     shares = head_shares(config, (context - window) / max(context / cr - window, 1)) if cr > 1 else \
-        torch.ones(cache.layers, cache.kv_heads)
-    kept = (window + shares * (context - window)).round().long().to(cache.device)  # (L, Hkv)
+        torch.ones(config.num_hidden_layers, config.num_key_value_heads)
+    return window, shares, (window + shares * (context - window)).round().long()
+
+
+def fill(cache, context, config, cr):
+    """Make the cache hold what `context` tokens of every sequence leave."""
+    window, shares, kept = kept_pairs(config, context, cr)
+    kept = kept.to(cache.device)
     cache._widen(int(kept.max()), 4096)
     with torch.inference_mode():
         for layer in range(cache.layers):
@@ -92,11 +103,11 @@ def fill(cache, context, config, cr):
     cache.seen[:] = context
 
 
-def whole_step(model, context, batch, cr, args):
+def whole_step(model, context, batch, cr, args, engine, memory=None):
     """A row of results for one compression, context and batch; None where memory does not suffice."""
     config = model.config
-    cache = KVCache(config, batch, args.device, model.dtype, args.page_size)
     try:
+        cache = KVCache(config, batch, args.device, model.dtype, args.page_size, memory=memory)
         fill(cache, context, config, cr)
         step = DecodeStep(model, cache, {})
         tokens = {row: 1 for row in range(batch)}
@@ -109,7 +120,7 @@ def whole_step(model, context, batch, cr, args):
                   or config.tie_word_embeddings)
     pair = 2 * config.head_dim * model.dtype.itemsize
     floor = (weights + stats["pairs"] * pair) / args.bandwidth
-    return {"engine": "ours", "cr": cr, "context": context, "batch": batch, "pairs": stats["pairs"],
+    return {"engine": engine, "cr": cr, "context": context, "batch": batch, "pairs": stats["pairs"],
             "measured_compression": stats["compression_ratio"], "cache_bytes": stats["page_bytes"],
             "pool_bytes": stats["pool_bytes"], "weight_bytes": weights, "seconds": seconds, "fastest": fastest,
             "tokens_per_second": batch / seconds, "floor": floor, "over_floor": seconds / floor}
@@ -197,16 +208,15 @@ def show(r):
           f"{r['tokens_per_second']:9.2f} tokens/s{extra}", flush=True)
 
 
-def largest_batch(model, context, cr, args):
-    """Doubling until memory runs out: the row of the last batch that fits."""
-    best, batch = None, 2 * max(args.batches)
-    while True:
-        row = whole_step(model, context, batch, cr, args)
-        tidy(args.device)
-        if row is None:
-            return best
-        show(row)
-        best, batch = row, 2 * batch
+def largest_batch(model, context, cr, args, engine):
+    """The row of the largest batch whose cache fits into --memory, with a page to spare for every head; None if not
+    even one sequence does."""
+    config = model.config
+    memory = args.memory * 1e9 if args.memory else 0.8 * torch.cuda.mem_get_info()[0]
+    pages = int((-(-kept_pairs(config, context, cr)[2] // args.page_size) + 1).sum())
+    batch = int(memory / (pages * args.page_size * 2 * config.head_dim * model.dtype.itemsize))
+    row = whole_step(model, context, batch, cr, args, engine, memory) if batch else None
+    return row and {**row, "largest": True, "memory": memory}
 
 
 def linear_fit(rows):
@@ -216,18 +226,45 @@ def linear_fit(rows):
     return {"fixed_seconds": fixed, "seconds_per_pair": slope, "r_squared": statistics.correlation(x, y) ** 2}
 
 
+def compare(result, rows, args):
+    """Ratios to transformers, to dense and, where both took what fits into the same memory, to dense there; and the
+    lines fitted."""
+    for engine, context in itertools.product(dict.fromkeys(r["engine"] for r in rows), args.contexts):
+        ours = [r for r in rows if (r["engine"], r["context"]) == (engine, context)]
+        for batch in [*args.batches, "largest"]:
+            same = {r["cr"]: r for r in ours if batch == ("largest" if "largest" in r else r["batch"])}
+            theirs = [r for r in result["transformers"] if (r["context"], r["batch"]) == (context, batch)]
+            for cr, r in same.items():
+                says = f"{engine}, CR {cr:g}, {context} x {r['batch']}:"
+                if theirs:
+                    best = max(theirs, key=lambda r: r["tokens_per_second"])
+                    r["over_transformers"] = r["tokens_per_second"] / best["tokens_per_second"]
+                    print(f"{says} {r['over_transformers']:.2f} times the tokens/s of {best['engine']}")
+                if 1 in same and cr > 1:
+                    r["over_dense"] = r["tokens_per_second"] / same[1]["tokens_per_second"]
+                    print(f"{says} {r['over_dense']:.2f} times the tokens/s of dense x {same[1]['batch']}"
+                          f"{' in the same memory' if batch == 'largest' else ''}")
+    for engine, batch in itertools.product(dict.fromkeys(r["engine"] for r in rows), args.batches):
+        same = [r for r in rows if (r["engine"], r["batch"]) == (engine, batch) and "largest" not in r]
+        if len(same) > 2:
+            fit = result.setdefault("fits", {})[f"{engine}, batch {batch}"] = linear_fit(same)
+            print(f"{engine}, batch {batch}: seconds = {fit['fixed_seconds']:.4f} + {fit['seconds_per_pair']:.3e} x "
+                  f"pairs, R^2 = {fit['r_squared']:.4f}")
+
+
 def main():
     gpu = torch.cuda.is_available()
     p = argparse.ArgumentParser(description="Decode benchmark.")
     p.add_argument("--shape", default="qwen3-8b" if gpu else "qwen3-0.6b")
     p.add_argument("--layers", type=int, help="fewer than the shape has")
     p.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768] if gpu else [8192])
-    p.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64] if gpu else [8])
+    p.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64] if gpu else [8])
     p.add_argument("--crs", type=float, nargs="+", default=[1, 4, 8])
     p.add_argument("--window", type=int, default=256)
     p.add_argument("--page-size", type=int, default=64)
     p.add_argument("--steps", type=int, default=30 if gpu else 5)
-    p.add_argument("--largest", action="store_true", default=gpu, help="also the largest batch that fits")
+    p.add_argument("--memory", type=float, help="GB of cache to be filled with as many sequences as fit")
+    p.add_argument("--compile", action="store_true", default=gpu, help="also with torch.compile")
     p.add_argument("--transformers", nargs="*", default=["static", "dynamic"], help="its caches to compare with")
     p.add_argument("--transformers-steps", type=int, default=20 if gpu else 2)
     p.add_argument("--kernel-batches", type=int, nargs="*", default=[1, 8, 64])
@@ -241,43 +278,29 @@ def main():
     print(f"{environment()}\ncopy: {args.bandwidth / 1e9:.1f} GB/s, read and written", flush=True)
     result = {"settings": {**vars(args), "out": None}, **environment(), "copy_bytes_per_second": args.bandwidth}
     result["kernel"] = kernel_rows(args, dtype)
-    rows = result["steps"] = []
+    rows, engines = result.setdefault("steps", []), ["ours", "ours, compiled"] if args.compile else ["ours"]
     for cr in args.crs:
         model = random_model(shape(args.shape, args.layers), args.device, dtype, cr, args.window)
-        for context in args.contexts:
-            for batch in args.batches:
-                row = whole_step(model, context, batch, cr, args)
-                tidy(args.device)
-                if row is not None:
-                    rows.append(row)
-                    show(row)
-            best = largest_batch(model, context, cr, args) if args.largest else None
-            rows += [{**best, "largest": True}] if best else []
+        for engine in engines:
+            if engine != "ours":
+                model.compile()
+            for context in args.contexts:
+                measured = [functools.partial(whole_step, model, context, batch, cr, args, engine)
+                            for batch in args.batches]
+                if args.memory or gpu:
+                    measured.append(functools.partial(largest_batch, model, context, cr, args, engine))
+                for measure in measured:
+                    row = measure()
+                    tidy(args.device)
+                    if row is not None:
+                        rows.append(row)
+                        show(row)
         del model
         tidy(args.device)
     result["transformers"] = []
     for context, batch in itertools.product(args.contexts, args.batches if args.transformers else []):
         result["transformers"] += transformers_rows(shape(args.shape, args.layers), context, batch, args, dtype)
-    for context in args.contexts:
-        for batch in args.batches:
-            same = {r["cr"]: r for r in rows if (r["context"], r["batch"]) == (context, batch) and "largest" not in r}
-            theirs = [r for r in result["transformers"] if (r["context"], r["batch"]) == (context, batch)]
-            if theirs and same:
-                best = max(theirs, key=lambda r: r["tokens_per_second"])
-                for r in same.values():
-                    r["over_transformers"] = r["tokens_per_second"] / best["tokens_per_second"]
-                    print(f"CR {r['cr']:g}, {context} x {batch}: {r['over_transformers']:.1f} times the tokens/s of "
-                          f"{best['engine']}")
-            if 1 in same:
-                for cr, r in same.items():
-                    r["over_dense"] = r["tokens_per_second"] / same[1]["tokens_per_second"]
-                    print(f"CR {cr:g}, {context} x {batch}: {r['over_dense']:.2f} times the tokens/s of our dense")
-    for batch in args.batches:
-        same = [r for r in rows if r["batch"] == batch]
-        if len(same) > 2:
-            fit = result.setdefault("fits", {})[str(batch)] = linear_fit(same)
-            print(f"batch {batch}: seconds = {fit['fixed_seconds']:.4f} + {fit['seconds_per_pair']:.3e} x pairs, "
-                  f"R^2 = {fit['r_squared']:.4f}")
+    compare(result, rows, args)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
