@@ -35,8 +35,8 @@ def check_launch(name, *tensors):
     if triton is None:
         raise ImportError(f"{name} needs triton, which is not installed; {name}_plain does not")
     devices, here = {x.device for x in tensors}, tensors[0].device
-    if len(devices) > 1 or (os.environ.get("TRITON_INTERPRET") != "1" if here.type == "cpu" else
-                            here.index != torch.cuda.current_device()):
+    if len(devices) > 1 or here.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1" or \
+            here.type == "cuda" and here.index != torch.cuda.current_device():
         raise ValueError(f"{name} needs its tensors on the GPU that torch.cuda.set_device chose, or on the CPU under "
                          f"TRITON_INTERPRET=1, not on {', '.join(sorted(map(str, devices)))}")
     if not all(x.is_contiguous() for x in tensors):

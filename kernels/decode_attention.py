@@ -14,15 +14,9 @@ Letters: N = B * Hkv rows, G query heads per KV head, D head size, P pages of th
 import math
 
 import torch
+import torch.nn.functional as F
 
 from kernels import check_launch, in_float32, scratch, tl, triton
-
-
-def gather(name, x, index):
-    """x[index] in scratch memory; without a copy where that is one slice of x."""
-    if bool((index.diff() == 1).all()):
-        return x[index[0]:index[-1] + 1]
-    return torch.index_select(x, 0, index, out=scratch(name, (len(index), *x.shape[1:]), x.device, x.dtype))
 
 
 @torch.no_grad()
@@ -41,13 +35,21 @@ def decode_attention_plain(q, k_pages, v_pages, table, length, piece=2**20):
         return torch.zeros_like(q)
     page, order = table[row, ordinal].long().sort()
     row, fill = row[order], (length[row] - ordinal * page_size)[order]
+    first, run = page.tolist(), F.pad((page.diff() != 1).cumsum(0), (1, 0)).tolist()  # a run of pages is one slice
     count = max(piece // (page_size * D), 1)  # pages at a time
-    pieces = [slice(i, i + count) for i in range(0, len(page), count)]
-    query = q.float() * D ** -0.5
-    score = scratch("score", (len(page), q.shape[1], page_size), q.device)
-    for some in pieces:
-        k = in_float32(gather("pages", k_pages, page[some]))
-        torch.bmm(gather("query", query, row[some]), k.transpose(1, 2), out=score[some])
+
+    def pieces(pool):
+        for i in range(0, len(page), count):
+            some = slice(i, min(i + count, len(page)))
+            n = some.stop - i
+            yield some, in_float32(pool[first[i]:first[i] + n] if run[i] == run[some.stop - 1] else torch.index_select(
+                pool, 0, page[some], out=scratch("pages", (n, page_size, D), q.device, q.dtype)))
+
+    query, part, score = (scratch(name, (len(page), q.shape[1], width), q.device)
+                          for name, width in (("query", D), ("part", D), ("score", page_size)))
+    torch.index_select(q.float() * D ** -0.5, 0, row, out=query)
+    for some, k in pieces(k_pages):
+        torch.bmm(query[some], k.transpose(1, 2), out=score[some])
     last = (fill < page_size).nonzero()[:, 0]
     unused = torch.arange(page_size, device=q.device) >= fill[last, None]
     score[last] = score[last].masked_fill(unused[:, None], -1e30)
@@ -55,11 +57,9 @@ def decode_attention_plain(q, k_pages, v_pages, table, length, piece=2**20):
     top = top.new_full(q.shape[:2], -1e30).scatter_reduce(0, row[:, None].expand_as(top), top, "amax")  # (N, G)
     weight = score.sub_(top[row][:, :, None]).exp_()
     total = torch.zeros_like(top).index_add_(0, row, weight.sum(2))
-    out = torch.zeros(q.shape, device=q.device)
-    for some in pieces:
-        v = in_float32(gather("pages", v_pages, page[some]))
-        part = scratch("part", (len(v), *q.shape[1:]), q.device)
-        out.index_add_(0, row[some], torch.bmm(weight[some], v, out=part))
+    for some, v in pieces(v_pages):
+        torch.bmm(weight[some], v, out=part[some])
+    out = torch.zeros(q.shape, device=q.device).index_add_(0, row, part)
     return (out / total.clamp(min=1e-30)[:, :, None]).to(q.dtype)
 
 
