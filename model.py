@@ -206,7 +206,7 @@ class Linear(nn.Linear):
                 (rows > 256 if x.dtype == torch.float32 else
                  rows < 4 or torch.backends.cpu.get_cpu_capability() == "AVX512"):
             return super().forward(x)
-        columns = F.pad(x.reshape(rows, -1).float(), (0, 0, 0, -rows % 16 if rows > 4 else 0)).T
+        columns = F.pad(x.reshape(rows, -1).float().contiguous(), (0, 0, 0, -rows % 16 if rows > 4 else 0)).T
         y = torch.cat([in_float32(w) @ columns for w in self.weight.split(2**20 // self.in_features + 1)]).T[:rows]
         return (y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias).reshape(*x.shape[:-1], -1)
 
