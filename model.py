@@ -203,7 +203,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         rows = x.shape[:-1].numel()
         if x.device.type != "cpu" or torch.is_grad_enabled() or rows == 1 or \
-                (rows > 256 if x.dtype == torch.float32 else
+                (rows > (256 if self.weight.numel() >= 2**20 else 16) if x.dtype == torch.float32 else
                  rows < 4 or torch.backends.cpu.get_cpu_capability() == "AVX512"):
             return super().forward(x)
         columns = F.pad(x.reshape(rows, -1).float().contiguous(), (0, 0, 0, -rows % 16 if rows > 4 else 0)).T
