@@ -90,8 +90,7 @@ class DMSConfig:
 
 def borrow_neuron(q, kv_heads):
     """The paper's source of s (section 3.2): the last channel of each group's first query head.
-    q (B, T, Hq, D), before RoPE -> s (B, T, Hkv), and q with that channel set to 0 so that it takes no part in scores.
-    """
+    q (B, T, Hq, D), before RoPE -> s (B, T, Hkv), and q with that channel set to 0: it takes no part in scores."""
     group = q.shape[2] // kv_heads
     silent = torch.zeros(q.shape[2], q.shape[3], dtype=torch.bool, device=q.device)
     silent[::group, -1] = True
@@ -139,8 +138,7 @@ class RelaxedAttention:
 
     Queries are taken `block` at a time, each against the keys up to its end, so that memory grows with block * T and
     nothing above the diagonal is computed. Long sequences recompute each block in backward.
-    After a forward pass, `gone()` is the fraction of (token, head) pairs that a cache would no longer hold.
-    """
+    After a forward pass, `gone()` is the fraction of (token, head) pairs that a cache would no longer hold."""
 
     def __init__(self, config, lengths, block=128):
         """lengths (B,) int64: the real tokens of each row; the rest is padding at the end."""
@@ -210,8 +208,7 @@ def distillation_loss(student, teacher, student_head, teacher_head, keep, revers
 
     student, teacher: final hidden states (B, T, C); *_head: output weights (V, C); keep (B, T) bool.
     Forward KL, the default, is weighted by the teacher's probabilities (the paper), reverse by the student's (NVIDIA's
-    code). Logits exist for `piece` tokens at a time and are computed again in backward.
-    """
+    code). Logits exist for `piece` tokens at a time and are computed again in backward."""
     student, teacher = student[keep], teacher[keep]  # (n, C)
 
     def kl(s, t):
@@ -274,9 +271,9 @@ FIELDS = (("window", "dms_window_size", 512, "window_size", 256),
 
 
 def read_settings(folder, raw):
-    """The DMSConfig of a checkpoint folder whose parsed config.json is `raw`, None for a dense model. Read are
-    dms_* keys in config.json (NVIDIA's two layouts) and dms_metadata.json beside the weights (borrowed neuron, no
-    shift). A field that is missing has its default and is printed; contradictions raise InputError."""
+    """The DMSConfig of a checkpoint folder whose parsed config.json is `raw`, None for a dense model: from dms_* keys
+    there (NVIDIA's two layouts) and dms_metadata.json (borrowed neuron). Defaults assumed for want of a field are
+    printed; contradictions raise InputError."""
     file = Path(folder) / "dms_metadata.json"
     metadata = read_json(file) if file.exists() else None
     if metadata is not None and isinstance(metadata.get("config"), dict):
@@ -323,8 +320,7 @@ def settings_to_dict(settings):
 
 def read_adapter_settings(path):
     """(DMSConfig, file, fingerprint of their base or None) of adapter tensors to be laid over a base model: a
-    safetensors file, or a folder with just one, and beside it config.json or dms_metadata.json for the settings;
-    without them the defaults, printed."""
+    safetensors file, or a folder with just one, and beside it, if they are there, the settings."""
     path = Path(path)
     files = [path] if os.path.isfile(path) else sorted(path.glob("*.safetensors")) if os.path.isdir(path) else []
     if len(files) != 1:

@@ -35,9 +35,8 @@ show_now = functools.partial(print, end="", flush=True)
 
 
 class Stream:
-    """Tokens in, printable text out as soon as it is certain: an incomplete UTF-8 sequence is held back, and so is
-    what might be the beginning of a stop string. `text` is all that has been let out. As a Sequence's `stop` it says
-    whether a stop string has come. show: takes each piece of text."""
+    """Tokens in, printable text out (`text`, and by pieces to `show`) as soon as it is certain: an incomplete UTF-8
+    sequence and what may begin a stop string are held back. As a Sequence's `stop` it says whether one has come."""
 
     def __init__(self, tokenizer, stop_strings=(), show=None):
         self.tokenizer, self.stops, self.show = tokenizer, [s for s in stop_strings if s], show
@@ -93,10 +92,8 @@ class Session:
             self.model.config.dms.disable_eviction = True
         file = folder / "generation_config.json"
         defaults = read_json(file) if file.exists() else {}
-        ends = defaults.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
-        ends.append(self.tokenizer.token_id(self.tokenizer.special("eos_token")))
-        self.ends = {e for e in ends if isinstance(e, int)}
+        ends, end = defaults.get("eos_token_id"), self.tokenizer.token_id(self.tokenizer.special("eos_token"))
+        self.ends = {e for e in (*(ends if isinstance(ends, list) else [ends]), end) if isinstance(e, int)}
         self.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         greedy = {"temperature": 0.0} if defaults.get("do_sample") is False else {}
         for source in (defaults, greedy, vars(args)):

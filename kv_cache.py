@@ -3,10 +3,9 @@ The KV cache: pages, slots and the ring.
 
 Every (sequence, KV head) of every layer holds its own number of key/value pairs, in pages of `page_size` slots from
 one pool. Attention does not care in which order keys are stored, since RoPE is already inside them. Hence the rule of
-kernels/cache_write.py: a new token is written over the slot of an evicted one that leaves the window, or appended. A
-ring of `window + 1` entries per (sequence, KV head) holds each recent token's slot and decision: entry
-t mod (window + 1) is t's. Nothing is ever moved. A single new token attends by kernels/decode_attention.py. There is
-no prefill or decode mode; a dense model is the same cache with nothing evicted.
+kernels/cache_write.py: a new token is written over the slot of an evicted one that leaves the window, or appended.
+Entry t mod (window + 1) of a row's ring holds the slot and the decision of token t while it is in the window. Nothing
+is ever moved. There is no prefill or decode mode; a dense model is the same cache with nothing evicted.
 
 This file knows nothing of training, of tokenizers, or of how a decision was made: it is told evict or keep.
 
@@ -14,8 +13,6 @@ Letters: L layers, B sequences, N = B * Hkv rows of a layer, row b * Hkv + h bei
 the pool; M columns of the table; W = window + 1; S slots in use; n new tokens.
 """
 import copy
-import math
-import mmap
 import os
 from contextlib import contextmanager
 
@@ -24,6 +21,7 @@ import torch.nn.functional as F
 
 from dms import InputError, refusing, visible
 from kernels import cache_write as writing
+from kernels import cpu
 from kernels import decode_attention as attending
 
 
@@ -40,12 +38,10 @@ class KVCache:
         cache.select([0, 0, 0]); cache.release([1]); cache.stats()
 
     page_size: slots of a page, a power of two; 64, or 32 where heads are smaller than that. chunk: the most tokens a
-    sequence computes at a time, 512, or 2,048 on a GPU; longer inputs are cut. memory: bytes of the pool; None is
-    what the model's whole context takes without eviction, or 80 % of the GPU's free memory or of the machine's, if
-    that is less. On a GPU the pool is allocated at once, on a CPU the system gives memory to what has been written
-    to. When it is used up CacheFull is raised: before anything is written where there is one token per sequence;
-    within a longer input the sequences that were fed hold part of it by then, and must be released.
-    """
+    sequence computes at a time, 512, or 2,048 on a GPU; longer inputs are cut. memory: bytes of the pool (a CPU's
+    system gives it as it is written to); None is what the model's whole context takes without eviction, or 80 % of
+    the GPU's free memory or of the machine's, if that is less. When it is used up CacheFull is raised: before anything
+    is written where there is one token per sequence; else the sequences that were fed must be released."""
 
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None, chunk=None, memory=None):
         gpu = torch.device(device).type == "cuda"
@@ -58,7 +54,6 @@ class KVCache:
         self.shift = config.eviction.shift if config.eviction else 0
         self.device, self.page_size, self.chunk = torch.device(device), page_size, chunk
         self.page_bytes = 2 * page_size * config.head_dim * dtype.itemsize
-        self.kernels = gpu and attending.triton is not None
         self.scores = 2**29 if gpu else 2**20  # of a block's attention, at a time
         L, N, W = self.layers, batch_size * self.kv_heads, self.window + 1
         if memory is None:
@@ -68,8 +63,8 @@ class KVCache:
             memory = min(context, 0.8 * free)
         P = max(int(memory / self.page_bytes), 1)
         with refusing(f"no memory for a cache of {memory / 1e9:.1f} GB; allow it less"):
-            self.k_pages, self.v_pages = (zeros(P, page_size, config.head_dim, dtype=dtype, device=self.device)
-                                          for _ in range(2))
+            self.k_pages, self.v_pages = torch.empty(2, P, page_size, config.head_dim, dtype=dtype, device=device)
+        self.kernels = gpu and attending.triton is not None
 
         def state(*shape, dtype=torch.int32):
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -78,8 +73,8 @@ class KVCache:
         self.length = state(L, N)  # pairs that each row holds
         self.ring_slot, self.ring_evict = state(L, N, W), state(L, N, W, dtype=torch.bool)
         self.table = state(L, N, 1)  # each row's pages in order; how many there are follows from its length
-        self.free, self.bottom, self.top = state(P), state(L), state(L)  # layer l's stack of free pages lies in
-        self._share_out([0] * L)                                         # free[bottom[l]:top[l]]
+        self.free, self.top = state(P), state(1)  # a stack of free pages, its top at top - 1
+        self._collect()
         self.reads = state(L, self.kv_heads, dtype=torch.int64)
         self.peak = state(1, dtype=torch.int64)
         self.peak_pages = self.ended_tokens = self.ended_pairs = 0
@@ -99,9 +94,8 @@ class KVCache:
 
     @contextmanager
     def append(self, lengths, T, reserve=True):
-        """Within it, attend(layer, q, k, v, logits) takes every layer's T new tokens once; see Model.hidden for the
-        shapes. lengths (B,) int64: how many of them are real. The sequences count as longer when it ends.
-        reserve=False: the caller has called `reserve`; with T = 1 nothing in here waits for the GPU then."""
+        """Within it, Model.hidden's attend(layer, q, k, v, logits) takes every layer's T new tokens once, of which
+        lengths (B,) int64 are real. reserve=False: the caller has called `reserve`; nothing waits for the GPU then."""
         if T > 1:
             self.steps_left = 0
             self._widen(int(self.length.max()), T)
@@ -131,12 +125,13 @@ class KVCache:
             about = writing.about(evict, n[:, None], seen[:, None], self.ring_evict[layer], self.shift)
             y = self._attend_block(layer, q, k, v, about, n, seen)
             most = length + writing.stored(about, n[:, None], self.window + 1).sum(1)  # if no slot falls free
-            self._stack(layer, int((self._pages(most) - self._pages(length)).sum()))
+            self._need(int((self._pages(most) - self._pages(length)).sum()))
         write = writing.cache_write if self.kernels and T == 1 else writing.cache_write_plain
         write(k, v, evict, n, seen, length, self.ring_slot[layer], self.ring_evict[layer], table, self.free,
-              self.top[layer:layer + 1], self.k_pages, self.v_pages, self.shift)
+              self.top, self.k_pages, self.v_pages, self.shift)
         if T == 1:
-            attend = attending.decode_attention if self.kernels else attending.decode_attention_plain
+            attend = attending.decode_attention if self.kernels else \
+                cpu.decode_attention if cpu.takes(k) else attending.decode_attention_plain
             y = attend(q[:, :, 0], self.k_pages, self.v_pages, table, length)
         return y.view(shape)
 
@@ -147,7 +142,7 @@ class KVCache:
     def _attend_block(self, layer, q, k, v, evict, n, seen):
         """q (N, G, T, D), k, v (N, T, D), evict (N, T), nothing of it written yet -> (N, G, T, D). A row's queries see
         its slots, of which those in the ring may expire on the way, and the new tokens themselves. As many rows at a
-        time, the longest's shape for all, as make `self.scores` numbers: on a CPU a long row is computed alone."""
+        time as make `self.scores` numbers: on a CPU a long row is computed alone."""
         W, group, held, out = self.window + 1, q.shape[1], self.length[layer], torch.zeros_like(q)
         self.reads[layer] += ((held + n) * (n > 0)).view(-1, self.kv_heads).sum(0)
         count = self.scores // (group * q.shape[2] * (int(held.max()) + q.shape[2])) + 1
@@ -178,15 +173,12 @@ class KVCache:
     @torch.inference_mode()
     def reserve(self, lengths):
         """Make sure that a step of one token for every sequence with lengths (B,) = 1 finds its pages. Looks at the
-        stacks, which waits for the GPU, once in page_size steps only. Raises CacheFull."""
+        stack, which waits for the GPU, once in page_size steps only. Raises CacheFull."""
         if self.steps_left == 0:
-            steps, N = self.page_size, self.table.shape[1]  # no row fills two pages in that many steps
-            if int((self.top - self.bottom).min()) < N:
-                try:
-                    self._share_out([N] * self.layers)
-                except CacheFull:  # enough for this step is enough
-                    steps, full = 1, (self.length % self.page_size == 0) & self._rows(lengths > 0)
-                    self._share_out(full.sum(1).tolist())
+            steps = self.page_size  # no row fills two pages in that many
+            if int(self.top) < self.length.numel():  # enough for this step is enough
+                steps, full = 1, (self.length % self.page_size == 0) & self._rows(lengths > 0)
+                self._need(int(full.sum()))
             self._widen(int(self.length.max()), self.page_size)
             self.steps_left = steps
         self.steps_left -= 1
@@ -197,36 +189,23 @@ class KVCache:
         if missing > 0:
             self.table = F.pad(self.table, (0, missing + self.table.shape[2] // 2))
 
-    def _taken(self):
-        """The pages that some row has, (P,) bool."""
+    def _collect(self):
+        """Put the pages that no row has on the stack."""
         taken = torch.zeros(len(self.free), dtype=torch.bool, device=self.device)
         column = torch.arange(self.table.shape[2], device=self.device)
         taken[self.table[column < self._pages(self.length)[:, :, None]].long()] = True
-        return taken
-
-    def _share_out(self, need):
-        """Divide the pages that no row has among the layers' stacks, layer l being given need[l] at the least. A
-        layer's pages lie together, as far as that goes. Raises CacheFull before anything has changed."""
-        free = (~self._taken()).nonzero()[:, 0]
-        spare = len(free) - sum(need)
-        if spare < 0:
-            raise CacheFull(f"the cache is full: all {len(self.free)} pages of {self.page_size} slots are taken; "
-                            f"allow more memory, or fewer or shorter sequences")
+        free = (~taken).nonzero()[:, 0]
         self.free[:len(free)] = free.flip(0)
-        count = torch.tensor(need) + spare // self.layers
-        count[-1] += spare % self.layers
-        self.top.copy_(count.cumsum(0))
-        self.bottom.copy_(count.cumsum(0) - count)
+        self.top.fill_(len(free))
         self.steps_left = 0
 
-    def _stack(self, layer, count):
-        """See to it that at least `count` pages are on the layer's stack."""
-        if self.top[layer] - self.bottom[layer] < count:
-            self._share_out([count if i == layer else 0 for i in range(self.layers)])
+    def _need(self, count):
+        if int(self.top) < count:
+            raise CacheFull(f"the cache is full: of its {len(self.free)} pages {int(self.top)} are free and {count} "
+                            f"needed; allow more memory, or fewer or shorter sequences")
 
     def part(self, sequence, tokens):
-        """One sequence as a cache of its own, to be fed up to `tokens` tokens before this cache is used again: state
-        and pools are this cache's. It is not for `release` or `select`."""
+        """A view of one sequence, to be fed up to `tokens` tokens before this cache is used again."""
         self._widen(int(self.length.max()), tokens + 2 * self.page_size)
         self.steps_left = 0
         part, rows = copy.copy(self), slice(sequence * self.kv_heads, (sequence + 1) * self.kv_heads)
@@ -237,13 +216,12 @@ class KVCache:
 
     def has_room_for(self, tokens):
         """Can a sequence of this many tokens be expected to fit, if it is compressed as those so far have been?"""
-        stats, rows = self.stats(), self.layers * self.kv_heads
-        pairs = tokens / (stats["compression_ratio"] or 1) + self.page_size  # of a row, and its last page half empty
-        return rows * pairs <= (len(self.free) - stats["pages"]) * self.page_size
+        pairs = tokens / (self.stats()["compression_ratio"] or 1) + self.page_size  # of a row, half a page to spare
+        return self.layers * self.kv_heads * pairs <= int(self.top) * self.page_size
 
     @torch.inference_mode()
     def release(self, sequences):
-        """End sequences (a list of indices): their pages are free again, their rows empty and ready for new ones."""
+        """End sequences (a list of indices): their pages are free again, and their rows empty."""
         b = torch.as_tensor(sequences, dtype=torch.int64, device=self.device).unique()
         rows = (b[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=self.device)).flatten()
         self.stats()  # for the peak
@@ -251,13 +229,12 @@ class KVCache:
         self.ended_pairs += int(self.length[:, rows].sum())
         self.seen[b] = 0
         self.length[:, rows] = 0
-        self._share_out([0] * self.layers)
+        self._collect()
 
     @torch.inference_mode()
     def select(self, sequences):
-        """Make row i continue what sequence sequences[i] has fed so far: fork (name one several times), drop (do not
-        name it; it ends as in `release`) and reorder in one. Nothing is computed again. Forks share all pages but
-        those that they may write to: the last one, and those that hold the window."""
+        """Row i continues what sequence sequences[i] has fed: fork (name it several times), drop (do not name it) and
+        reorder in one. Forks share the pages that they cannot write to."""
         chosen = torch.as_tensor(sequences, dtype=torch.int64, device=self.device)
         if len(chosen) == 0 or bool((chosen < 0).any()) or bool((chosen >= self.batch_size).any()):
             raise InputError(f"sequences to select must be indices below {self.batch_size}, at least one")
@@ -288,22 +265,20 @@ class KVCache:
         again = F.pad(page[1:] == page[:-1], (1, 0)) if len(page) else page.bool()  # the first row keeps the page
         row, ordinal, page = row[order][again], ordinal[order][again], page[again]
         if len(page):
-            self._stack(layer, len(page))
-            self.top[layer] -= len(page)
-            own = self.free[self.top[layer]:][:len(page)]
+            self._need(len(page))
+            self.top -= len(page)
+            own = self.free[self.top:][:len(page)]
             for pool in (self.k_pages, self.v_pages):
                 pool[own.long()] = pool[page]
             self.table[layer, row, ordinal] = own
 
     def stats(self):
-        """What is counted, all from real lengths and pages:
-        tokens: fed to the sequences held now; pairs: (key, value) pairs held now; dense_pairs: what a dense cache of
-        the same tokens would hold; compression_ratio: their ratio, ended sequences counted in, None before any token;
-        peak_pairs: the most held at once; reads: pairs attended to, summed over steps, a block counting as one step;
-        pages, page_bytes, peak_page_bytes: in use, now and at the most, a shared page counting once; pool_bytes: those
-        that are free included; pairs_per_head, reads_per_head: [L][Hkv], summed over sequences."""
+        """What is counted. tokens: fed to the sequences held now; pairs: (key, value) pairs held now; dense_pairs:
+        what a dense cache would hold of them; compression_ratio: of all tokens so far, None before any; peak_pairs:
+        the most held at once; reads: pairs attended to, summed over steps, a block counting as one; pages, page_bytes,
+        peak_page_bytes: in use, now and at the most; pairs_per_head, reads_per_head: [L][Hkv], of all sequences."""
         L, H = self.layers, self.kv_heads
-        tokens, pairs, pages = int(self.seen.sum()), int(self.length.sum()), int(self._taken().sum())
+        tokens, pairs, pages = int(self.seen.sum()), int(self.length.sum()), len(self.free) - int(self.top)
         self.peak_pages = max(self.peak_pages, pages)  # rows only grow until they end, where this is called
         all_tokens, all_pairs = tokens + self.ended_tokens, pairs + self.ended_pairs
         return {
@@ -313,11 +288,3 @@ class KVCache:
             "peak_page_bytes": self.peak_pages * self.page_bytes, "pool_bytes": len(self.free) * self.page_bytes,
             "pairs_per_head": self.length.view(L, -1, H).sum(1).tolist(), "reads_per_head": self.reads.tolist(),
         }
-
-
-def zeros(*shape, dtype, device):
-    """torch.zeros; but on a CPU, memory that the system gives only when and where it is written to."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)

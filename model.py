@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dms
 from dms import DMSConfig, InputError, one_line, read_json, refusing
-from kernels import in_float32
+from kernels import cpu
 from kv_cache import CacheFull
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -196,19 +196,16 @@ def apply_rope(x, cos, sin):
 
 
 class Linear(nn.Linear):
-    """y = W x + b. On a CPU without bf16 instructions, products of 16-bit numbers are many times slower than those of
-    float32, so pieces of W that stay in its cache are converted; and W x^T is up to twice as fast as x W^T there for
-    the rows of a decode step, by sixteens: 5 take no less time than 16."""
+    """y = W x + b, on a CPU by kernels/cpu.py where that is faster: large layers, and few rows, such as a decode
+    step's, or 16-bit numbers that the processor has no instructions for."""
 
     def forward(self, x):
-        rows = x.shape[:-1].numel()
-        if x.device.type != "cpu" or torch.is_grad_enabled() or rows == 1 or \
-                (rows > (256 if self.weight.numel() >= 2**20 else 16) if x.dtype == torch.float32 else
-                 rows < 4 or torch.backends.cpu.get_cpu_capability() == "AVX512"):
+        rows, W = x.shape[:-1].numel(), self.weight
+        if rows == 1 or W.numel() < 2**18 or not cpu.takes(x) or torch.is_grad_enabled() or \
+                torch.compiler.is_compiling() or \
+                rows > 32 and (x.dtype == torch.float32 or torch.backends.cpu.get_cpu_capability() == "AVX512"):
             return super().forward(x)
-        columns = F.pad(x.reshape(rows, -1).float().contiguous(), (0, 0, 0, -rows % 16 if rows > 4 else 0)).T
-        y = torch.cat([in_float32(w) @ columns for w in self.weight.split(2**20 // self.in_features + 1)]).T[:rows]
-        return (y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias).reshape(*x.shape[:-1], -1)
+        return cpu.linear(x.flatten(0, -2), W, self.bias).view(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
@@ -314,8 +311,7 @@ class Model(nn.Module):
         return self.lm_head.weight.dtype
 
     def compile(self, **options):
-        """Let torch.compile, which gets the options, fuse what every block does before and after attention: norms,
-        RoPE, decision and activation become a few kernels. It compiles at the first calls, one layer for all."""
+        """Let torch.compile, which gets the options, fuse what every block does before and after attention."""
         for block in self.model.layers:
             block.before, block.after = (torch.compile(f, dynamic=True, **options)
                                          for f in (block.before, block.after))
@@ -348,13 +344,9 @@ class Model(nn.Module):
         return self.model.norm(x)
 
     def forward(self, ids, cache=None, lengths=None, last_only=False):
-        """Next-token logits (B, T, V) of ids (B, T) int64 on the model's device.
-
-        cache: a KVCache; ids are appended to what it holds, in pieces of at most cache.chunk tokens.
-        lengths: (B,) int64, only with a cache: row b brings ids[b, :lengths[b]], the rest is padding that is never
-            stored and whose logits mean nothing.
-        last_only: return (B, 1, V), each row's last token alone: a long prompt's logits need not fit in memory.
-        """
+        """Next-token logits (B, T, V) of ids (B, T) int64 on the model's device; last_only: (B, 1, V), of each row's
+        last token alone. cache: a KVCache; ids are appended to what it holds, in pieces of at most cache.chunk tokens.
+        lengths (B,) int64, only with a cache: row b brings ids[b, :lengths[b]], the rest is padding, never stored."""
         if cache is None:
             x = self.hidden(ids, dms.masked_attention(self.config))
             return self.lm_head(x[:, -1:] if last_only else x)
@@ -376,10 +368,9 @@ class Model(nn.Module):
 
 
 def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Draw one token per row: logits (B, V), uniform (B,) numbers in [0, 1) -> (B,) int64. temperature 0 takes the
-    most likely one. Otherwise the distribution at that temperature is cut to the top_k most likely tokens (0: all),
-    then to the fewest that hold top_p of the mass, then to those at least min_p times as likely as the first, and the
-    token is where the cumulated distribution passes `uniform`. Nothing in it waits for a GPU."""
+    """Draw one token per row: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64; at temperature 0 the likeliest.
+    Otherwise the distribution is cut to the top_k likeliest tokens (0: all), then to the fewest that hold top_p of the
+    mass, then to those at least min_p times as likely as the first; the token is where its sum passes `uniform`."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -463,10 +454,8 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
 
     A sequence starts as soon as a row is free and the cache has pages for about what it is going to hold, by the
     compression seen so far; neighbours with the same ids are fed once and forked. When pages run out, the youngest
-    gives its own back and is fed again later with what it has drawn: nothing is lost or drawn twice.
-    sampling: settings of `sample`. release=False: there are no more sequences than rows, ended ones keep their pages,
-    and the cache holds all but the last token of each, ready for more.
-    """
+    gives its own back and is fed again later with what it has drawn: nothing is lost or drawn twice. release=False:
+    ended sequences keep their rows and pages, and the cache holds all but the last token of each, ready for more."""
     if not release and len(sequences) > cache.batch_size:
         raise InputError(f"{len(sequences)} sequences cannot all stay in a cache of {cache.batch_size}; release them")
     sampling, waiting, running = sampling or {}, deque(sequences), {}  # running: {row: sequence}, the youngest last
@@ -588,11 +577,9 @@ def open_weights(files, stack, device="cpu"):
 
 def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
     """Load a checkpoint, dense or DMS as it says of itself, straight onto `device` in `dtype`, one tensor at a time.
-
     adapter: a safetensors file, or a folder, that holds only DMS adapter tensors, to be laid over the model.
     Returns a Model in eval mode whose parameters do not require gradients. Raises InputError, before any weight is
-    read, for a missing, truncated or unsafe file, an unsupported architecture, or a tensor of the wrong shape.
-    """
+    read, for a missing, truncated or unsafe file, an unsupported architecture, or a tensor of the wrong shape."""
     folder = resolve(path_or_hub_id)
     raw = read_json(folder / "config.json")
     config = ModelConfig.from_dict(raw, folder / "config.json")

@@ -3,9 +3,8 @@ The retrofit: teach a dense model, by distillation from itself, which tokens eac
 
     loss = KL(teacher || student) + max(1 - 1/CR(step) - fraction let go, 0)
 
-The teacher is the model as it was; the student is the same with relaxed eviction decisions (dms.py). CR(step) grows
-linearly to the target. Every step is a function of (seed, step, weights, optimizer state) alone, so an interrupted run
-continues to the same result.
+The teacher is the model as it was, the student the same with relaxed eviction decisions (dms.py). Every step follows
+from (seed, step, weights, optimizer state) alone, so an interrupted run continues to the same result.
 
     python retrofit.py                                     # the shipped toy teacher to 8x, on a laptop
     python retrofit.py --model Qwen/Qwen3-8B --data openr1-math.jsonl

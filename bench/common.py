@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dms import DMSConfig  # noqa: E402
+from kernels import cpu as compiled  # noqa: E402
 from model import Model, ModelConfig, rope_frequencies  # noqa: E402
 
 SHAPES = {
@@ -70,5 +71,6 @@ def environment():
     except (OSError, StopIteration):
         pass
     return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "numba": getattr(compiled.numba, "__version__", None),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "commit": commit.stdout.strip() or None}

@@ -35,6 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import environment, head_shares, random_model, shape  # noqa: E402
 
+from kernels import cpu  # noqa: E402
 from kernels.decode_attention import decode_attention, decode_attention_plain  # noqa: E402
 from kv_cache import CacheFull, KVCache  # noqa: E402
 from model import DecodeStep  # noqa: E402
@@ -85,9 +86,9 @@ def fill(cache, context, config, cr):
             length = kept[layer].repeat(cache.batch_size)
             need, table, W = cache._pages(length), cache.table[layer], cache.window + 1
             total, held = int(need.sum()), torch.arange(table.shape[1], device=cache.device) < need[:, None]
-            cache._stack(layer, total)
-            cache.top[layer] -= total
-            table[held] = cache.free[cache.top[layer]:][:total].flip(0)
+            cache._need(total)
+            cache.top -= total
+            table[held] = cache.free[cache.top:][:total].flip(0)
             cache.length[layer] = length.int()
             for pool in (cache.k_pages, cache.v_pages):
                 for pages in pool[int(table[held].min()):int(table[held].max()) + 1].split(4096):
@@ -174,7 +175,9 @@ def transformers_rows(config, context, batch, args, dtype):
 
 def kernel_rows(args, dtype, G=4, H=8, D=128):
     """The attention alone: bytes per second over even and very uneven lengths that hold the same number of pairs."""
-    attend, rows = (decode_attention_plain if args.device == "cpu" else decode_attention), []
+    attend, rows = decode_attention, []
+    if args.device == "cpu":
+        attend = cpu.decode_attention if cpu.takes(torch.empty(0, dtype=dtype)) else decode_attention_plain
     for batch in args.kernel_batches:
         for kind in ("even", "uneven"):
             N, total = batch * H, args.kernel_bytes // (2 * D * dtype.itemsize)

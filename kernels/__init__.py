@@ -1,7 +1,5 @@
 """Triton kernels. Each file is one kernel with its launcher and, first, the plain PyTorch function that it equals."""
-import math
 import os
-import threading
 
 import torch
 
@@ -10,24 +8,6 @@ try:
     import triton.language as tl
 except ImportError:  # it has no wheel for this platform; the plain functions need none
     triton = tl = None
-
-
-_scratch = threading.local()
-
-
-def scratch(name, shape, device, dtype=torch.float32):
-    """An uninitialised tensor that is used again at the next call with this name: memory fresh from the system costs
-    a CPU more than what is computed in it."""
-    size, kept, key = math.prod(shape), vars(_scratch), (name, device, dtype)
-    if key not in kept or len(kept[key]) < size:
-        with torch.inference_mode(False):
-            kept[key] = torch.empty(size, device=device, dtype=dtype)
-    return kept[key][:size].view(shape)
-
-
-def in_float32(x):
-    """x itself, or where it has another dtype a copy in scratch memory, valid until the next call."""
-    return x if x.dtype == torch.float32 else scratch("float32", x.shape, x.device).copy_(x)
 
 
 def check_launch(name, *tensors):

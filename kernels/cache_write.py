@@ -4,13 +4,10 @@ Cache write: the cache's rule. New tokens of every row are stored where evicted 
     j = t - (window + 1) leaves the window as t arrives: if j was evicted, t is written over j's slot; otherwise t is
     appended, on a fresh page from the free stack where the row's last one is full
 
-Many tokens at once (a prompt, a chat turn) are the same rule over a block: as many of its survivors as there are freed
-slots go there, the rest is appended. The kernel is that for one token per row, a decode step's bookkeeping of one
-layer in one launch: nothing is copied to the host; a row's program reads the row's state, changes it, and takes pages
-with an atomic subtraction, in whatever order rows come.
+Many tokens at once are the same rule over a block: as many of its survivors as there are freed slots go there, the
+rest is appended. The kernel is that for one token per row: a decode step's bookkeeping of one layer in one launch.
 
-Letters: N rows, a KV head of a sequence each, T new tokens, D head size, P pages of the pool, M columns of
-the table, W = window + 1 entries of the ring.
+Letters: N rows, a KV head of a sequence each, T new tokens, D head size, P pages, M columns of the table, W entries.
 """
 import torch
 import torch.nn.functional as F
@@ -36,16 +33,14 @@ def stored(evict, n, W):
 
 def cache_write_plain(k, v, evict, lengths, seen, length, ring_slot, ring_evict, table, free, top, k_pages, v_pages,
                       shift):
-    """Store the new tokens of every row and update the row's state, in place. Integers may be int32 (enough) or int64.
+    """Store the new tokens of every row and update the row's state, in place. Integers may be int32 or int64.
 
-    Read: k, v (N, T, D), the pools' dtype; evict (N, T) bool, the decisions computed at these tokens, each of which
-    speaks of the token `shift`, 0 or 1, before it; lengths (N,) int64, how many of the T tokens are real; seen (N,)
-    int64, tokens fed before; free (P,) integer, a stack of free pages with its top at top - 1.
+    Read: k, v (N, T, D), the pools' dtype; evict (N, T) bool, the decisions computed at these tokens, about those
+    `shift`, 0 or 1, before them; lengths (N,) int64, how many of the T tokens are real; seen (N,) int64, tokens fed
+    before; free (P,) integer, a stack of free pages with its top at top - 1.
     Updated: length (N,) pairs held; ring_slot (N, W) integer and ring_evict (N, W) bool, slot and decision of token t
-    at t mod W; table (N, M) integer, a row's pages in order, as many as its length needs; top (1,); k_pages and
-    v_pages (P, page_size, D).
-    The caller sees to it that pages are not shared, and that stack and table have room.
-    """
+    at t mod W; table (N, M) integer, a row's pages in order; top (1,); k_pages, v_pages (P, page_size, D).
+    The caller sees to it that pages written to are not shared, and that stack and table have room."""
     (N, T, _), W, page_size = k.shape, ring_slot.shape[1], k_pages.shape[1]
     n, seen = lengths[:, None], seen[:, None]
     evict = about(evict, n, seen, ring_evict, shift)

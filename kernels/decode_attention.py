@@ -1,66 +1,41 @@
 """
 Decode attention: one query token per sequence against the pages that each (sequence, KV head) holds.
 
-Every row has its own length, and a few rows are many times as long as the rest. So the work is cut along the length:
-program (row, split) attends to `split` of the row's pairs and leaves their normalised result and its log-sum-exp; a
-second kernel merges what the row's splits left. How many splits there are follows from the shapes alone: nothing waits
-for the GPU, and a captured graph stays right while lengths change. A program beyond its row's length ends at once.
-
-The arithmetic is small beside the reading, which sets the sizes: a block of keys or values is 16 KiB, the next is on
-its way while one is multiplied, and three such programs fit on an H200's multiprocessor: 96 KiB are on their way.
+A few rows are many times as long as the rest. So the work is cut along the length: program (row, split) attends to
+`split` of the row's pairs and leaves their normalised result and its log-sum-exp; another kernel merges them. How many
+splits there are follows from the shapes alone: nothing waits for the GPU, and a captured graph stays right while
+lengths change. The arithmetic is small beside the reading, which sets the sizes: a block of keys or values is 16 KiB,
+and three programs that have the next one on its way fit on an H200's multiprocessor.
 
 Letters: N = B * Hkv rows, G query heads per KV head, D head size, P pages of the pool, M columns of the table.
 """
 import math
 
 import torch
-import torch.nn.functional as F
 
-from kernels import check_launch, in_float32, scratch, tl, triton
+from kernels import check_launch, tl, triton
 
 
 @torch.no_grad()
-def decode_attention_plain(q, k_pages, v_pages, table, length, piece=2**20):
+def decode_attention_plain(q, k_pages, v_pages, table, length):
     """Softmax attention in float32, scale D^-0.5, of each row's queries to the `length` pairs that the row holds.
 
-    q (N, G, D); k_pages, v_pages (P, page_size, D), q's dtype, finite; table (N, M) integer: a row's pages in order,
-    of which the first ceil(length / page_size) count and the rest may be anything; length (N,) integer, 0 gives zeros.
-    -> (N, G, D), q's dtype.
-    Made for a CPU: every page is multiplied by itself, in the order in which pages lie in memory, `piece` numbers of K
-    or V at a time, so that those converted to float32 are used while they are in the processor's cache.
-    """
-    page_size, D = k_pages.shape[1:]
-    row, ordinal = (torch.arange(table.shape[1], device=q.device) * page_size < length[:, None]).nonzero(as_tuple=True)
-    if len(row) == 0:
-        return torch.zeros_like(q)
-    page, order = table[row, ordinal].long().sort()
-    row, fill = row[order], (length[row] - ordinal * page_size)[order]
-    first, run = page.tolist(), F.pad((page.diff() != 1).cumsum(0), (1, 0)).tolist()  # a run of pages is one slice
-    count = max(piece // (page_size * D), 1)  # pages at a time
-
-    def pieces(pool):
-        for i in range(0, len(page), count):
-            some = slice(i, min(i + count, len(page)))
-            n = some.stop - i
-            yield some, in_float32(pool[first[i]:first[i] + n] if run[i] == run[some.stop - 1] else torch.index_select(
-                pool, 0, page[some], out=scratch("pages", (n, page_size, D), q.device, q.dtype)))
-
-    query, part, score = (scratch(name, (len(page), q.shape[1], width), q.device)
-                          for name, width in (("query", D), ("part", D), ("score", page_size)))
-    torch.index_select(q.float() * D ** -0.5, 0, row, out=query)
-    for some, k in pieces(k_pages):
-        torch.bmm(query[some], k.transpose(1, 2), out=score[some])
-    last = (fill < page_size).nonzero()[:, 0]
-    unused = torch.arange(page_size, device=q.device) >= fill[last, None]
-    score[last] = score[last].masked_fill(unused[:, None], -1e30)
-    top = score.amax(2)  # (pages, G)
-    top = top.new_full(q.shape[:2], -1e30).scatter_reduce(0, row[:, None].expand_as(top), top, "amax")  # (N, G)
-    weight = score.sub_(top[row][:, :, None]).exp_()
-    total = torch.zeros_like(top).index_add_(0, row, weight.sum(2))
-    for some, v in pieces(v_pages):
-        torch.bmm(weight[some], v, out=part[some])
-    out = torch.zeros(q.shape, device=q.device).index_add_(0, row, part)
-    return (out / total.clamp(min=1e-30)[:, :, None]).to(q.dtype)
+    q (N, G, D); k_pages, v_pages (P, page_size, D), q's dtype; table (N, M) integer: a row's pages in order; length
+    (N,) integer, 0 gives zeros -> (N, G, D), q's dtype. What lies beyond length, in the last page and in the table,
+    may be anything."""
+    page_size = k_pages.shape[1]
+    held = length[:, None] - torch.arange(table.shape[1], device=q.device) * page_size  # (N, M): from a page on
+    row, ordinal = (held > 0).nonzero(as_tuple=True)  # of the n pages that are held
+    unused = torch.arange(page_size, device=q.device) >= held[row, ordinal][:, None]  # (n, page_size)
+    page = table[row, ordinal].long()
+    k, v = (pool[page].float().masked_fill_(unused[:, :, None], 0) for pool in (k_pages, v_pages))
+    score = ((q.float() * q.shape[2] ** -0.5)[row] @ k.transpose(1, 2)).masked_fill_(unused[:, None], -1e30)
+    top = score.new_full(q.shape[:2], -1e30).scatter_reduce(0, row[:, None].expand(-1, q.shape[1]), score.amax(2),
+                                                            "amax")  # (N, G)
+    weight = score.sub_(top[row][:, :, None]).exp_()  # (n, G, page_size)
+    total = torch.zeros_like(top).index_add(0, row, weight.sum(2)).clamp(min=1e-30)
+    out = torch.zeros(q.shape, device=q.device).index_add(0, row, weight @ v)
+    return (out / total[:, :, None]).to(q.dtype)
 
 
 if triton is not None:
@@ -81,8 +56,7 @@ if triton is not None:
         top = tl.full((16,), -1e30, tl.float32)
         total = tl.zeros((16,), tl.float32)
         out = tl.zeros((16, WIDTH), tl.float32)
-        # A page that holds the whole block is looked up once, smaller ones for each token; both a turn ahead, so that
-        # the loads of keys and values do not wait for it. The last of the split's pages stands in for later ones.
+        # pages are looked up a turn ahead: the loads of keys and values do not wait for it
         column = 0 if PAGE >= BLOCK else t // PAGE
         last_page = (last - 1) // PAGE
         table_ptr += row * table_stride
@@ -133,9 +107,7 @@ if triton is not None:
 
 
 def _split(rows, capacity):
-    """Tokens of a program: 128, and up to 512 once there are programs enough without. Rows hold a fraction of their
-    capacity, so most programs do nothing, and an H200 wants a few hundred that do; parts of 512 tokens cost 2% more
-    reading and writing, of 128 tokens 6%."""
+    """Tokens of a program: 128, and up to 512 (results of 2%, not 6%, of what is read) once there are enough."""
     split = 128
     while split < 512 and rows * capacity > 8192 * split:
         split *= 2
@@ -144,8 +116,7 @@ def _split(rows, capacity):
 
 def decode_attention(q, k_pages, v_pages, table, length):
     """decode_attention_plain by the kernel: D up to 256 (made for 64, 96, 128 and 256), G from 1 to 16, any page_size
-    that is a power of two, float32, float16 or bfloat16; slots that are not in use may hold anything, NaN included.
-    CPU tensors only under TRITON_INTERPRET=1."""
+    that is a power of two, float32, float16 or bfloat16. CPU tensors only under TRITON_INTERPRET=1."""
     q = q.contiguous()
     check_launch("decode_attention", q, k_pages, v_pages, length)
     (N, G, D), page_size = q.shape, k_pages.shape[1]

@@ -15,6 +15,7 @@ from dms import DMSConfig, visible
 from model import Model, ModelConfig
 
 torch.set_num_threads(1)  # the models are tiny
+NOWHERE = 2**30  # an index that must never be used
 
 
 def small_config(**changes):
@@ -124,9 +125,9 @@ def check_pages(cache):
     none of which is ever going to write to it."""
     W, P = cache.window + 1, len(cache.free)
     assert P == len(cache.k_pages) == len(cache.v_pages)
-    free, taken = [], set()
-    for layer, (bottom, top) in enumerate(zip(cache.bottom.tolist(), cache.top.tolist())):
-        free, having = free + cache.free[bottom:top].tolist(), {}
+    free, taken = cache.free[:int(cache.top)].tolist(), set()
+    for layer in range(cache.layers):
+        having = {}
         for row, length in enumerate(cache.length[layer].tolist()):
             count, seen = -(-length // cache.page_size), int(cache.seen[row // cache.kv_heads])
             pages = cache.table[layer, row, :count].tolist()
@@ -142,6 +143,27 @@ def check_pages(cache):
             assert len(sharers) == 1 or not any(written for _, _, written in sharers)
             assert len({ordinal for _, ordinal, _ in sharers}) == 1
     assert sorted([*free, *taken]) == list(range(P))
+
+
+def held_pairs(lengths, G, D, page_size, dtype, seed, device="cpu"):
+    """Arguments of decode_attention, on `device`: pages in random places, NaN in every slot that is not in use, and no
+    index in the table where there is no page."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    counts = [-(-n // page_size) for n in lengths]
+    free = rng.sample(range(sum(counts) + 3), sum(counts) + 3)
+    columns = max(counts) + rng.randrange(3)
+    integers = rng.choice([torch.int32, torch.int64])
+    table = torch.full((len(lengths), columns + rng.randrange(3)), NOWHERE, dtype=integers)
+    k_pages, v_pages = torch.full((2, len(free), page_size, D), math.nan, dtype=dtype)
+    for row, (n, count) in enumerate(zip(lengths, counts)):
+        table[row, :count] = torch.tensor([free.pop() for _ in range(count)])
+        slot = torch.arange(n)
+        for pool in (k_pages, v_pages):
+            pool[table[row, slot // page_size], slot % page_size] = torch.randn(n, D, generator=generator).to(dtype)
+    q = torch.randn(len(lengths), G, D, generator=generator).to(dtype)
+    length = torch.tensor(lengths, dtype=rng.choice([torch.int32, torch.int64]))
+    q, k_pages, v_pages, table, length = (x.to(device) for x in (q, k_pages, v_pages, table, length))
+    return q, k_pages, v_pages, table[:, :columns], length
 
 
 def plain_forward(folder, ids, dms=None):

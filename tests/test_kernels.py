@@ -22,7 +22,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed; it has no wheel for some platforms")
 
-from conftest import Life, small_model  # noqa: E402
+from conftest import NOWHERE, Life, held_pairs, small_model  # noqa: E402
 from conftest import check_pages as check_cache  # noqa: E402
 
 from dms import DMSConfig, visible  # noqa: E402
@@ -35,7 +35,6 @@ from kv_cache import KVCache  # noqa: E402
 REPOSITORY = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-NOWHERE = 2**30  # an index that must never be used
 launches = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="test_interpreter runs it")
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 integer = [torch.int32, torch.int64]
@@ -58,31 +57,10 @@ def test_interpreter():
 # ------------------------------------------------------------------------------------------------ decode attention
 
 
-def held_pairs(lengths, G, D, page_size, dtype, seed):
-    """Arguments of decode_attention, on DEVICE: pages in random places, NaN in every slot that is not in use, and no
-    index in the table where there is no page."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    counts = [-(-n // page_size) for n in lengths]
-    free = rng.sample(range(sum(counts) + 3), sum(counts) + 3)
-    columns = max(counts) + rng.randrange(3)
-    table = torch.full((len(lengths), columns + rng.randrange(3)), NOWHERE, dtype=rng.choice(integer))
-    k_pages, v_pages = torch.full((2, len(free), page_size, D), math.nan, dtype=dtype)
-    for row, (n, count) in enumerate(zip(lengths, counts)):
-        table[row, :count] = torch.tensor([free.pop() for _ in range(count)])
-        slot = torch.arange(n)
-        for pool in (k_pages, v_pages):
-            pool[table[row, slot // page_size], slot % page_size] = torch.randn(n, D, generator=generator).to(dtype)
-    q = torch.randn(len(lengths), G, D, generator=generator).to(dtype)
-    length = torch.tensor(lengths, dtype=rng.choice(integer))
-    q, k_pages, v_pages, table, length = (x.to(DEVICE) for x in (q, k_pages, v_pages, table, length))
-    return q, k_pages, v_pages, table[:, :columns], length
-
-
 def compare(arguments):
-    q, k_pages, v_pages, table, length = arguments
     y = decode_attention(*arguments)
     tolerance = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[y.dtype]
-    expected = decode_attention_plain(q, k_pages.nan_to_num(), v_pages.nan_to_num(), table, length, piece=2000)
+    expected = decode_attention_plain(*arguments)
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
     assert not y[arguments[4] == 0].any()
 
@@ -97,23 +75,21 @@ def test_decode_attention(dtype, D):
         some = [0, 1, page_size, rng.randrange(30), rng.randrange(200), rng.randrange(200)]
         lengths = rng.choices(some, k=rng.choice([1, 1, 1, 3]))
         G = 16 if seed == 0 else min(rng.randint(1, 16) for _ in range(4))  # a head costs the interpreter dearly
-        compare(held_pairs(lengths, G, D, page_size, dtype, seed))
+        compare(held_pairs(lengths, G, D, page_size, dtype, seed, device=DEVICE))
 
 
 @launches
 def test_many_splits():
     """More splits than the merge takes at a time, beside rows of one, two and none. The last splits weigh most."""
-    q, k_pages, v_pages, table, length = held_pairs([2500, 3, 0, 129], 5, 64, 64, torch.float32, seed=1)
+    q, k_pages, v_pages, table, length = held_pairs([2500, 3, 0, 129], 5, 64, 64, torch.float32, seed=1, device=DEVICE)
     k_pages[table[0, -5:].clamp(max=len(k_pages) - 1)] *= 4
     compare((q, k_pages, v_pages, table, length))
 
 
 def test_plain_twin():
     """Against softmax attention over a row's pairs laid end to end."""
-    q, k_pages, v_pages, table, length = held_pairs([70, 0, 1], 3, 64, 16, torch.float32, seed=2)
-    k_pages, v_pages = k_pages.nan_to_num(), v_pages.nan_to_num()
+    q, k_pages, v_pages, table, length = held_pairs([70, 0, 1], 3, 64, 16, torch.float32, seed=2, device=DEVICE)
     y = decode_attention_plain(q, k_pages, v_pages, table, length)
-    torch.testing.assert_close(y, decode_attention_plain(q, k_pages, v_pages, table, length, piece=1))
     k, v = (pool[table[0, :5]].view(-1, 64)[None, :70].expand(3, -1, -1) for pool in (k_pages, v_pages))
     torch.testing.assert_close(y[0], torch.nn.functional.scaled_dot_product_attention(q[0, :, None], k, v)[:, 0])
     torch.testing.assert_close(y[2], v_pages[table[2, 0], 0].expand(3, -1))
@@ -270,7 +246,7 @@ def test_a_model_that_decodes_by_the_kernels(settings):
 def test_refusals(monkeypatch):
     """One line each, before anything is launched."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    q, k_pages, v_pages, table, length = held_pairs([5, 2], 2, 64, 4, torch.float32, seed=3)
+    q, k_pages, v_pages, table, length = held_pairs([5, 2], 2, 64, 4, torch.float32, seed=3, device=DEVICE)
     for change, says in ((dict(q=q.repeat(1, 1, 5)), "D = 320"), (dict(q=q[:, :1].expand(-1, 17, -1)), "G = 17"),
                          (dict(k_pages=k_pages[:, :3].contiguous()), "page_size = 3"), (dict(q=q.double()), "dtype"),
                          (dict(k_pages=k_pages.half()), "dtype"), (dict(length=length.to("meta")), "meta"),
