@@ -1,9 +1,8 @@
 """
 What a decode step reads on a CPU, compiled by numba: the pairs held, and the weights.
 
-PyTorch's batched products of two query heads and a page leave most of a CPU's bandwidth unused, those of a few rows
-and 16-bit weights nearly all of it. Here a number is read once and converted on the way. Without numba, or for
-float16, PyTorch computes the same.
+PyTorch's products of a page and two query heads leave most of a CPU's bandwidth unused, those of 16-bit weights and a
+few rows nearly all. Here a number is read once and converted on the way. Without numba PyTorch computes the same.
 
 Letters: those of decode_attention.py; R rows of x, C inputs and O outputs of a layer.
 """

@@ -24,14 +24,16 @@ def decode_attention_plain(q, k_pages, v_pages, table, length):
     (N,) integer, 0 gives zeros -> (N, G, D), q's dtype. What lies beyond length, in the last page and in the table,
     may be anything."""
     page_size = k_pages.shape[1]
+    if len(q) > 1 and table.numel() * k_pages[0].numel() > 2**23:  # row by row takes less memory
+        return torch.cat([decode_attention_plain(row, k_pages, v_pages, pages, n)
+                          for row, pages, n in zip(q.split(1), table.split(1), length.split(1))])
     held = length[:, None] - torch.arange(table.shape[1], device=q.device) * page_size  # (N, M): from a page on
     row, ordinal = (held > 0).nonzero(as_tuple=True)  # of the n pages that are held
     unused = torch.arange(page_size, device=q.device) >= held[row, ordinal][:, None]  # (n, page_size)
     page = table[row, ordinal].long()
     k, v = (pool[page].float().masked_fill_(unused[:, :, None], 0) for pool in (k_pages, v_pages))
     score = ((q.float() * q.shape[2] ** -0.5)[row] @ k.transpose(1, 2)).masked_fill_(unused[:, None], -1e30)
-    top = score.new_full(q.shape[:2], -1e30).scatter_reduce(0, row[:, None].expand(-1, q.shape[1]), score.amax(2),
-                                                            "amax")  # (N, G)
+    top = score.new_full(q.shape[:2], -1e30).index_reduce_(0, row, score.amax(2), "amax")  # (N, G)
     weight = score.sub_(top[row][:, :, None]).exp_()  # (n, G, page_size)
     total = torch.zeros_like(top).index_add(0, row, weight.sum(2)).clamp(min=1e-30)
     out = torch.zeros(q.shape, device=q.device).index_add(0, row, weight @ v)

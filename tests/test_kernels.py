@@ -86,6 +86,15 @@ def test_many_splits():
     compare((q, k_pages, v_pages, table, length))
 
 
+def test_plain_twin_of_many_pairs():
+    """So many that it takes a row at a time."""
+    q, k_pages, v_pages, table, length = held_pairs([16384, 5], 2, 256, 64, torch.float32, seed=4, device=DEVICE)
+    y = decode_attention_plain(q, k_pages, v_pages, table, length)
+    for row, n in enumerate(length.tolist()):
+        k, v = (pool[table[row, :-(-n // 64)].long()].view(-1, 256)[:n] for pool in (k_pages, v_pages))
+        torch.testing.assert_close(y[row], (q[row] @ k.T / 16).softmax(-1) @ v, atol=1e-5, rtol=1e-4)
+
+
 def test_plain_twin():
     """Against softmax attention over a row's pairs laid end to end."""
     q, k_pages, v_pages, table, length = held_pairs([70, 0, 1], 3, 64, 16, torch.float32, seed=2, device=DEVICE)
