@@ -1,4 +1,4 @@
-"""Triton kernels. Each file is one kernel with its launcher and, first, the plain PyTorch function that it equals."""
+"""By Triton, a file each with its launcher and, first, the plain PyTorch function that it equals; by numba: cpu.py."""
 import os
 
 import torch
