@@ -272,8 +272,7 @@ FIELDS = (("window", "dms_window_size", 512, "window_size", 256),
 
 def read_settings(folder, raw):
     """The DMSConfig of a checkpoint folder whose parsed config.json is `raw`, None for a dense model: from dms_* keys
-    there (NVIDIA's two layouts) and dms_metadata.json (borrowed neuron). Defaults assumed for want of a field are
-    printed; contradictions raise InputError."""
+    there (NVIDIA's two layouts) and dms_metadata.json (borrowed neuron). Prints what it assumes; raises InputError."""
     file = Path(folder) / "dms_metadata.json"
     metadata = read_json(file) if file.exists() else None
     if metadata is not None and isinstance(metadata.get("config"), dict):
