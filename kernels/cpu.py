@@ -21,18 +21,18 @@ def takes(x):
     return numba is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
-def _array(x):
-    """The tensor as numpy sees it, bfloat16 as 16-bit integers."""
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy()
+def _launch(kernel, *tensors):
+    """Run it on the tensors as numpy sees them, bfloat16 as 16-bit integers, in as many threads as PyTorch uses."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    kernel(*((x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy() for x in tensors))
 
 
 def decode_attention(q, k_pages, v_pages, table, length):
     """decode_attention_plain for float32 and bfloat16 on a CPU."""
-    query = q.detach().float() * q.shape[2] ** -0.5
+    query = q.float() * q.shape[2] ** -0.5
     part = F.pad(query.new_zeros(torch.get_num_threads(), *q.shape), (0, 2))
     part[..., -1] = -1e30
-    numba.set_num_threads(min(len(part), numba.config.NUMBA_NUM_THREADS))
-    _attend(query.numpy(), _array(k_pages), _array(v_pages), table.numpy(), length.numpy(), part.numpy())
+    _launch(_attend, query, k_pages, v_pages, table, length, part)
     out, total, top = part.split((q.shape[2], 1, 1), dim=3)
     weight = (top - top.amax(0)).exp()
     return ((weight * out).sum(0) / (weight * total).sum(0).clamp(min=1e-30)).to(q.dtype)
@@ -40,10 +40,9 @@ def decode_attention(q, k_pages, v_pages, table, length):
 
 def linear(x, weight, bias=None):
     """F.linear for x (R, C), weight (O, C) and bias (O,), all float32 or all bfloat16. Made for a few rows."""
-    rows = F.pad(x.detach().float(), (0, 0, 0, -len(x) % 4)).contiguous()
+    rows = F.pad(x.float(), (0, 0, 0, -len(x) % 4)).contiguous()
     y = torch.empty(len(rows), len(weight))
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    _linear(rows.numpy(), _array(weight), y.numpy())
+    _launch(_linear, rows, weight, y)
     return (y[:len(x)] if bias is None else y[:len(x)] + bias).to(x.dtype)
 
 
