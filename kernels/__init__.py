@@ -1,4 +1,12 @@
-"""By Triton, a file each with its launcher and, first, the plain PyTorch function that it equals; by numba: cpu.py."""
+"""The fast paths, a file each: first the plain PyTorch function, then a kernel that equals it.
+
+cache_write.py       one new token into every row: plain, and by Triton
+decode_attention.py  one query for every row: plain, and by Triton
+block.py             many new tokens: plain only
+cpu.py               the first two, and products with few rows, compiled by numba for a CPU
+choose.py            which of them a cache uses
+"""
+
 import os
 
 import torch
@@ -11,13 +19,16 @@ except ImportError:  # it has no wheel for this platform; the plain functions ne
 
 
 def check_launch(name, *tensors):
-    """What every launcher needs: Triton, contiguous tensors, the current GPU or, under TRITON_INTERPRET=1, the CPU."""
+    """What every Triton launcher needs: Triton, and contiguous tensors on the current GPU or, under
+    TRITON_INTERPRET=1, on the CPU. The cache sees to it; a failure is a bug of ours."""
     if triton is None:
         raise ImportError(f"{name} needs triton, which is not installed; {name}_plain does not")
-    devices, here = {x.device for x in tensors}, tensors[0].device
-    if len(devices) > 1 or here.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1" or \
-            here.type == "cuda" and here.index != torch.cuda.current_device():
-        raise ValueError(f"{name} needs its tensors on the GPU that torch.cuda.set_device chose, or on the CPU under "
-                         f"TRITON_INTERPRET=1, not on {', '.join(sorted(map(str, devices)))}")
-    if not all(x.is_contiguous() for x in tensors):
-        raise ValueError(f"{name} needs contiguous tensors")
+    device = tensors[0].device
+    assert all(x.device == device for x in tensors), f"{name}: tensors on several devices"
+    assert all(x.is_contiguous() for x in tensors), f"{name}: tensors must be contiguous"
+    if device.type == "cuda":
+        here = torch.cuda.current_device()
+        assert device.index == here, f"{name}: {device} is not the GPU that set_device chose"
+    elif device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        assert interpreted, f"{name}: on a CPU it runs under TRITON_INTERPRET=1 only"

@@ -1,128 +1,158 @@
 """
-Cache write: the cache's rule. New tokens of every row are stored where evicted ones leave their slots, else appended.
+Cache write: the cache's rule for a decode step, in which every row gets one token or none.
 
-    j = t - (window + 1) leaves the window as t arrives: if j was evicted, t is written over j's slot; otherwise t is
-    appended, on a fresh page from the free stack where the row's last one is full
+    j = t - (window + 1) leaves the window as token t arrives: if j was evicted, t is written over
+    j's slot; otherwise t is appended, on a fresh page from the free stack where the last is full
 
-Many tokens at once are the same rule over a block: as many of its survivors as there are freed slots go there, the
-rest is appended. The kernel is that for one token per row: a decode step's bookkeeping of one layer in one launch.
+Triton's kernel is that for one row, so a layer's bookkeeping is one launch. `rows` and `pool` are
+the Rows of one layer and the PagePool of kv_cache.py.
 
-Letters: N rows, a KV head of a sequence each, T new tokens, D head size, P pages, M columns of the table, W entries.
+Letters: N rows, D head size, W = window + 1 entries of the ring.
 """
+
 import torch
-import torch.nn.functional as F
 
 from kernels import check_launch, tl, triton
 
 
-def about(evict, n, seen, ring_evict, shift):
-    """What was decided at each new token (N, T) -> what is decided about it, (N, T) bool. With shift 1 the first
-    decision is about the last token of the ring, and the last new token is not decided yet. n, seen (N, 1)."""
-    if shift:
-        last = (seen - 1) % ring_evict.shape[1]
-        ring_evict.scatter_(1, last, torch.where((n > 0) & (seen > 0), evict[:, :1], ring_evict.gather(1, last)))
-        evict = F.pad(evict[:, 1:], (0, 1))
-    return evict & (torch.arange(evict.shape[1], device=evict.device) < n - shift)
+def locate(rows, row, slot, page_size):
+    """Where slots lie in the pool: (page, place in the page), int64, of slot[i] of row[i]."""
+    page = rows.table[row, slot // page_size]
+    return page.long(), (slot % page_size).long()
 
 
-def stored(evict, n, W):
-    """Which new tokens (N, T) are stored: those that are kept, and those still in the window when the block ends."""
-    t = torch.arange(evict.shape[1], device=evict.device)
-    return ((t >= n - W) | ~evict) & (t < n)
+def decide_newest(evict, new, rows, pool):
+    """With a shift of 1, the first new token decides about the one before it, the newest that is
+    held: note evict (N,) at its slot, in rows that get tokens (new > 0) and hold any."""
+    W = rows.ring.shape[1]
+    row = ((new > 0) & (rows.seen > 0)).nonzero()[:, 0]
+    slot = rows.ring[row, (rows.seen[row] - 1) % W]
+    pool.evicted[locate(rows, row, slot, pool.keys.shape[1])] = evict[row]
 
 
-def cache_write_plain(k, v, evict, lengths, seen, length, ring_slot, ring_evict, table, free, top, k_pages, v_pages,
-                      shift):
-    """Store the new tokens of every row and update the row's state, in place. Integers may be int32 or int64.
-
-    Read: k, v (N, T, D), the pools' dtype; evict (N, T) bool, the decisions computed at these tokens, about those
-    `shift`, 0 or 1, before them; lengths (N,) int64, how many of the T tokens are real; seen (N,) int64, tokens fed
-    before; free (P,) integer, a stack of free pages with its top at top - 1.
-    Updated: length (N,) pairs held; ring_slot (N, W) integer and ring_evict (N, W) bool, slot and decision of token t
-    at t mod W; table (N, M) integer, a row's pages in order; top (1,); k_pages, v_pages (P, page_size, D).
-    The caller sees to it that pages written to are not shared, and that stack and table have room."""
-    (N, T, _), W, page_size = k.shape, ring_slot.shape[1], k_pages.shape[1]
-    n, seen = lengths[:, None], seen[:, None]
-    evict = about(evict, n, seen, ring_evict, shift)
-    # the oldest of the ring leave the window, and the flagged ones leave their slots
-    i = torch.arange(min(T, W), device=k.device)
-    entry = (seen - W + i) % W
-    freed = ring_evict.gather(1, entry) & (seen - W + i >= 0) & (i < n)
-    reuse = ring_slot.gather(1, entry).gather(1, freed.int().argsort(dim=1, descending=True, stable=True))
-    freed = freed.sum(1, keepdim=True)
-    survive = stored(evict, n, W)
-    rank = survive.cumsum(1) - 1
-    slot = torch.where(rank < freed, reuse.gather(1, rank.clamp(0, len(i) - 1)), length[:, None] + rank - freed)
-    have = -(-length // page_size)
-    length += (survive.sum(1) - freed[:, 0]).to(length.dtype)
+def add_pages(rows, pool, length):
+    """Give the rows the pages that they need to hold `length` (N,) pairs. Raises CacheFull."""
+    page_size = pool.keys.shape[1]
+    have = -(-rows.length // page_size)
     need = -(-length // page_size) - have
-    if need.any():
-        row = torch.arange(N, device=k.device).repeat_interleave(need)
-        taken = torch.arange(len(row), device=k.device)
-        table[row, have[row] + taken - (need.cumsum(0) - need)[row]] = free[top - 1 - taken].to(table.dtype)
-        top -= len(row)
-    row, t = survive.nonzero(as_tuple=True)
-    slot = slot[row, t]
-    page, place = table[row, slot // page_size].long(), slot % page_size
-    k_pages[page, place], v_pages[page, place] = k[row, t], v[row, t]
-    if T > W:  # the ring is about the last of them
-        recent = t >= lengths[row] - W
-        row, t, slot = row[recent], t[recent], slot[recent]
-    entry = (seen[row, 0] + t) % W
-    ring_slot[row, entry], ring_evict[row, entry] = slot.to(ring_slot.dtype), evict[row, t]
+    row = torch.arange(len(need), device=need.device).repeat_interleave(need)  # one for each page
+    pages = pool.take(len(row))
+    first = (need.cumsum(0) - need)[row]  # of the row's own among them
+    ordinal = torch.arange(len(row), device=need.device) - first
+    rows.table[row, have[row] + ordinal] = pages
+
+
+def store(k, v, position, evict, row, slot, rows, pool):
+    """Write k, v (n, D) of the tokens at these positions into slots of rows, (n,) integers each."""
+    page, place = locate(rows, row, slot, pool.keys.shape[1])
+    pool.keys[page, place] = k
+    pool.values[page, place] = v
+    pool.position[page, place] = position.int()
+    pool.evicted[page, place] = evict
+
+
+def cache_write_plain(k, v, evict, new, rows, pool, shift):
+    """Store one token in every row that gets one, in place.
+
+    k, v: (N, D), the pool's dtype. evict: (N,) bool, decided at these tokens about those `shift`, 0
+    or 1, before them. new: (N,) int64, 1 for a row that gets a token, 0 for one that rests. `seen`
+    is left as it is. Pages that are written to must not be shared, and the page table must have
+    room. Raises CacheFull.
+    """
+    page_size = pool.keys.shape[1]
+    W = rows.ring.shape[1]
+    if shift == 1:
+        decide_newest(evict, new, rows, pool)
+        evict = torch.zeros_like(evict)  # about the new tokens nothing is decided yet
+
+    leaving = ((new > 0) & (rows.seen >= W)).nonzero()[:, 0]  # rows whose window is full
+    slot = rows.ring[leaving, rows.seen[leaving] % W]
+    free = pool.evicted[locate(rows, leaving, slot, page_size)]
+    slots = rows.length.clone()  # append...
+    slots[leaving[free]] = slot[free]  # ...or take the slot that falls free
+
+    row = new.nonzero()[:, 0]
+    slot = slots[row]
+    length = torch.maximum(rows.length, torch.where(new > 0, slots + 1, 0))
+    add_pages(rows, pool, length)
+    store(k[row], v[row], rows.seen[row], evict[row], row, slot, rows, pool)
+    rows.ring[row, rows.seen[row] % W] = slot
+    rows.length.copy_(length)
 
 
 if triton is not None:
+
     @triton.jit(do_not_specialize=["table_stride"])
-    def _write(k_ptr, v_ptr, evict_ptr, lengths_ptr, seen_ptr, length_ptr, ring_slot_ptr, ring_evict_ptr, table_ptr,
-               free_ptr, top_ptr, k_pages_ptr, v_pages_ptr, table_stride,
-               D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
-        """Program (row,), of a single warp: its threads read the row's state before any of them changes it."""
+    def _write(
+        k_ptr, v_ptr, evict_ptr, new_ptr,
+        seen_ptr, length_ptr, table_ptr, ring_ptr,
+        keys_ptr, values_ptr, position_ptr, evicted_ptr,
+        free_ptr, free_count_ptr,
+        table_stride,
+        D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr,
+        SHIFT: tl.constexpr,
+    ):  # fmt: skip
+        """Program (row,), of a single warp: what it loads of the row's state it loads before it
+        changes any of it."""
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, WIDTH)
         # what needs no other load to be found is asked for at once
-        active = tl.load(lengths_ptr + row) > 0
+        active = tl.load(new_ptr + row) > 0
         t = tl.load(seen_ptr + row)
         evict = tl.load(evict_ptr + row).to(tl.int1)
         length = tl.load(length_ptr + row).to(tl.int64)
         k = tl.load(k_ptr + row * D + d, mask=d < D)
         v = tl.load(v_ptr + row * D + d, mask=d < D)
         if active:
-            entry = row * W + t % W
-            leaves = tl.load(ring_evict_ptr + entry).to(tl.int1)
-            old = tl.load(ring_slot_ptr + entry).to(tl.int64)
-            if SHIFT and W == 1:  # the token that leaves is the one that has just been decided
-                leaves = evict
+            table_ptr += row * table_stride
+            ring_ptr += row * W
+            # the token that leaves the window: its slot, and whether it was evicted
+            leaves = t >= W
+            oldest = tl.load(ring_ptr + t % W, mask=leaves, other=0).to(tl.int64)
+            page = tl.load(table_ptr + oldest // PAGE, mask=leaves, other=0).to(tl.int64)
+            free = tl.load(evicted_ptr + page * PAGE + oldest % PAGE, mask=leaves, other=0)
+            reuse = free.to(tl.int1) & leaves
+            if SHIFT and W == 1:  # the token that leaves is the one that is decided now
+                reuse = evict & leaves
             elif SHIFT:
-                tl.store(ring_evict_ptr + row * W + (t + W - 1) % W, evict, mask=t > 0)
-            reuse = leaves & (t >= W)
-            slot = tl.where(reuse, old, length)
-            place = table_ptr + row * table_stride + slot // PAGE
-            if (length % PAGE == 0) & (reuse == 0):
-                last = tl.atomic_add(top_ptr, -1, sem="relaxed").to(tl.int64) - 1
-                page = tl.load(free_ptr + last).to(tl.int64)
-                tl.store(place, page)
-            else:
-                page = tl.load(place).to(tl.int64)
-            where = (page * PAGE + slot % PAGE) * D + d
-            tl.store(k_pages_ptr + where, k, mask=d < D)
-            tl.store(v_pages_ptr + where, v, mask=d < D)
+                newest = tl.load(ring_ptr + (t + W - 1) % W, mask=t > 0, other=0).to(tl.int64)
+                its_page = tl.load(table_ptr + newest // PAGE, mask=t > 0, other=0).to(tl.int64)
+                tl.store(evicted_ptr + its_page * PAGE + newest % PAGE, evict, mask=t > 0)
+            slot = tl.where(reuse, oldest, length)
+            if reuse == 0:
+                if length % PAGE == 0:
+                    top = tl.atomic_add(free_count_ptr, -1, sem="relaxed").to(tl.int64) - 1
+                    page = tl.load(free_ptr + top).to(tl.int64)
+                    tl.store(table_ptr + length // PAGE, page)
+                else:
+                    page = tl.load(table_ptr + length // PAGE).to(tl.int64)
+            where = page * PAGE + slot % PAGE
+            tl.store(keys_ptr + where * D + d, k, mask=d < D)
+            tl.store(values_ptr + where * D + d, v, mask=d < D)
+            tl.store(position_ptr + where, t)
+            tl.store(evicted_ptr + where, evict & (SHIFT == 0))
+            tl.store(ring_ptr + t % W, slot)
             tl.store(length_ptr + row, tl.where(reuse, length, length + 1))
-            tl.store(ring_slot_ptr + entry, slot)
-            tl.store(ring_evict_ptr + entry, evict & (SHIFT == 0))
 
 
-def cache_write(k, v, evict, lengths, seen, length, ring_slot, ring_evict, table, free, top, k_pages, v_pages, shift):
-    """cache_write_plain for T = 1 by the kernel. CPU tensors only under TRITON_INTERPRET=1."""
-    k, v = k.contiguous(), v.contiguous()
-    check_launch("cache_write", k, v, evict, lengths, seen, length, ring_slot, ring_evict, free, top, k_pages,
-                 v_pages)
-    if not {k.dtype, v.dtype} == {k_pages.dtype} == {v_pages.dtype}:
-        raise ValueError(f"cache_write needs k and v of the pages' dtype, {k_pages.dtype}, not {k.dtype}, {v.dtype}")
-    N, T, D = k.shape
-    if shift not in (0, 1) or T != 1 or not len(lengths) == len(seen) == N:
-        raise ValueError(f"cache_write needs a shift of 0 or 1, not {shift}, T = 1, not {T}, and lengths, seen (N,)")
-    _write[(N,)](k, v, evict, lengths, seen, length, ring_slot, ring_evict, table, free,
-                 top, k_pages, v_pages, table.stride(0), D=D,
-                 WIDTH=triton.next_power_of_2(D), PAGE=k_pages.shape[1], W=ring_slot.shape[1], SHIFT=shift,
-                 num_warps=1)
+def cache_write(k, v, evict, new, rows, pool, shift):
+    """cache_write_plain by Triton. The free stack must have a page for every row that needs one."""
+    k = k.contiguous()
+    v = v.contiguous()
+    state = (rows.seen, rows.length, rows.table, rows.ring)
+    slots = (pool.keys, pool.values, pool.position, pool.evicted)
+    tensors = (k, v, evict, new, *state, *slots, pool.free, pool.free_count)
+    check_launch("cache_write", *tensors)
+    assert k.dtype == v.dtype == pool.keys.dtype, "cache_write: k, v and the pool differ in dtype"
+    assert shift in (0, 1), "cache_write: shift is 0 or 1"
+    N, D = k.shape
+    _write[(N,)](
+        *tensors,
+        rows.table.stride(0),
+        D=D,
+        WIDTH=triton.next_power_of_2(D),
+        PAGE=pool.keys.shape[1],
+        W=rows.ring.shape[1],
+        SHIFT=shift,
+        num_warps=1,
+    )

@@ -1,13 +1,16 @@
 """
-What a decode step reads on a CPU, compiled by numba: the pairs held, and the weights.
+What a decode step does on a CPU, compiled by numba: the cache write, the attention, the products.
 
-PyTorch's products of a page and two query heads leave most of a CPU's bandwidth unused, those of 16-bit weights and a
-few rows nearly all. Here a number is read once and converted on the way. Without numba PyTorch computes the same.
+PyTorch's products of a page and two query heads leave most of a CPU's bandwidth unused, those of
+16-bit weights and a few rows nearly all. Here a number is read once and converted on the way.
+Without numba PyTorch computes the same.
 
 Letters: those of decode_attention.py; R rows of x, C inputs and O outputs of a layer.
 """
+
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 try:
@@ -16,90 +19,203 @@ except ImportError:
     numba = None
 
 
-def takes(x):
-    """Can these kernels read the tensor?"""
-    return numba is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+def can_read(device, dtype):
+    """Can these kernels read tensors of this kind?"""
+    on_cpu = numba is not None and device.type == "cpu"
+    return on_cpu and dtype in (torch.float32, torch.bfloat16)
 
 
-def _launch(kernel, *tensors):
-    """Run it on the tensors as numpy sees them, bfloat16 as 16-bit integers, in as many threads as PyTorch uses."""
+def as_numpy(x):
+    """A tensor's memory as numpy sees it, bfloat16 as 16-bit integers."""
+    if x.dtype == torch.bfloat16:
+        x = x.view(torch.uint16)
+    return x.detach().numpy()
+
+
+def launch(kernel, *arguments):
+    """Run a kernel on tensors and numbers, in as many threads as PyTorch uses."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    kernel(*((x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy() for x in tensors))
+    kernel(*(as_numpy(x) if isinstance(x, torch.Tensor) else x for x in arguments))
+
+
+def cache_write(k, v, evict, new, rows, pool, shift):
+    """cache_write_plain. The free stack must have a page for every row that needs one."""
+    state = (rows.seen, rows.length, rows.table, rows.ring)
+    slots = (pool.keys, pool.values, pool.position, pool.evicted)
+    launch(_write, k, v, evict, new, *state, *slots, pool.free, pool.free_count, shift)
 
 
 def decode_attention(q, k_pages, v_pages, table, length):
-    """decode_attention_plain for float32 and bfloat16 on a CPU."""
+    """decode_attention_plain, float32 or bfloat16."""
     query = q.float() * q.shape[2] ** -0.5
-    part = F.pad(query.new_zeros(torch.get_num_threads(), *q.shape), (0, 2))
+    part = query.new_zeros(torch.get_num_threads(), *q.shape)
+    part = F.pad(part, (0, 2))
     part[..., -1] = -1e30
-    _launch(_attend, query, k_pages, v_pages, table, length, part)
+    launch(_attend, query, k_pages, v_pages, table, length, part)
     out, total, top = part.split((q.shape[2], 1, 1), dim=3)
-    weight = (top - top.amax(0)).exp()
-    return ((weight * out).sum(0) / (weight * total).sum(0).clamp(min=1e-30)).to(q.dtype)
+    weight = (top - top.amax(0)).exp()  # of each thread's share
+    out = (weight * out).sum(0)
+    total = (weight * total).sum(0).clamp(min=1e-30)
+    return (out / total).to(q.dtype)
 
 
 def linear(x, weight, bias=None):
-    """F.linear for x (R, C), weight (O, C) and bias (O,), all float32 or all bfloat16. Made for a few rows."""
+    """F.linear for x (R, C), weight (O, C) and bias (O,), all float32 or all bfloat16. Made for a
+    few rows."""
     rows = F.pad(x.float(), (0, 0, 0, -len(x) % 4)).contiguous()
     y = torch.empty(len(rows), len(weight))
-    _launch(_linear, rows, weight, y)
-    return (y[:len(x)] if bias is None else y[:len(x)] + bias).to(x.dtype)
+    launch(_linear, rows, weight, y)
+    y = y[: len(x)]
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that calls `linear` where that is faster: for a decode step's few rows, and for
+    more rows of 16-bit numbers that the processor has no instructions for."""
+
+    def forward(self, x):
+        rows = x.shape[:-1].numel()
+        most_rows = 32
+        if x.dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() != "AVX512":
+            most_rows = 2**30
+        differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if differentiated or not 1 < rows <= most_rows or not can_read(x.device, x.dtype):
+            return super().forward(x)
+        y = linear(x.flatten(0, -2), self.weight, self.bias)
+        return y.view(*x.shape[:-1], -1)
+
+
+def use_compiled_products(model):
+    """The switch: make the large nn.Linear layers of a model on a CPU those above, in place."""
+    for module in model.modules():
+        is_large = isinstance(module, nn.Linear) and module.weight.numel() >= 2**18
+        if is_large and can_read(module.weight.device, module.weight.dtype):
+            module.__class__ = Linear
 
 
 if numba is not None:
+
     def number(x):
-        """The float32 that an element stands for: 16 bits are a bfloat16, which is a float32's upper half."""
+        """The float32 that an element stands for."""
 
     @numba.extending.overload(number, inline="always")
     def _(x):
-        return (lambda x: x) if isinstance(x, numba.types.Float) else \
-            (lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32))
+        if isinstance(x, numba.types.Float):
+            return lambda x: x
+        # 16 bits of a bfloat16, which is the upper half of a float32
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
 
     # sums in any order, so that they are made side by side; NaN and infinity stay what they are
-    compiled = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+    fast = {"reassoc", "contract", "nsz", "arcp"}
+    compiled = numba.njit(parallel=True, cache=True, fastmath=fast)
+
+    @numba.njit(cache=True)
+    def _write(
+        k, v, evict, new,
+        seen, length, table, ring,
+        keys, values, position, evicted,
+        free, free_count, shift,
+    ):  # fmt: skip
+        """One row after another, the rule as it is written in cache_write.py."""
+        page_size = keys.shape[1]
+        W = ring.shape[1]
+        for row in range(len(new)):
+            if new[row] == 0:
+                continue
+            t = seen[row]
+            if shift == 1 and t > 0:
+                newest = ring[row, (t - 1) % W]
+                evicted[table[row, newest // page_size], newest % page_size] = evict[row]
+            slot = length[row]
+            if t >= W:
+                oldest = ring[row, t % W]
+                if evicted[table[row, oldest // page_size], oldest % page_size]:
+                    slot = oldest
+            if slot == length[row]:
+                length[row] += 1
+                if slot % page_size == 0:
+                    free_count[0] -= 1
+                    table[row, slot // page_size] = free[free_count[0]]
+            page = table[row, slot // page_size]
+            place = slot % page_size
+            keys[page, place] = k[row]
+            values[page, place] = v[row]
+            position[page, place] = t
+            evicted[page, place] = evict[row] and shift == 0
+            ring[row, t % W] = slot
 
     @compiled
     def _attend(q, k_pages, v_pages, table, length, part):
-        """A thread takes its share of every row's pages. part (threads, N, G, D + 2): of each share the sum of its
-        values and of its weights, both relative to its highest score, and that score; at first 0, 0 and -1e30."""
-        (N, G, D), page_size, threads = q.shape, k_pages.shape[1], len(part)
+        """A thread takes its share of every row's pages, so uneven rows cost nothing. part
+        (threads, N, G, D + 2): of each share the sum of its values and of its weights, both
+        relative to its highest score, and that score; at first 0, 0 and -1e30."""
+        N, G, D = q.shape
+        page_size = k_pages.shape[1]
+        threads = len(part)
         for share in numba.prange(threads):
             weight = np.empty(page_size, np.float32)
             for row in range(N):
                 pages = -(-length[row] // page_size)
-                for ordinal in range(share * pages // threads, (share + 1) * pages // threads):
-                    keys, values = k_pages[table[row, ordinal]], v_pages[table[row, ordinal]]
+                first = share * pages // threads
+                end = (share + 1) * pages // threads
+                for ordinal in range(first, end):
+                    page = table[row, ordinal]
                     held = min(length[row] - ordinal * page_size, page_size)
+                    keys = k_pages[page, :held]
+                    values = v_pages[page, :held]
                     for g in range(G):
-                        out = part[share, row, g]
-                        top = out[D + 1]
-                        for t in range(held):
-                            score = np.float32(0)
-                            for d in range(D):
-                                score += q[row, g, d] * number(keys[t, d])
-                            weight[t] = score
-                            top = max(top, score)
-                        out[:D + 1] *= np.exp(out[D + 1] - top)
-                        out[D + 1] = top
-                        for t in range(held):
-                            w = np.exp(weight[t] - top)
-                            out[D] += w
-                            for d in range(D):
-                                out[d] += w * number(values[t, d])
+                        attend_page(q[row, g], keys, values, weight, part[share, row, g])
+
+    @numba.njit(cache=True, fastmath=fast)
+    def attend_page(q, keys, values, weight, out):
+        """Add one page's part to out (D + 2,): see _attend."""
+        D = len(q)
+        top = out[D + 1]
+        for t in range(len(keys)):
+            score = np.float32(0)
+            for d in range(D):
+                score += q[d] * number(keys[t, d])
+            weight[t] = score
+            top = max(top, score)
+        out[: D + 1] *= np.exp(out[D + 1] - top)
+        out[D + 1] = top
+        for t in range(len(keys)):
+            w = np.exp(weight[t] - top)
+            out[D] += w
+            for d in range(D):
+                out[d] += w * number(values[t, d])
 
     @compiled
     def _linear(x, weight, y):
-        """Two rows of weights by four of x (R a multiple of 4) at a time: what is loaded serves several products."""
-        (R, C), O = x.shape, len(weight)
+        """Two rows of weights by four of x (R a multiple of 4) at a time: what is loaded serves
+        several products."""
+        R, C = x.shape
+        O = len(weight)
         for block in range(0, R, 256):  # so many rows of x stay in the processor's cache
             for pair in numba.prange((O + 1) // 2):
-                m, n = 2 * pair, min(2 * pair + 1, O - 1)
+                m = 2 * pair
+                n = min(m + 1, O - 1)
                 for r in range(block, min(block + 256, R), 4):
-                    x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
-                    m0 = m1 = m2 = m3 = n0 = n1 = n2 = n3 = np.float32(0)
-                    for c in range(C):
-                        a, b = number(weight[m, c]), number(weight[n, c])
-                        m0, m1, m2, m3 = m0 + x0[c] * a, m1 + x1[c] * a, m2 + x2[c] * a, m3 + x3[c] * a
-                        n0, n1, n2, n3 = n0 + x0[c] * b, n1 + x1[c] * b, n2 + x2[c] * b, n3 + x3[c] * b
-                    y[r, m], y[r + 1, m], y[r + 2, m], y[r + 3, m] = m0, m1, m2, m3
-                    y[r, n], y[r + 1, n], y[r + 2, n], y[r + 3, n] = n0, n1, n2, n3
+                    products_2x4(
+                        x[r : r + 4], weight[m], weight[n], y[r : r + 4, m], y[r : r + 4, n]
+                    )
+
+    @numba.njit(cache=True, fastmath=fast)
+    def products_2x4(x, wm, wn, ym, yn):
+        m0 = m1 = m2 = m3 = np.float32(0)
+        n0 = n1 = n2 = n3 = np.float32(0)
+        for c in range(len(wm)):
+            a = number(wm[c])
+            b = number(wn[c])
+            m0 += x[0, c] * a
+            m1 += x[1, c] * a
+            m2 += x[2, c] * a
+            m3 += x[3, c] * a
+            n0 += x[0, c] * b
+            n1 += x[1, c] * b
+            n2 += x[2, c] * b
+            n3 += x[3, c] * b
+        ym[0], ym[1], ym[2], ym[3] = m0, m1, m2, m3
+        yn[0], yn[1], yn[2], yn[3] = n0, n1, n2, n3

@@ -1,14 +1,17 @@
 """
-Decode attention: one query token per sequence against the pages that each (sequence, KV head) holds.
+Decode attention: one query token per sequence against the pages that each row holds.
 
-A few rows are many times as long as the rest. So the work is cut along the length: program (row, split) attends to
-`split` of the row's pairs and leaves their normalised result and its log-sum-exp; another kernel merges them. How many
-splits there are follows from the shapes alone: nothing waits for the GPU, and a captured graph stays right while
-lengths change. The arithmetic is small beside the reading, which sets the sizes: a block of keys or values is 16 KiB,
-and three programs that have the next one on its way fit on an H200's multiprocessor.
+A few rows are many times as long as the rest. So the work is cut along the length: program (row,
+split) attends to `split` of the row's pairs and leaves their normalised result and its log-sum-exp;
+another kernel merges them. How many splits there are follows from the shapes alone: nothing waits
+for the GPU, and a captured graph stays right while lengths change. The arithmetic is small beside
+the reading, which sets the sizes: a block of keys or values is 16 KiB, and three programs that have
+the next one on its way fit on an H200's multiprocessor.
 
-Letters: N = B * Hkv rows, G query heads per KV head, D head size, P pages of the pool, M columns of the table.
+Letters: N = B * Hkv rows, G query heads per KV head, D head size, P pages of the pool, M columns of
+the table.
 """
+
 import math
 
 import torch
@@ -18,42 +21,56 @@ from kernels import check_launch, tl, triton
 
 @torch.no_grad()
 def decode_attention_plain(q, k_pages, v_pages, table, length):
-    """Softmax attention in float32, scale D^-0.5, of each row's queries to the `length` pairs that the row holds.
+    """Softmax attention, in float32 and at scale D^-0.5, of each row's queries to its pairs.
 
-    q (N, G, D); k_pages, v_pages (P, page_size, D), q's dtype; table (N, M) integer: a row's pages in order; length
-    (N,) integer, 0 gives zeros -> (N, G, D), q's dtype. What lies beyond length, in the last page and in the table,
-    may be anything."""
+    q: (N, G, D); k_pages, v_pages: (P, page_size, D), q's dtype; table: (N, M) integer, a row's
+    pages in order; length: (N,) integer, the pairs that a row holds; 0 gives zeros. What lies
+    beyond, in the last page and in the table, may be anything. Returns (N, G, D), q's dtype.
+    """
     page_size = k_pages.shape[1]
-    if len(q) > 1 and table.numel() * k_pages[0].numel() > 2**23:  # row by row takes less memory
-        return torch.cat([decode_attention_plain(row, k_pages, v_pages, pages, n)
-                          for row, pages, n in zip(q.split(1), table.split(1), length.split(1))])
-    held = length[:, None] - torch.arange(table.shape[1], device=q.device) * page_size  # (N, M): from a page on
-    row, ordinal = (held > 0).nonzero(as_tuple=True)  # of the n pages that are held
-    unused = torch.arange(page_size, device=q.device) >= held[row, ordinal][:, None]  # (n, page_size)
-    page = table[row, ordinal].long()
-    k, v = (pool[page].float().masked_fill_(unused[:, :, None], 0) for pool in (k_pages, v_pages))
-    score = ((q.float() * q.shape[2] ** -0.5)[row] @ k.transpose(1, 2)).masked_fill_(unused[:, None], -1e30)
-    top = score.amax(2)  # (n, G)
-    top = top.new_full(q.shape[:2], -1e30).scatter_reduce(0, row[:, None].expand_as(top), top, "amax")  # (N, G)
-    weight = score.sub_(top[row][:, :, None]).exp_()  # (n, G, page_size)
-    total = torch.zeros_like(top).index_add(0, row, weight.sum(2)).clamp(min=1e-30)
-    out = torch.zeros(q.shape, device=q.device).index_add(0, row, weight @ v)
-    return (out / total[:, :, None]).to(q.dtype)
+    y = torch.zeros_like(q)
+    for row, n in enumerate(length.tolist()):
+        if n > 0:
+            pages = table[row, : -(-n // page_size)].long()
+            k = k_pages[pages].flatten(0, 1)[:n].float()  # (n, D)
+            v = v_pages[pages].flatten(0, 1)[:n].float()
+            score = q[row].float() * q.shape[2] ** -0.5 @ k.T  # (G, n)
+            y[row] = (score.softmax(dim=1) @ v).to(q.dtype)
+    return y
 
 
 if triton is not None:
+
     @triton.jit(do_not_specialize=["table_stride"])
-    def _attend(q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, part_ptr, lse_ptr, scale, table_stride,
-                G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
-                BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+    def _attend(
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        length_ptr,
+        part_ptr,
+        lse_ptr,
+        scale,
+        table_stride,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        WIDTH: tl.constexpr,
+        PAGE: tl.constexpr,
+        SPLIT: tl.constexpr,
+        BLOCK: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
         """part (N, splits, G, D) and lse (N, splits, G), float32, of program (row, split). Logarithms are to base 2:
         scale has the factor log2(e)."""
-        row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        row = tl.program_id(0).to(tl.int64)
+        split = tl.program_id(1)
         first = split * SPLIT
         last = tl.minimum(tl.load(length_ptr + row).to(tl.int32), first + SPLIT)
         if first >= last:
             return
-        g, d, t = tl.arange(0, 16), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+        g = tl.arange(0, 16)
+        d = tl.arange(0, WIDTH)
+        t = tl.arange(0, BLOCK)
         heads = (g < G)[:, None] & (d < D)[None, :]
         q = tl.load(q_ptr + row * G * D + g[:, None] * D + d[None, :], mask=heads, other=0.0)
         top = tl.full((16,), -1e30, tl.float32)
@@ -73,35 +90,57 @@ if triton is not None:
             k = tl.load(k_ptr + where, mask=mask, other=0.0)
             v = tl.load(v_ptr + where, mask=mask, other=0.0)
             if UPCAST:
-                q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+                q = q.to(tl.float32)
+                k = k.to(tl.float32)
+                v = v.to(tl.float32)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (16, BLOCK)
             score = tl.where(held[None, :], score, float("-inf"))
             highest = tl.maximum(top, tl.max(score, 1))
-            weight, fade = tl.exp2(score - highest[:, None]), tl.exp2(top - highest)
+            weight = tl.exp2(score - highest[:, None])
+            fade = tl.exp2(top - highest)
             total = total * fade + tl.sum(weight, 1)
             out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
             top = highest
         part = (row * tl.num_programs(1) + split) * G
-        tl.store(part_ptr + part * D + g[:, None] * D + d[None, :], out / total[:, None], mask=heads)
+        tl.store(
+            part_ptr + part * D + g[:, None] * D + d[None, :], out / total[:, None], mask=heads
+        )
         tl.store(lse_ptr + part + g, top + tl.log2(total), mask=g < G)
 
     @triton.jit(do_not_specialize=["splits"])
-    def _merge(part_ptr, lse_ptr, length_ptr, y_ptr, splits, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-               SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    def _merge(
+        part_ptr,
+        lse_ptr,
+        length_ptr,
+        y_ptr,
+        splits,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        WIDTH: tl.constexpr,
+        SPLIT: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """y (N, G, D) of program (row, head): the mean of the parts that the row has, weighted by 2^lse."""
-        row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        row = tl.program_id(0).to(tl.int64)
+        g = tl.program_id(1)
         d = tl.arange(0, WIDTH)
         count = (tl.load(length_ptr + row).to(tl.int32) + SPLIT - 1) // SPLIT
-        top, total = -1e30, 0.0
+        top = -1e30
+        total = 0.0
         out = tl.zeros((WIDTH,), tl.float32)
         for start in range(0, count, BLOCK):
             split = start + tl.arange(0, BLOCK)
             held = split < count
             part = (row * splits + split) * G + g
             lse = tl.load(lse_ptr + part, mask=held, other=float("-inf"))
-            x = tl.load(part_ptr + part[:, None] * D + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0.0)
+            x = tl.load(
+                part_ptr + part[:, None] * D + d[None, :],
+                mask=held[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
             highest = tl.maximum(top, tl.max(lse, 0))
-            weight, fade = tl.exp2(lse - highest), tl.exp2(top - highest)
+            weight = tl.exp2(lse - highest)
+            fade = tl.exp2(top - highest)
             total = total * fade + tl.sum(weight, 0)
             out = out * fade + tl.sum(x * weight[:, None], 0)
             top = highest
@@ -109,8 +148,9 @@ if triton is not None:
         tl.store(y_ptr + (row * G + g) * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
-def _split(rows, capacity):
-    """Tokens of a program: 128, and up to 512 (results of 2%, not 6%, of what is read) once there are enough."""
+def tokens_per_split(rows, capacity):
+    """Tokens of a program: 128, and up to 512 (results of 2%, not 6%, of what is read) once there
+    are programs enough."""
     split = 128
     while split < 512 and rows * capacity > 8192 * split:
         split *= 2
@@ -118,27 +158,44 @@ def _split(rows, capacity):
 
 
 def decode_attention(q, k_pages, v_pages, table, length):
-    """decode_attention_plain by the kernel: D up to 256 (made for 64, 96, 128 and 256), G from 1 to 16, any page_size
-    that is a power of two, float32, float16 or bfloat16. CPU tensors only under TRITON_INTERPRET=1."""
+    """decode_attention_plain by Triton: D up to 256 (made for 64, 96, 128 and 256), G from 1 to 16,
+    any page_size that is a power of two, float32, float16 or bfloat16."""
     q = q.contiguous()
     check_launch("decode_attention", q, k_pages, v_pages, length)
-    (N, G, D), page_size = q.shape, k_pages.shape[1]
-    if D > 256 or not 1 <= G <= 16 or page_size & (page_size - 1):
-        raise ValueError(f"decode_attention needs D up to 256, G of 1 to 16 and a page_size that is a power of two, "
-                         f"not D = {D}, G = {G}, page_size = {page_size}")
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or {k_pages.dtype, v_pages.dtype} != {q.dtype}:
-        raise ValueError("decode_attention needs q, k_pages and v_pages of one dtype, float32, float16 or bfloat16, "
-                         f"not {q.dtype}, {k_pages.dtype} and {v_pages.dtype}")
-    width, capacity = max(triton.next_power_of_2(D), 16), table.shape[1] * page_size
-    split = _split(N, capacity)
+    N, G, D = q.shape
+    page_size = k_pages.shape[1]
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    assert D <= 256 and 1 <= G <= 16, f"decode_attention: D = {D}, G = {G} are not covered"
+    assert page_size & (page_size - 1) == 0, f"decode_attention: page_size = {page_size}"
+    assert q.dtype in dtypes, f"decode_attention: dtype {q.dtype} is not covered"
+    assert q.dtype == k_pages.dtype == v_pages.dtype, (
+        "decode_attention: q and pages differ in dtype"
+    )
+
+    width = max(triton.next_power_of_2(D), 16)
+    capacity = table.shape[1] * page_size
+    split = tokens_per_split(N, capacity)
     splits = -(-capacity // split)
     part = torch.empty(N, splits, G, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(N, splits, G, dtype=torch.float32, device=q.device)
     y = torch.empty_like(q)
-    _attend[N, splits](q, k_pages, v_pages, table, length, part, lse, D ** -0.5 * math.log2(math.e),
-                       table.stride(0), G=G, D=D, WIDTH=width, PAGE=page_size, SPLIT=split,
-                       BLOCK=16384 // (width * q.element_size()),
-                       UPCAST=q.device.type == "cpu",  # the interpreter multiplies bfloat16 as if it were integers
-                       num_warps=8 if q.dtype == torch.float32 else 4, num_stages=3)  # 4 spill in float32
-    _merge[N, G](part, lse, length, y, splits, G=G, D=D, WIDTH=width, SPLIT=split, BLOCK=16, num_warps=4)
+    sizes = dict(G=G, D=D, WIDTH=width, SPLIT=split)
+    _attend[N, splits](
+        q,
+        k_pages,
+        v_pages,
+        table,
+        length,
+        part,
+        lse,
+        D**-0.5 * math.log2(math.e),
+        table.stride(0),
+        **sizes,
+        PAGE=page_size,
+        BLOCK=16384 // (width * q.element_size()),
+        UPCAST=q.device.type == "cpu",  # the interpreter multiplies bfloat16 as if it were integers
+        num_warps=8 if q.dtype == torch.float32 else 4,  # 4 spill in float32
+        num_stages=3,
+    )
+    _merge[N, G](part, lse, length, y, splits, **sizes, BLOCK=16, num_warps=4)
     return y

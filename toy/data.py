@@ -4,7 +4,7 @@ import random
 import torch
 from tqdm import tqdm
 
-from model import Sequence, generate
+from generate import Sequence, generate
 from toy import tasks
 
 
@@ -14,7 +14,6 @@ class ToyData:
     def __init__(self, tokenizer, seq_len, batch_size, seed):
         self.tokenizer = tokenizer
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.end = tokenizer.token_id(tokenizer.special("eos_token"))
 
     def encode(self, problem, with_answer):
         return self.tokenizer.encode(tasks.messages(problem, with_answer), add_generation_prompt=not with_answer)
@@ -35,17 +34,17 @@ class ToyData:
     def held_out(self, rows):
         return self.rows(random.Random("held out"), "test", rows)
 
-    def answer_tasks(self, model, new_cache, args, desc):
-        """Free-running greedy answers to args.eval_problems test problems of each task, args.eval_batch side by side
+    def answer_tasks(self, model, new_cache, options, desc):
+        """Free-running greedy answers to options.eval_problems test problems of each task, options.eval_batch side by side
         in new_cache(rows): {task: share that is correct}, and the caches."""
         accuracy, caches = {}, []
         for task in tasks.TASKS:
             rng = random.Random(f"evaluate {task}")
-            problems = [tasks.make_problem(task, rng, "test") for _ in range(args.eval_problems)]
-            sequences = [Sequence(self.encode(p, False), args.eval_tokens) for p in problems]
-            caches.append(new_cache(min(args.eval_batch, len(problems))))
+            problems = [tasks.make_problem(task, rng, "test") for _ in range(options.eval_problems)]
+            sequences = [Sequence(self.encode(p, False), options.eval_tokens) for p in problems]
+            caches.append(new_cache(min(options.eval_batch, len(problems))))
             with tqdm(total=len(problems), desc=f"{desc}: {task}", leave=False) as bar:
-                for drawn in generate(model, caches[-1], sequences, {self.end}):
+                for drawn in generate(model, caches[-1], sequences, {self.tokenizer.end_id}):
                     bar.update(sum(s.over for s, _ in drawn))
             texts = [self.tokenizer.decode(s.new, skip_special_tokens=True) for s in sequences]
             accuracy[task] = sum(map(tasks.is_correct, problems, texts)) / len(problems)

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from checkpoint import load_model, load_tokenizer, save_model, write_json  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
-from model import Model, ModelConfig, load_model, load_tokenizer, save_model, write_json  # noqa: E402
+from model import Model, ModelConfig  # noqa: E402
 from toy.tasks import LETTERS, NAMES, TASKS, evaluate, is_correct, make_problem  # noqa: E402
 from toy.tokenizer import chat_ids, make_tokenizer, save_tokenizer  # noqa: E402
 

@@ -1,0 +1,27 @@
+"""Which kernels a cache uses for a decode step."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kernels import cache_write, cpu, decode_attention, triton
+
+
+class Kernels(NamedTuple):
+    """Two functions with the signatures of their plain twins."""
+
+    cache_write: Callable
+    decode_attention: Callable
+
+
+PLAIN = Kernels(cache_write.cache_write_plain, decode_attention.decode_attention_plain)
+TRITON = Kernels(cache_write.cache_write, decode_attention.decode_attention)
+NUMBA = Kernels(cpu.cache_write, cpu.decode_attention)
+
+
+def choose_kernels(device, dtype):
+    """Triton on a GPU, numba on a CPU, and PyTorch where they are missing."""
+    if device.type == "cuda" and triton is not None:
+        return TRITON
+    if cpu.can_read(device, dtype):
+        return NUMBA
+    return PLAIN

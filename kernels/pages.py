@@ -1,0 +1,116 @@
+"""
+What the kernels read and write: pages of slots, and what each row holds in them.
+
+A row is one KV head of one sequence in one layer. It holds `length` key/value pairs, in slots that
+are numbered from 0 and lie in the pages of its table. A slot says whose pair it holds, by position,
+and what was decided about it; the ring says in which slot each token of the window lies.
+
+Letters: L layers, N = B * Hkv rows of a layer, of which row b * Hkv + h is KV head h of sequence b;
+P pages in the pool; M columns of the page table; W = window + 1 entries of the ring; D head size.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint import InputError
+
+
+class CacheFull(InputError):
+    """No page is left for a token that must be stored."""
+
+
+class PagePool:
+    """Pages of slots for all rows of all layers, and a stack of those that no row has."""
+
+    def __init__(self, pages, page_size, head_dim, dtype, device):
+        slots = (pages, page_size)
+        self.keys = torch.empty(*slots, head_dim, dtype=dtype, device=device)  # (P, page_size, D)
+        self.values = torch.empty(*slots, head_dim, dtype=dtype, device=device)
+        self.position = torch.empty(slots, dtype=torch.int32, device=device)  # of a slot's token
+        self.evicted = torch.zeros(slots, dtype=torch.bool, device=device)  # the decision about it
+        # the free pages are free[:free_count], the top of the stack being the last of them
+        self.free = torch.arange(pages, dtype=torch.int32, device=device).flip(0)  # (P,)
+        self.free_count = torch.full((1,), pages, dtype=torch.int32, device=device)
+
+    def __len__(self):
+        return len(self.free)
+
+    @staticmethod
+    def page_bytes(page_size, head_dim, dtype):
+        """Of a page's keys, values, positions and decisions."""
+        return page_size * (2 * head_dim * dtype.itemsize + 4 + 1)
+
+    def check(self, count):
+        """Raise CacheFull unless `count` pages are free."""
+        free = int(self.free_count)
+        if free < count:
+            raise CacheFull(f"the cache is full: of its {len(self)} pages {free} are free and "
+                            f"{count} needed; allow more memory, or fewer or shorter sequences")
+
+    def take(self, count):
+        """The numbers of `count` free pages, (count,) int32. Raises CacheFull, taking none."""
+        self.check(count)
+        self.free_count -= count
+        return self.free[self.free_count :][:count].flip(0)
+
+    def free_all_but(self, in_use):
+        """Put every page on the stack that is not in `in_use`, an integer tensor."""
+        is_free = torch.ones(len(self), dtype=torch.bool, device=self.free.device)
+        is_free[in_use.long()] = False
+        pages = is_free.nonzero()[:, 0]
+        self.free[: len(pages)] = pages.flip(0)
+        self.free_count.fill_(len(pages))
+
+    def copy(self, source, target):
+        """Copy pages `source` to pages `target`, (n,) integers each."""
+        for slots in (self.keys, self.values, self.position, self.evicted):
+            slots[target.long()] = slots[source.long()]
+
+
+@dataclass
+class Rows:
+    """What every row holds, and where. Without the leading L: the rows of one layer."""
+
+    seen: torch.Tensor  # (N,) int64: tokens fed so far, which is the next one's position
+    length: torch.Tensor  # (L, N) int32: pairs held, which are slots 0 to length - 1 of the row
+    table: torch.Tensor  # (L, N, M) int32: the row's pages, in order of its slots
+    ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W, while it is in the window
+
+    @classmethod
+    def empty(cls, L, N, W, device):
+        shapes = ((L, N), (L, N, 1), (L, N, W))
+        zeros = [torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes]
+        return cls(torch.zeros(N, dtype=torch.int64, device=device), *zeros)
+
+    def layer(self, layer):
+        return Rows(self.seen, self.length[layer], self.table[layer], self.ring[layer])
+
+    def select(self, index):
+        """Some of the rows: views for a slice, copies for a tensor of indices."""
+        by_layer = [x[:, index] for x in (self.length, self.table, self.ring)]
+        return Rows(self.seen[index], *by_layer)
+
+    def copy_(self, other):
+        for mine, its in zip(vars(self).values(), vars(other).values()):
+            mine.copy_(its)
+
+    def is_page(self, page_size):
+        """Which entries of the table mean a page, (L, N, M) bool."""
+        column = torch.arange(self.table.shape[2], device=self.table.device)
+        return column < -(-self.length // page_size)[:, :, None]
+
+    def pages_in_use(self, page_size):
+        """The pages that rows have, (n,) int32; one that forks share as often as it is shared."""
+        return self.table[self.is_page(page_size)]
+
+    def pages_to_be_written(self, page_size):
+        """Which pages rows may still write to, (L, N, M) bool: those with a slot of the window,
+        which may fall free, and the one that is not full."""
+        next_slot = self.length[:, :, None]
+        entry = torch.arange(self.ring.shape[2], device=self.ring.device)
+        slots = torch.where(entry < self.seen[:, None], self.ring, next_slot)
+        column = torch.cat((slots, next_slot), dim=2) // page_size
+        L, N, M = self.table.shape
+        written = torch.zeros(L, N, M + 1, dtype=torch.bool, device=self.table.device)
+        written.scatter_(2, column.long(), True)  # a page that is not there yet may be column M
+        return written[:, :, :M] & self.is_page(page_size)
