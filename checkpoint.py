@@ -1,14 +1,14 @@
 """
-Everything on disk: a model folder's config.json, weights, DMS settings, tokenizer, chat template.
+Everything on disk: a model folder's config.json, weights, DMS settings, tokenizer and template.
 
-    model = load_model("Qwen/Qwen3-0.6B")                # folder or hub id; dense or DMS, as it says
+    model = load_model("Qwen/Qwen3-0.6B")           # folder or hub id; dense or DMS, as it says
     tokenizer = load_tokenizer("Qwen/Qwen3-0.6B")
     save_model(model, "out/mine")
 
 Only safetensors and JSON are read, and nothing in a folder is ever executed. Bad input is refused
-by an InputError, one line that says what is wrong and what to do, before any long work.
+by an InputError, one line that says what is wrong and what to do, before any long work. At the end,
+what the two scripts share: their options, and how they end.
 """
-
 import argparse
 import functools
 import hashlib
@@ -25,6 +25,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import get_args
 
+import jinja2.sandbox
+import tokenizers
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
@@ -34,13 +36,10 @@ from dms import DMSConfig
 from kernels.cpu import use_compiled_products
 from model import ROPE_KINDS, Model, ModelConfig, rope_frequencies
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-RENAMED = {"rope_parameters", "torch_dtype", "dtype", "architectures", "auto_map"}  # not kept
+ARCHITECTURES = {name: f"{name.title()}ForCausalLM" for name in ("llama", "qwen2", "qwen3")}
 ADAPTER_FILE = "dms_adapters.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                   "special_tokens_map.json", "generation_config.json")
 
 
 # ------------------------------------------------------------------------------------------ Errors
@@ -58,6 +57,12 @@ def one_line(text, length=120):
     return " ".join(str(text).split())[:length]
 
 
+def require(condition, problem):
+    """Raise InputError(problem) unless the condition holds."""
+    if not condition:
+        raise InputError(problem)
+
+
 @contextmanager
 def refusing(problem, *exceptions):
     """Turn these exceptions, raised within, into an InputError of one line that begins with
@@ -70,65 +75,20 @@ def refusing(problem, *exceptions):
         raise InputError(f"{problem} ({type(e).__name__}: {one_line(e)})") from e
 
 
-def run_script(main, when_stopped="stopped"):
-    """Run a script's main(). An InputError ends it with its one line and exit code 2, an
-    interruption with 130."""
-    try:
-        main()
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{when_stopped}", file=sys.stderr)
-        sys.exit(130)
+# --------------------------------------------------------------------------------- Text and JSON
 
 
-def parse_options(options, argv=None):
-    """{field: value} of what the command line gives of a dataclass of options: --NAME VALUE for a
-    field, --NAME alone for a bool. The comment behind a field is its help."""
-    comments = re.findall(r"^    (\w+): .*# (.*)$", inspect.getsource(options), re.MULTILINE)
-    comments = {name: text.replace("%", "%%") for name, text in comments}
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    for field in fields(options):
-        flag = "--" + field.name.replace("_", "-") if len(field.name) > 1 else "-" + field.name
-        choices = get_args(field.type)  # of a Literal
-        how = dict(type=type(choices[0]), choices=choices) if choices else dict(type=field.type)
-        if field.type is bool:
-            how = dict(action="store_true")
-        elif field.type is list:
-            how = dict(action="append")
-        parser.add_argument(flag, **how, help=comments.get(field.name))
-    return vars(parser.parse_args(argv))
-
-
-def choose_device(name):
-    """Make the device of a script's --device the current one, and return its name: under torchrun
-    "cuda" is this process's own GPU."""
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    problem = f"--device {name}: cannot be used; give cpu, or cuda where PyTorch finds a GPU"
-    with refusing(problem, RuntimeError, AssertionError, NotImplementedError):
-        torch.zeros(1, device=name)
-        if name.startswith("cuda"):
-            torch.cuda.set_device(name)
-    return name
-
-
-# -------------------------------------------------------------------------------------------- JSON
+def read_text(file, problem):
+    with refusing(problem, OSError, ValueError):
+        return Path(file).read_text(encoding="utf-8")
 
 
 def parse_object(text, problem):
     """The JSON object that a text is, a dict. Raises InputError."""
     with refusing(problem, ValueError, RecursionError):
         value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-    return value
-
-
-def read_text(file, problem):
-    with refusing(problem, OSError, ValueError):
-        return Path(file).read_text(encoding="utf-8")
+        require(isinstance(value, dict), problem)
+        return value
 
 
 def read_json(file):
@@ -140,22 +100,16 @@ def read_json(file):
 def read_lines(file, cut=False):
     """The JSON objects of a file, one to a line. cut: the last line may have no end, if its writer
     was interrupted, and does not count then. Raises InputError naming file and line."""
-    text = read_text(file, f"{file}: not readable as text; give a file of JSON lines")
-    lines = text.split("\n")
-    if cut:
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(parse_object(line, f"{file}: line {number} is not a JSON object; fix it"))
-    return rows
+    lines = read_text(file, f"{file}: not readable as text; give a file of JSON lines").split("\n")
+    lines = lines[:-1] if cut else lines
+    return [parse_object(line, f"{file}: line {number} is not a JSON object; fix it")
+            for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def write_atomic(file, write):
     """Call write(temporary path) and move the result to `file` in one step, so that no reader ever
     sees half of it."""
-    file = Path(file)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = Path(file).with_name(f".{Path(file).name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         temporary.chmod(0o644)
@@ -174,16 +128,9 @@ def write_json(file, data):
 
 # ------------------------------------------------------------------------------------- config.json
 
-LIMITS = {  # of numbers in JSON files, where they are not 1 to 2**24
-    "head_dim": (1, 2**12),
-    "rms_norm_eps": (0, 1),
-    "rope_theta": (1e-9, 1e29),
-    "max_window_layers": (0, 2**24),
-    "window": (0, 2**20),
-    "shift": (0, 1),
-    **dict.fromkeys(("scale", "offset", "tau", "target_cr"), (-1e9, 1e9)),
-}
-PER = ("head", "layer")
+LIMITS = {  # of numbers in JSON files, by their names or kinds
+    int: (1, 2**24), float: (-1e9, 1e9), "head_dim": (1, 2**12), "rope_theta": (1e-9, 1e29),
+    "rms_norm_eps": (0, 1), "max_window_layers": (0, 2**24), "window": (0, 2**20), "shift": (0, 1)}
 
 
 def checked(raw, key, kind, where, name=None):
@@ -194,13 +141,20 @@ def checked(raw, key, kind, where, name=None):
         return None
     is_right = type(value) is kind
     if kind in (int, float):
-        least, most = LIMITS.get(name or key, (1, 2**24))
-        is_number = type(value) in (int, float)
-        is_right = is_number and least <= value <= most and kind(value) == value
-    if not is_right:
-        raise InputError(f"{where}: {key} = {value!r:.80} is not of type {kind.__name__} and in "
-                         f"range; fix that file")
+        least, most = LIMITS.get(name or key, LIMITS[kind])
+        is_right = type(value) in (int, float)
+        is_right = is_right and least <= value <= most and kind(value) == value
+    wanted = f"of type {kind.__name__} and in range"
+    require(is_right, f"{where}: {key} = {value!r:.80} is not {wanted}; fix that file")
     return kind(value)
+
+
+def read_fields(cls, raw, keys, where):
+    """{field: checked value} of what a parsed JSON file states, under keys {field: key}, of the
+    fields of a dataclass."""
+    kinds = cls.__annotations__
+    values = {name: checked(raw, key, kinds[name], where, name) for name, key in keys.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def parse_config(raw, where="config.json"):
@@ -209,79 +163,69 @@ def parse_config(raw, where="config.json"):
     InputError naming whatever this engine would compute wrongly."""
     check_supported(raw, where)
     rope = read_rope(raw, where)
-    raw = {**raw, "rope_theta": rope.pop("rope_theta", raw.get("rope_theta"))}
-    values = {"model_type": raw["model_type"], "rope_scaling": rope}
-    for field in fields(ModelConfig):
-        if field.type in (int, float, bool):
-            values[field.name] = checked(raw, field.name, field.type, where)
-    values = {name: value for name, value in values.items() if value is not None}
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads"):
-        if name not in values:
-            raise InputError(f"{where}: {name} is missing; this is not a complete model config")
+    family = raw["model_type"]
+    names = [f.name for f in fields(ModelConfig) if f.type in (int, float, bool)]
+    stated = {**raw, "rope_theta": rope.pop("rope_theta", raw.get("rope_theta"))}
+    values = read_fields(ModelConfig, stated, dict(zip(names, names)), where)
+    for name in names[: names.index("num_key_value_heads")]:  # the others have defaults
+        require(name in values, f"{where}: {name} is missing; this is no complete model config")
     heads = values["num_attention_heads"]
+    kv_heads = values.setdefault("num_key_value_heads", heads)
     head_dim = max(values["hidden_size"] // heads, 1)
-    if raw["model_type"] == "qwen3" and "head_dim" not in raw:
+    if family == "qwen3" and "head_dim" not in raw:
         head_dim = 128
-    context = 2048 if raw["model_type"] == "llama" else 32768
-    defaults = dict(num_key_value_heads=heads, head_dim=head_dim, max_position_embeddings=context)
-    config = ModelConfig(**{**defaults, **values})
+    head_dim = values.setdefault("head_dim", head_dim)
+    values.setdefault("max_position_embeddings", 2048 if family == "llama" else 32768)
+    config = ModelConfig(family, rope_scaling=rope, **values)
 
-    if heads % config.num_key_value_heads:
-        raise InputError(f"{where}: {heads} attention heads are not a multiple of the key/value "
-                         f"heads; fix the config")
-    if config.head_dim % 2:
-        raise InputError(f"{where}: head_dim {config.head_dim} is odd, which RoPE cannot rotate")
+    require(heads % kv_heads == 0, f"{where}: {heads} heads are not a multiple of {kv_heads} KV heads")
+    require(head_dim % 2 == 0, f"{where}: head_dim {head_dim} is odd, which RoPE cannot rotate")
     problem = f"{where}: RoPE kind {rope['rope_type']!r} has a missing or unusable parameter"
     with refusing(problem, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError):
         freq, scale = rope_frequencies(config)
-        if not freq.isfinite().all() or not math.isfinite(scale):
-            raise ValueError("not finite")
-    known = config_to_dict(config).keys() | RENAMED
-    config.extra = {key: value for key, value in raw.items()
-                    if key not in known and not key.startswith("dms_")}
+        require(freq.isfinite().all() and math.isfinite(scale), problem)
+    rewritten = {"rope_parameters", "torch_dtype", "dtype", "architectures", "auto_map"}
+    for key in raw.keys() - config_to_dict(config).keys() - rewritten:
+        if not key.startswith("dms_"):
+            config.extra[key] = raw[key]
     return config
 
 
 def check_supported(raw, where):
     """Refuse what would be computed wrongly: other models, quantized weights, sliding windows."""
 
-    def refuse(problem):
-        raise InputError(f"{where}: {problem}; give a Llama, Qwen2 or Qwen3 model that is covered")
+    def support(condition, what):
+        remedy = "give a Llama, Qwen2 or Qwen3 model that this engine covers"
+        require(condition, f"{where}: {what} not supported; {remedy}")
 
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        refuse(f"model_type {kind!r:.80} is not supported")
-    if raw.get("quantization_config"):
-        refuse("quantized weights are not supported")
-    if raw.get("hidden_act") not in (None, "silu"):
-        refuse(f"hidden_act {raw['hidden_act']!r:.80} is not supported")
-    layer_types = raw.get("layer_types")
-    if layer_types is not None:
-        is_list = isinstance(layer_types, list)
-        if not is_list or any(kind != "full_attention" for kind in layer_types):
-            refuse(f"layer_types {layer_types!r:.80} include attention that is not full")
-    elif raw.get("use_sliding_window") and raw.get("sliding_window", 4096):
+    family = raw.get("model_type")
+    is_known = isinstance(family, str) and family in ARCHITECTURES
+    support(is_known, f"model_type {family!r:.80} is")
+    support(not raw.get("quantization_config"), "quantized weights are")
+    activation = raw.get("hidden_act")
+    support(activation in (None, "silu"), f"hidden_act {activation!r:.80} is")
+    layer_types = raw.get("layer_types") or []
+    is_full = isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"}
+    support(is_full, f"layer_types {layer_types!r:.80} other than full_attention are")
+    if not layer_types and raw.get("use_sliding_window") and raw.get("sliding_window", 4096):
         full = checked(raw, "max_window_layers", int, where)
+        full = 28 if full is None else full  # as in transformers
         layers = checked(raw, "num_hidden_layers", int, where) or 0
-        if (28 if full is None else full) < layers:  # defaults of transformers
-            refuse("use_sliding_window is true and layers use the sliding_window")
+        support(full >= layers, "layers with a sliding_window are")
 
 
 def read_rope(raw, where):
     """{"rope_type": ..., its parameters and perhaps rope_theta}, from either spelling."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise InputError(f"{where}: rope parameters {rope!r:.80} are not one flat object")
+    is_flat = isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values())
+    require(is_flat, f"{where}: rope parameters {rope!r:.80} are not one flat object")
     rope = {key: value for key, value in rope.items() if value is not None}
     older_name = rope.pop("type", "default")
-    rope.setdefault("rope_type", older_name)
+    kind = rope.setdefault("rope_type", older_name)
     for place in (rope, raw):
-        if place.get("partial_rotary_factor") not in (None, 1.0):
-            raise InputError(f"{where}: partial rotary embeddings are not supported")
-    if rope["rope_type"] not in ROPE_KINDS:
-        raise InputError(f"{where}: RoPE kind {rope['rope_type']!r:.80} is not supported (known: "
-                         f"{', '.join(ROPE_KINDS)})")
+        is_whole = place.get("partial_rotary_factor") in (None, 1.0)
+        require(is_whole, f"{where}: partial rotary embeddings are not supported")
+    require(kind in ROPE_KINDS, f"{where}: RoPE kind {kind!r:.80} is none of {ROPE_KINDS}")
     return rope
 
 
@@ -296,108 +240,77 @@ def config_to_dict(config):
 
 # ------------------------------------------------------------------------------------ DMS settings
 
-NVIDIA_KEYS = {  # in config.json, by the names of DMSConfig
-    "window": "dms_window_size",
-    "scale": "dms_alpha_scale",
-    "offset": "dms_initial_alpha_offset",
-    "target_cr": "dms_cr",
-    "per": "dms_alpha_per",
-    "tau": "dms_tau",
-    "disable_eviction": "dms_disable_eviction",
-    "shift": "dms_shift",  # ours: NVIDIA's code always shifts by one
-}
-SEPARATE = "dms_separate_alpha"  # true: adapters decide; false or absent: the borrowed neuron
-METADATA_KEYS = {  # in dms_metadata.json, which always belongs to a borrowed neuron
-    "window": "window_size",
-    "scale": "alpha_scale",
-    "offset": "alpha_offset",
-    "target_cr": "target_cr",
-    "shift": "shift",
-}
+# by the names of DMSConfig, the keys in config.json (dms_shift is ours: NVIDIA's code always shifts
+# by one), and those in dms_metadata.json, which always belongs to a borrowed neuron
+NVIDIA_KEYS = {
+    "window": "dms_window_size", "scale": "dms_alpha_scale", "offset": "dms_initial_alpha_offset",
+    "target_cr": "dms_cr", "per": "dms_alpha_per", "tau": "dms_tau", "shift": "dms_shift",
+    "disable_eviction": "dms_disable_eviction"}
+METADATA_KEYS = {
+    "window": "window_size", "scale": "alpha_scale", "offset": "alpha_offset",
+    "target_cr": "target_cr", "shift": "shift"}
 METADATA_DEFAULTS = {"window": 256, "shift": 0}  # where they differ from DMSConfig's
+SEPARATE = "dms_separate_alpha"  # true: adapters decide; false or absent: the borrowed neuron
 
 
-def stated_settings(raw, keys, where):
-    """{name in DMSConfig: value} of the keys that a parsed JSON file states. Raises InputError."""
-    stated = {}
-    for name, key in keys.items():
-        kind = type(getattr(DMSConfig, name))
-        value = checked(raw, key, kind, where, name)
-        if value is not None:
-            stated[name] = value
-    return stated
-
-
-def read_metadata(folder):
+def read_metadata(file):
     """What dms_metadata.json states, as shisa's checkpoints have it, None where there is none."""
-    file = Path(folder) / "dms_metadata.json"
     if not file.exists():
         return None
     raw = read_json(file)
-    nested = raw.get("config")
-    if isinstance(nested, dict):
-        raw |= nested
-    return stated_settings(raw, METADATA_KEYS, file)
+    if isinstance(raw.get("config"), dict):
+        raw |= raw["config"]
+    return read_fields(DMSConfig, raw, METADATA_KEYS, file)
 
 
 def read_settings(folder, raw):
     """The DMSConfig of a checkpoint folder whose parsed config.json is `raw`, None for a dense
     model: from the dms_* keys there or from dms_metadata.json. Prints what it has to assume."""
-    metadata = read_metadata(folder)
+    metadata = read_metadata(Path(folder) / "dms_metadata.json")
     if metadata is None and not any(key.startswith("dms_") for key in raw):
         return None
-    settings = stated_settings(raw, NVIDIA_KEYS, folder)
+    settings = read_fields(DMSConfig, raw, NVIDIA_KEYS, folder)
     separate = checked(raw, SEPARATE, bool, folder)
-    if settings.get("per", "head") not in PER:
-        raise InputError(f"{folder}: unusable dms_alpha_per; it must be one of {PER}")
-    if separate and metadata is not None:
-        raise InputError(f"{folder}: config.json says that adapters decide, dms_metadata.json "
-                         f"belongs to a borrowed neuron; remove the wrong one")
+    require(settings.get("per", "head") in ("head", "layer"), f"{folder}: unusable dms_alpha_per")
+    contradiction = separate and metadata is not None
+    require(not contradiction, f"{folder}: adapter in config.json, borrowed in dms_metadata.json")
     for name, value in (metadata or {}).items():
-        if settings.setdefault(name, value) != value:
-            raise InputError(f"{folder}: config.json says {NVIDIA_KEYS[name]} = {settings[name]} "
-                             f"and dms_metadata.json says {METADATA_KEYS[name]} = {value}; remove "
-                             f"the wrong one")
-    defaults = METADATA_DEFAULTS if metadata is not None else {}
+        said = f"{NVIDIA_KEYS[name]} = {settings.setdefault(name, value)}"
+        problem = f"{folder}: config.json says {said} and dms_metadata.json {value}; fix it"
+        require(settings[name] == value, problem)
+    defaults = {} if metadata is None else METADATA_DEFAULTS
     source = "adapter" if separate else "neuron"
     complete = DMSConfig(**{**defaults, **settings, "source": source})
-    assumed = [f"{name} = {getattr(complete, name)}"
-               for name in ("window", "scale", "offset", "shift") if name not in settings]
+    assumed = {"window", "scale", "offset", "shift"} - settings.keys()
     if assumed:
-        assumed = ", ".join(assumed)
+        assumed = ", ".join(f"{name} = {getattr(complete, name)}" for name in sorted(assumed))
         print(f"{folder}: not stated by the checkpoint, so assumed: {assumed}", file=sys.stderr)
     return complete
 
 
 def settings_to_dict(settings):
     """The dms_* keys of config.json; empty for None."""
-    if settings is None:
-        return {}
-    raw = {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
-    return {**raw, SEPARATE: settings.source == "adapter"}
+    raw = {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items() if settings}
+    return {**raw, SEPARATE: settings.source == "adapter"} if settings else {}
 
 
 # ----------------------------------------------------------------------------------------- Weights
 
 
-def resolve(path_or_hub_id, relative_to=None):
+def resolve(path_or_hub_id, relative_to="."):
     """The local folder of a model: an existing folder (first tried relative to `relative_to`), or a
     hub repository's snapshot with its weights, configs and tokenizer only. Raises InputError."""
-    candidates = [Path(path_or_hub_id)]
-    if relative_to is not None:
-        candidates.insert(0, Path(relative_to) / path_or_hub_id)
-    for folder in candidates:
+    for folder in (Path(relative_to) / path_or_hub_id, Path(path_or_hub_id)):
         if os.path.isdir(folder):
             return folder
     name = one_line(path_or_hub_id, 200)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        raise InputError(f"{name}: no such folder, and not a hub id (owner/name); check the path")
+    is_hub_id = re.fullmatch(r"[^/.~][^/]*/[^/]+", name)
+    require(is_hub_id, f"{name}: no such folder, and not a hub id (owner/name); check the path")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.jinja"]
-    problem = f"{name}: no local folder, and not to be had from the hub; check name and network"
-    with refusing(problem, OSError, ValueError):
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
+    files = ["*.safetensors", "*.json", "*.jinja"]
+    with refusing(f"{name}: the hub did not give it; check name and network", OSError, ValueError):
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=files))
 
 
 def weight_files(folder):
@@ -406,17 +319,14 @@ def weight_files(folder):
     names = ["model.safetensors"]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index}: has no weight_map; download it again")
-        names = list(dict.fromkeys(map(str, weight_map.values())))
+        require(isinstance(weight_map, dict) and weight_map, f"{index}: has no usable weight_map")
+        names = dict.fromkeys(map(str, weight_map.values()))
     for name in names:
-        if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
-            raise InputError(f"{index}: unsafe shard name {name[:80]!r}; shards lie beside it")
-        if not os.path.isfile(index.with_name(name)):
-            raise InputError(
-                f"{index.with_name(one_line(name))}: missing; download it again, and convert "
-                f"pickled weights (.bin, .pt), which are never read, to safetensors"
-            )
+        unsafe = f"{index}: unsafe shard name {name[:80]!r}; shards lie beside it"
+        require(re.fullmatch(r"[^/\\]+\.safetensors", name), unsafe)
+        file = index.with_name(one_line(name))
+        missing = f"{file}: missing; get safetensors, pickled weights are never read"
+        require(os.path.isfile(index.with_name(name)), missing)
     return [index.with_name(name) for name in names]
 
 
@@ -427,14 +337,10 @@ def open_weights(files, stack, device="cpu"):
         problem = f"{file}: truncated or damaged safetensors file; download it again"
         with refusing(problem, SafetensorError, OSError, ValueError):
             handle = stack.enter_context(safe_open(file, framework="pt", device=str(device)))
-            names = list(handle.keys())
+            names = dict.fromkeys(handle.keys(), handle)
         for name in names:
-            if name in weights:
-                raise InputError(
-                    f"{file}: tensor {one_line(name)} is also in another shard; download the "
-                    f"checkpoint again"
-                )
-            weights[name] = handle
+            require(name not in weights, f"{file}: tensor {one_line(name)} is in another shard, too")
+        weights |= names
     return weights
 
 
@@ -448,8 +354,7 @@ def fingerprint(weights):
         digest.update(f"{name} {shape} {tensor.get_dtype()}".encode())
         if shape and shape[0]:
             for row in (tensor[:1], tensor[shape[0] - 1 :]):
-                row = row.cpu().contiguous().view(torch.uint8)
-                digest.update(bytes(row.flatten().tolist()))
+                digest.update(row.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -459,10 +364,9 @@ def find_adapters(path):
     path = Path(path)
     files = [path]
     if not os.path.isfile(path):
-        files = sorted(path.glob("*.safetensors")) if os.path.isdir(path) else []
-    if len(files) != 1:
-        raise InputError(f"{path}: {len(files)} safetensors files there; name the adapters' file")
-    config = files[0].parent / "config.json"
+        files = list(path.glob("*.safetensors")) if os.path.isdir(path) else []
+    require(len(files) == 1, f"{path}: {len(files)} safetensors files there; name the adapters'")
+    config = files[0].with_name("config.json")
     raw = read_json(config) if config.exists() else {}
     settings = read_settings(config.parent, {SEPARATE: True, **raw})
     settings.source = "adapter"
@@ -486,18 +390,18 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         base = resolve(base, relative_to=folder)
         return load_model(base, device, dtype, adapter=folder / ADAPTER_FILE)
     config.dms = read_settings(folder, raw)
-    if adapter is not None:
-        adapter, config.dms, trained_on = find_adapters(adapter)
     with ExitStack() as stack:
         weights = open_weights(weight_files(folder), stack, device)
         if adapter is not None:
-            check_fingerprint(weights, trained_on, adapter, folder)
+            adapter, config.dms, trained_on = find_adapters(adapter)
+            other = f"{adapter}: trained on other weights than {folder} has (fingerprint differs)"
+            require(trained_on in (None, fingerprint(weights)), other)
             adapters = open_weights([adapter], stack, device)
-            check_adapters(adapters, adapter)
+            for name in adapters:
+                require("dms_proj_alpha" in name, f"{adapter}: {one_line(name)} is not an adapter's")
             weights |= adapters
-        if config.num_hidden_layers > len(weights):
-            raise InputError(f"{folder}: config.json has {config.num_hidden_layers} layers, but "
-                             f"there are only {len(weights)} tensors; download it again")
+        has_layers = config.num_hidden_layers <= len(weights)
+        require(has_layers, f"{folder}: has fewer tensors than config.json's num_hidden_layers")
         with torch.device("meta"):
             model = Model(config)
         check_weights(weights, model, folder)
@@ -513,46 +417,24 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
     return model.eval()
 
 
-def check_fingerprint(weights, expected, adapter, base):
-    if expected is not None and fingerprint(weights) != expected:
-        raise InputError(f"{adapter}: these adapters were trained on other weights than {base} "
-                         f"holds (the fingerprint differs); give the base model that the "
-                         f"config.json beside them names")
-
-
-def check_adapters(names, file):
-    for name in names:
-        if "dms_proj_alpha" not in name:
-            raise InputError(f"{file}: tensor {one_line(name)} is not an adapter's; give a file "
-                             f"that holds only those, or load its folder as a model")
-
-
-def check_weights(weights, model, base):
+def check_weights(weights, model, folder):
     """Raise InputError unless the tensors are those of the model, in names, shapes and dtypes."""
 
-    def refuse(problem):
-        raise InputError(
-            f"{base}: {problem}; the checkpoint is incomplete, of a kind that is not supported, or "
-            f"not what its config.json describes"
-        )
+    def fit(condition, problem):
+        require(condition, f"{folder}: {problem}; is it incomplete, not supported, or damaged?")
 
-    config = model.config
     wanted = dict(model.named_parameters())  # a tied head is not in it
+    leftovers = ["lm_head.weight"] if model.config.tie_word_embeddings else []
     for name in weights:
-        is_tied_head = name == "lm_head.weight" and config.tie_word_embeddings
-        is_leftover = is_tied_head or name.endswith("rotary_emb.inv_freq")
-        if name not in wanted and not is_leftover:
-            refuse(f"tensor {one_line(name)} has no place in a {config.model_type} model")
+        is_leftover = name in leftovers or name.endswith("rotary_emb.inv_freq")
+        fit(name in wanted or is_leftover, f"tensor {one_line(name)} has no place in such a model")
     for name, parameter in wanted.items():
-        if name not in weights:
-            refuse(f"tensor {name} is missing")
+        fit(name in weights, f"tensor {name} is missing")
         tensor = weights[name].get_slice(name)
-        shape = list(tensor.get_shape())
-        if shape != list(parameter.shape):
-            expected = list(parameter.shape)
-            refuse(f"tensor {name} has shape {shape}, config.json makes it {expected}")
-        if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            refuse(f"tensor {name} is {tensor.get_dtype()}, and quantized weights are not read")
+        shapes = [list(tensor.get_shape()), list(parameter.shape)]
+        fit(shapes[0] == shapes[1], f"tensor {name} has shape {shapes[0]}, not {shapes[1]}")
+        dtype = tensor.get_dtype()
+        fit(dtype in ("F64", "F32", "F16", "BF16"), f"tensor {name} is {dtype}, as if quantized")
 
 
 def save_model(model, folder, dtype=torch.bfloat16, base=None):
@@ -561,33 +443,23 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None):
     written, to ADAPTER_FILE, and config.json names the base and its fingerprint."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if base is None or "dms_proj_alpha" in name:
-            tensors[name] = parameter.detach().to("cpu", dtype).contiguous()
+    tensors = {name: parameter.detach().to("cpu", dtype).contiguous()
+               for name, parameter in model.named_parameters()
+               if base is None or "dms_proj_alpha" in name}
     raw = {**config_to_dict(model.config), **settings_to_dict(model.config.dms)}
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
-    file = folder / "model.safetensors"
+    file = "model.safetensors" if base is None else ADAPTER_FILE
     if base is not None:
-        file = folder / ADAPTER_FILE
         with ExitStack() as stack:
             weights = open_weights(weight_files(resolve(base)), stack)
             raw["dms_base_fingerprint"] = fingerprint(weights)
         is_local = os.path.isdir(base)
         raw["dms_base_model"] = os.path.relpath(base, folder) if is_local else str(base)
-    write_atomic(file, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+    write_atomic(folder / file, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
     write_json(folder / "config.json", raw)
 
 
 # --------------------------------------------------------------------------------------- Tokenizer
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
 
 
 def copy_tokenizer(source, folder):
@@ -597,56 +469,44 @@ def copy_tokenizer(source, folder):
             write_atomic(folder / name, functools.partial(shutil.copyfile, source / name))
 
 
-def refusing_tokenizer(problem):
-    """`tokenizers` raises bare Exceptions, and panics of its Rust code, which are no Exceptions."""
-    return refusing(problem, BaseException)
-
-
 class Tokenizer:
     """The tokenizer of a model folder or hub id: tokenizer.json, run by `tokenizers`, and the chat
     template, run in jinja2's sandbox."""
 
     def __init__(self, path_or_hub_id):
-        from tokenizers import Tokenizer as FastTokenizer
-
         folder = resolve(path_or_hub_id)
         file = folder / "tokenizer.json"
-        if not file.exists():
-            raise InputError(f"{file}: not found; only tokenizers in this format are read")
-        with refusing_tokenizer(f"{file}: not a usable tokenizer, download it again"):
-            self.fast = FastTokenizer.from_file(str(file))
+        require(file.exists(), f"{file}: not found; only tokenizers in this format are read")
+        # `tokenizers` raises bare Exceptions, and panics of its Rust code, which are not even that
+        with refusing(f"{file}: not a usable tokenizer, download it again", BaseException):
+            self.fast = tokenizers.Tokenizer.from_file(str(file))
             self.fast.no_truncation()
             self.fast.no_padding()
         file = folder / "tokenizer_config.json"
         self.settings = read_json(file) if file.exists() else {}
-        self.template = self.read_template(folder)
+        self.template = self.read_template(folder / "chat_template.jinja")
 
-    def read_template(self, folder):
-        """The chat template's text: its own file, or a string, or the one of several that is named
-        "default", in tokenizer_config.json. None where there is none."""
-        file = folder / "chat_template.jinja"
+    def read_template(self, file):
+        """The chat template's text: the file, or in tokenizer_config.json a string or the one of
+        several that is named "default". None where there is none."""
         if file.exists():
             return read_text(file, f"{file}: not readable, download it again")
         template = self.settings.get("chat_template")
         if isinstance(template, list):
-            named = [entry for entry in template if isinstance(entry, dict)]
-            named = [entry for entry in named if entry.get("name") == "default"]
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
             template = named[0].get("template") if named else None
         return template if isinstance(template, str) else None
 
     def special(self, name):
         """The text of a special token such as "eos_token", or None."""
         token = self.settings.get(name)
-        if isinstance(token, dict):
-            token = token.get("content")
+        token = token.get("content") if isinstance(token, dict) else token
         return token if isinstance(token, str) else None
 
     def token_id(self, token):
         """The id of a token's text, None if there is none or for None."""
-        if token is None:
-            return None
-        with refusing_tokenizer("the tokenizer failed on a token's text"):
-            return self.fast.token_to_id(token)
+        with refusing("the tokenizer failed on a token's text", BaseException):
+            return None if token is None else self.fast.token_to_id(token)
 
     @property
     def end_id(self):
@@ -659,72 +519,106 @@ class Tokenizer:
         if isinstance(text, list):
             text = self.apply_chat_template(text, **template)
             add_special_tokens = False
-        with refusing_tokenizer("the tokenizer failed on this text"):
+        with refusing("the tokenizer failed on this text", BaseException):
             return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids, skip_special_tokens=False):
-        with refusing_tokenizer("the tokenizer failed on these token ids"):
+        with refusing("the tokenizer failed on these token ids", BaseException):
             return self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages, add_generation_prompt=False, **variables):
         """[{"role": ..., "content": ...}, ...] -> the text the model expects, to be encoded with
         add_special_tokens=False. variables: what else the template knows, as enable_thinking."""
-        if self.template is None:
-            raise InputError("this tokenizer has no chat template; give a plain prompt instead")
-        special = {}
+        require(self.template, "this tokenizer has no chat template; give a plain prompt instead")
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             if self.special(name) is not None:
-                special[name] = self.special(name)
+                variables.setdefault(name, self.special(name))
         # a template is a stranger's program: it may raise anything
         with refusing("the chat template failed on these messages", Exception):
             return compile_template(self.template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **special,
-                **variables,
-            )
-
-
-@functools.lru_cache
-def compile_template(text):
-    """A chat template as transformers runs it, in jinja2's sandbox."""
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    # {% generation %} marks what a trainer takes as the answer: here it is just its contents
-    text = re.sub(r"({%[-+]?\s*)generation(?=\s*[-+]?%})", r"\1if true", text)
-    text = re.sub(r"({%[-+]?\s*)endgeneration(?=\s*[-+]?%})", r"\1endif", text)
-    return environment.from_string(text)
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
+                documents=None, **variables)  # fmt: skip
 
 
 load_tokenizer = Tokenizer
 
 
+@functools.lru_cache
+def compile_template(text):
+    """A chat template as transformers runs it, in jinja2's sandbox."""
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    sandbox.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    sandbox.globals["raise_exception"] = raise_exception
+    # {% generation %} marks what a trainer takes as the answer: here it is just its contents
+    text = re.sub(r"({%[-+]?\s*)generation(?=\s*[-+]?%})", r"\1if true", text)
+    text = re.sub(r"({%[-+]?\s*)endgeneration(?=\s*[-+]?%})", r"\1endif", text)
+    return sandbox.from_string(text)
+
+
 def check_ids(config, ids, new_tokens=0):
     """Raise InputError unless a list of token ids can be fed and followed by new_tokens more."""
-    limit = config.max_position_embeddings
-    if not ids:
-        raise InputError("the prompt is empty; give at least one token")
-    if len(ids) + new_tokens > limit:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens and {new_tokens} more are to come, but the model's "
-            f"context is {limit}; shorten the prompt or ask for fewer new tokens"
-        )
+    context = config.max_position_embeddings
+    require(ids, "the prompt is empty; give at least one token")
+    wanted = f"{len(ids)} tokens in the prompt and {new_tokens} to come"
+    fits = len(ids) + new_tokens <= context
+    require(fits, f"{wanted}, but the model's context is {context}; shorten it or ask for less")
     for token in (min(ids), max(ids)):
-        if not 0 <= token < config.vocab_size:
-            raise InputError(
-                f"token id {token} is outside the model's vocabulary of {config.vocab_size}; the "
-                f"tokenizer belongs to another model"
-            )
+        problem = f"token id {token} is not in the model's vocabulary of {config.vocab_size}"
+        require(0 <= token < config.vocab_size, problem)
+
+
+# ----------------------------------------------------------------------- What the scripts share
+
+
+def parse_options(options, argv=None):
+    """{field: value} of what the command line gives of a dataclass of options: --NAME VALUE for a
+    field, --NAME alone for a bool. The comment behind a field is its help."""
+    comments = re.findall(r"^    (\w+): .*# (.*)$", inspect.getsource(options), re.MULTILINE)
+    comments = {name: text.replace("%", "%%") for name, text in comments}
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    for field in fields(options):
+        choices = get_args(field.type)  # of a Literal
+        how = dict(type=type(choices[0]), choices=choices) if choices else dict(type=field.type)
+        if field.type in (bool, list):
+            how = dict(action="store_true" if field.type is bool else "append")
+        flag = "--"[: len(field.name)] + field.name.replace("_", "-")  # -n, but --seed
+        parser.add_argument(flag, **how, help=comments.get(field.name))
+    return vars(parser.parse_args(argv))
+
+
+def check_positive(options, *names):
+    """Raise InputError unless those of the options that are given are at least 1, or above 0."""
+    for name in names:
+        value = getattr(options, name)
+        least = "at least 1" if type(value) is int else "above 0"
+        require(value is None or value > 0, f"--{name.replace('_', '-')} must be {least}")
+
+
+def choose_device(options):
+    """Make --device the current device, and settle --dtype: under torchrun "cuda" is this process's
+    own GPU."""
+    if options.device == "cuda":
+        options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = options.device
+    problem = f"--device {device}: cannot be used; give cpu, or cuda where PyTorch finds a GPU"
+    with refusing(problem, RuntimeError, AssertionError, NotImplementedError):
+        if torch.zeros(1, device=device).is_cuda:
+            torch.cuda.set_device(device)
+    options.dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
+
+
+def run_script(main, when_stopped="stopped"):
+    """Run a script's main(). An InputError ends it with its one line and exit code 2, an
+    interruption with 130."""
+    try:
+        main()
+    except (InputError, KeyboardInterrupt) as e:
+        is_input = isinstance(e, InputError)
+        print(f"error: {e}" if is_input else f"\n{when_stopped}", file=sys.stderr)
+        sys.exit(2 if is_input else 130)

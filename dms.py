@@ -14,6 +14,7 @@ Letters, the same in all files: B batch, T tokens, L layers, Hq query heads, Hkv
 there is no other), G = Hq / Hkv query heads to a KV head, D head size, C hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,8 +80,7 @@ def masked_attention(config, evict=True):
     group = config.num_attention_heads // config.num_key_value_heads
 
     def attend(layer, q, k, v, logits):
-        k = k.repeat_interleave(group, dim=1)  # (B, Hkv, T, D) -> (B, Hq, T, D)
-        v = v.repeat_interleave(group, dim=1)
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (B, Hkv, ...) -> (B, Hq, ...)
         if logits is None or not evict:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         t = torch.arange(q.shape[2], device=q.device)
@@ -124,6 +124,7 @@ def silence_borrowed(q, kv_heads):
 # --------------------------------------------------------------------------- Training, section 3.3
 
 
+@dataclass
 class RelaxedAttention:
     """attend() for training: every decision is replaced by a Gumbel-sigmoid sample in (0, 1).
 
@@ -134,12 +135,11 @@ class RelaxedAttention:
     After a forward pass fraction_let_go() is what the compression loss compares with its target.
     """
 
-    def __init__(self, config, lengths, block=128):
-        """lengths: (B,) int64, the real tokens of each row; what follows them is padding.
-        block: queries that are computed at a time, so that memory grows with block * T."""
-        self.dms = config.dms
-        self.lengths = lengths
-        self.block = block
+    dms: DMSConfig
+    lengths: torch.Tensor  # (B,) int64: the real tokens of each row; what follows is padding
+    attend: Callable  # (q, k, v, bias, window), the attention with those scores
+
+    def __post_init__(self):
         self.let_go = {}  # layer -> (Hkv,): the fraction of this batch's pairs that it let go
 
     def __call__(self, layer, q, k, v, logits):
@@ -147,24 +147,7 @@ class RelaxedAttention:
         noisy = self.noisy_decisions(logits)
         self.let_go[layer] = self.count_let_go(noisy)
         bias = F.logsigmoid(-noisy).to(q.dtype)  # log(1 - p), (B, Hkv, T)
-        B, Hkv, T = bias.shape
-        q = q.view(B, Hkv, -1, T, q.shape[-1])  # (B, Hkv, G, T, D)
-        outputs = []
-        for start in range(0, T, self.block):
-            end = min(start + self.block, T)  # keys from there on lie in the future of all rows
-            rows = (
-                q[:, :, :, start:end],
-                k[:, :, :end],
-                v[:, :, :end],
-                bias[:, :, :end],
-                start,
-            )
-            if T > 1024:  # keep no scores for backward: compute them again
-                out = checkpoint(self.attend_rows, *rows, use_reentrant=False)
-            else:
-                out = self.attend_rows(*rows)
-            outputs.append(out)
-        return torch.cat(outputs, dim=3).flatten(1, 2)
+        return self.attend(q, k, v, bias, self.dms.window)
 
     def noisy_decisions(self, logits):
         """(z + g1 - g2) / tau of the token that each decision is about, (B, Hkv, T)."""
@@ -182,22 +165,8 @@ class RelaxedAttention:
         p = torch.sigmoid(noisy)
         hard = (noisy > 0).float() + p - p.detach()
         t = torch.arange(noisy.shape[2], device=noisy.device)
-        out_of_window = t < self.lengths[:, None] - 1 - self.dms.window  # (B, T)
-        return (hard * out_of_window[:, None]).sum((0, 2)) / self.lengths.sum()
-
-    def attend_rows(self, q, k, v, bias, start):
-        """The queries from position `start` on: q (B, Hkv, G, n, D) against k, v (B, Hkv, S, D)
-        with bias (B, Hkv, S) -> (B, Hkv, G, n, D)."""
-        query = torch.arange(start, start + q.shape[3], device=q.device)
-        key = torch.arange(k.shape[2], device=q.device)
-        distance = query[:, None] - key  # (n, S)
-        mask = torch.where(distance > self.dms.window, bias[:, :, None], 0)  # (B, Hkv, n, S)
-        mask = mask.masked_fill(distance < 0, float("-inf"))
-        scale = q.shape[-1] ** -0.5
-        score = (q.flatten(2, 3) * scale) @ k.transpose(2, 3)  # (B, Hkv, G * n, S)
-        score = score.view(*q.shape[:4], -1) + mask[:, :, None]  # (B, Hkv, G, n, S)
-        weight = torch.softmax(score.float(), dim=-1).to(v.dtype)
-        return (weight.flatten(2, 3) @ v).view(q.shape)
+        is_out = t < self.lengths[:, None, None] - 1 - self.dms.window  # (B, 1, T)
+        return (hard * is_out).sum((0, 2)) / self.lengths.sum()
 
     def fraction_let_go(self):
         """The mean over layers and heads, a scalar with a gradient."""
@@ -210,15 +179,13 @@ def compression_loss(fraction_let_go, cr):
     One-sided: nothing pushes decisions back once the target is met. The fraction is counted as the
     cache counts it: a pair that is flagged but still in the window is still held.
     """
-    target = 1 - 1 / cr
-    return (target - fraction_let_go).clamp(min=0)
+    return (1 - 1 / cr - fraction_let_go).clamp(min=0)
 
 
 def scheduled_cr(step, steps, target_cr):
     """The compression ratio asked for at a step: from 1 to target_cr, linear over the first 70 % of
     the steps, then constant. 1,000 steps to 8x give the paper's +1 every 100 steps."""
-    progress = min(1.0, step / max(0.7 * steps, 1))
-    return 1 + (target_cr - 1) * progress
+    return 1 + (target_cr - 1) * min(1.0, step / max(0.7 * steps, 1))
 
 
 def distillation_loss(
@@ -226,8 +193,8 @@ def distillation_loss(
 ):
     """KL between next-token distributions, the mean over the tokens kept, a float32 scalar.
 
-    student, teacher: final hidden states (B, T, C); *_head: output weights (V, C); keep (B, T)
-    bool: tokens that count. Forward KL, the default, is weighted by the teacher's probabilities
+    student, teacher: final hidden states (B, T, C); *_head: output weights (V, C); keep: (B, T)
+    bool, tokens that count (or slice(None), for all of states (T, C)). Forward KL, the default, is weighted by the teacher's probabilities
     (the paper), reverse KL by the student's (NVIDIA's code). The logits of V words exist for
     slice_size tokens at a time and are computed again in backward.
     """
@@ -254,19 +221,14 @@ def start_retrofit(model, settings):
     "neuron" sets the weights of the borrowed channels to 0, which changes the model: its other
     weights have to learn to do without.
     """
-    model.config.dms = settings
+    config = model.config
+    config.dms = settings
+    heads = (config.num_key_value_heads, -1, config.head_dim)
     for block in model.model.layers:
         if settings.source == "adapter":
             block.self_attn.add_adapter()
-        else:
-            silence_weights(block.self_attn.q_proj, model.config)
+            continue
+        for parameter in block.self_attn.q_proj.parameters():  # (Hq * D, C), perhaps bias (Hq * D)
+            by_group = parameter.data.unflatten(0, heads)  # (Hkv, G, D, ...), a view
+            by_group[:, 0, -1] = 0
     return model
-
-
-@torch.no_grad()
-def silence_weights(q_proj, config):
-    """Set the rows of q_proj that compute borrowed channels to 0, in place."""
-    heads = (config.num_key_value_heads, -1, config.head_dim)
-    for parameter in q_proj.parameters():  # weight (Hq * D, C), perhaps bias (Hq * D)
-        by_group = parameter.unflatten(0, heads)  # (Hkv, G, D, ...), a view
-        by_group[:, 0, -1] = 0

@@ -11,10 +11,8 @@ Generate from a dense or DMS checkpoint with the compacting cache, and see what 
     python generate.py --dense                            # the same, nothing evicted
 
 The text goes to standard output; the closing line with speed and memory goes to standard error.
-From here down: drawing a token, continuous batching, then the script. A row is a place in the
-cache's batch, the index of a sequence there.
+First continuous batching, then the script. A row here is a place in the cache's batch.
 """
-import functools
 import hashlib
 import itertools
 import json
@@ -23,7 +21,7 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,39 +29,17 @@ import torch
 from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
-from checkpoint import (InputError, check_ids, choose_device, load_model, load_tokenizer,
-                        parse_options, read_json, read_lines, resolve, run_script, write_text)
-from kernels import triton
+from checkpoint import (check_ids, check_positive, checked, choose_device, load_model, load_tokenizer,
+                        parse_options, read_json, read_lines, require, resolve, run_script,
+                        write_text)
+from kernels.decode_step import DecodeStep, sample
 from kv_cache import CacheFull, KVCache
+from model import Model
 
 SHIPPED = Path(__file__).resolve().parent / "toy" / "retrofitted"
 
 
-# --------------------------------------------------------------------------------- Drawing a token
-
-
-def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Draw one token per row: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64.
-
-    At temperature 0 the likeliest. Otherwise the distribution is cut to the top_k likeliest tokens
-    (0: all), then to the fewest that hold top_p of the mass, then to those at least min_p times as
-    likely as the first; the token is where the sum of what is left passes `uniform`.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p < 1:
-        p, order = logits.softmax(-1).sort(descending=True, stable=True)
-        drop = p.cumsum(-1) - p >= top_p  # the mass before it suffices...
-        drop[:, 0] = False  # ...but never the first
-        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-    p = logits.softmax(-1)
-    p = p.where(p >= min_p * p.amax(-1, keepdim=True), 0)
-    mass = p.double().cumsum(-1)
-    return torch.searchsorted(mass, uniform.double()[:, None] * mass[:, -1:], right=True)[:, 0]
+# ----------------------------------------------------------------------------- Continuous batching
 
 
 @dataclass(eq=False)
@@ -86,110 +62,53 @@ class Sequence:
     def uniform(self):
         """The random number in [0, 1), exact in float32, for its next token: of its seed and place
         alone, whatever runs beside it."""
-        text = f"{self.seed} {len(self.new)}"
-        digest = hashlib.blake2b(text.encode(), digest_size=3).digest()
-        return int.from_bytes(digest, "big") / 2**24
+        place = f"{self.seed} {len(self.new)}".encode()
+        return int(hashlib.blake2b(place, digest_size=3).hexdigest(), 16) / 2**24
 
 
-class DecodeStep:
-    """One token for every sequence of a cache: forward pass and sampling. On a GPU it is captured
-    as a CUDA graph the second time that it runs on the same tensors; nothing in it waits for the
-    GPU, but for the tokens that come out."""
-
-    def __init__(self, model, cache, sampling):
-        self.model = model
-        self.cache = cache
-        self.sampling = sampling
-        shape = (cache.batch_size, 3)  # of every row: token id, random number, 1 if it runs else 0
-        self.inputs = torch.zeros(shape, dtype=torch.float64, device=cache.device)
-        # the plain functions wait for the GPU, so only Triton's can be captured
-        self.captures = cache.device.type == "cuda" and triton is not None
-        self.graph = None
-        self.table = None  # the page table that the last run used: the cache may replace it
-
-    @torch.inference_mode()
-    def __call__(self, inputs):
-        """inputs: {row: (token id, random number in [0, 1))} for the rows that run -> {row: next
-        token id}. Raises CacheFull, before anything has changed."""
-        rows = range(len(self.inputs))
-        inputs_of_all = [(*inputs[row], 1) if row in inputs else (0, 0, 0) for row in rows]
-        self.inputs.copy_(torch.tensor(inputs_of_all, dtype=torch.float64))
-        self.cache.reserve(self.inputs[:, 2].long())
-        if not self.captures or self.table is not self.cache.rows.table:
-            self.table = self.cache.rows.table
-            self.graph = None
-            self.run()
-        else:
-            if self.graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):  # records, and runs nothing
-                    self.run()
-                self.graph = graph
-            self.graph.replay()
-        drawn = self.next.tolist()
-        return {row: drawn[row] for row in inputs}
-
-    def run(self):
-        token, uniform, count = self.inputs.unbind(1)
-        with self.cache.append(count.long(), 1, reserve=False) as feed:
-            x = self.model.hidden(token.long()[:, None], feed, feed.start)
-        self.next = sample(self.model.lm_head(x)[:, -1], uniform, **self.sampling)
-
-
-# ----------------------------------------------------------------------------- Continuous batching
-
-
+@dataclass
 class Scheduler:
     """Which sequence runs in which row of the cache, and which wait."""
 
-    def __init__(self, model, cache, sequences, end_ids, sampling, release):
-        self.model = model
-        self.cache = cache
-        self.end_ids = end_ids
-        self.sampling = sampling
-        self.release = release
-        self.step = DecodeStep(model, cache, sampling)
-        self.running = {}  # {row: sequence}, the youngest last
-        self.waiting = deque(sorted(sequences, key=lambda s: s.row is None))  # those with a row first
-        self.free_rows = self.find_free_rows()
-        self.rows = cache.batch_size
-        self.has_whole_cache = len(self.free_rows) == self.rows
-        self.blocked_until_one_ends = False
-        self.fork_limit = self.rows  # how many with the same prompt may start as one
+    model: Model
+    cache: KVCache
+    sequences: list
+    end_ids: set
+    sampling: dict
+    release: bool
 
-    def find_free_rows(self):
-        """The rows that hold nothing. Raises InputError if the sequences cannot have their rows."""
-        seen = self.cache.seen.tolist()
-        new = [sequence for sequence in self.waiting if sequence.row is None]
-        for sequence in self.waiting:
-            if sequence not in new and seen[sequence.row] != sequence.fed:
-                raise InputError("the cache does not hold what a sequence has fed; feed it anew")
-        free_rows = [row for row, tokens in enumerate(seen) if tokens == 0]
-        if len(free_rows) < (min(len(new), 1) if self.release else len(new)):
-            raise InputError(f"{len(new)} sequences cannot all stay in {len(free_rows)} free rows "
-                             f"of the cache; release them, or others first")
-        return free_rows
+    def __post_init__(self):
+        self.step = DecodeStep(self.model, self.cache, self.sampling)
+        self.free_rows = [row for row, seen in enumerate(self.cache.seen.tolist()) if seen == 0]
+        self.running = []  # the youngest last
+        # neighbours with the same tokens are a group, which is fed once and forked
+        sequences = sorted(self.sequences, key=lambda s: s.row is None)  # those with a row first
+        groups = itertools.groupby(sequences, key=lambda s: (s.row, s.ids))
+        self.waiting = deque(list(group) for _, group in groups)
+        self.blocked_until_one_ends = False
+        new = sum(sequence.row is None for sequence in sequences)
+        rows = len(self.free_rows)
+        fits = rows >= (min(new, 1) if self.release else new)
+        require(fits, f"{new} sequences do not fit {rows} free rows of the cache; release them")
 
     def decode(self):
         """One more token for all that run, [(sequence, token id)]."""
-        if not self.running:
-            return []
+        inputs = {sequence.row: (sequence.ids[-1], sequence.uniform()) for sequence in self.running}
         try:
-            drawn = self.step({row: (s.ids[-1], s.uniform()) for row, s in self.running.items()})
+            drawn = self.step(inputs) if inputs else {}
         except CacheFull as e:
-            youngest = next(reversed(self.running.values()))
-            return self.put_back([youngest], e)
-        return [(sequence, drawn[row]) for row, sequence in self.running.items()]
+            return self.put_back(self.running[-1:], e)
+        return [(sequence, drawn[sequence.row]) for sequence in self.running]
 
     def admit(self):
-        """Start what waits while there is room; the first token of each, [(sequence, token id)]."""
+        """Start groups while there is room; the first token of each, [(sequence, token id)]."""
         drawn = []
         while self.may_start():
             group = self.next_group()
+            self.running += group
             try:
                 logits = self.feed(group)
             except CacheFull as e:
-                self.fork_limit = max(len(group) // 2, 1)
                 return drawn + self.put_back(group, e)
             uniform = torch.tensor([s.uniform() for s in group], device=logits.device)
             tokens = sample(logits.expand(len(group), -1), uniform, **self.sampling)
@@ -201,30 +120,31 @@ class Scheduler:
         to hold, by the compression seen so far?"""
         if not self.waiting or self.blocked_until_one_ends:
             return False
-        first = self.waiting[0]
+        first = self.waiting[0][0]
         if first.row is None and not self.free_rows:
             return False
-        return not self.running or self.cache.has_room_for(len(first.ids) - first.fed)
+        cache = self.cache
+        pairs = (len(first.ids) - first.fed) / (cache.compression_ratio() or 1)
+        pages = (pairs + cache.page_size) / cache.page_size  # of a head, half a page to spare
+        has_room = cache.layers * cache.kv_heads * pages <= int(cache.pool.free_count)
+        return has_room or not self.running
 
     def next_group(self):
-        """Take the first that waits, and the next ones if they begin with the same tokens, from
-        the queue, and give them rows."""
-        group = [self.waiting.popleft()]
-        beginning = (group[0].ids, None)
-        limit = min(len(self.free_rows), self.fork_limit)
-        while self.waiting and len(group) < limit:
-            if (self.waiting[0].ids, group[0].row) != beginning:
-                break
-            group.append(self.waiting.popleft())
-        for sequence in group:
-            if sequence.row is None:
+        """The first group that waits, or as much of it as there are rows for, with rows."""
+        group = self.waiting.popleft()
+        if group[0].row is None:
+            if len(group) > len(self.free_rows):
+                self.waiting.appendleft(group[len(self.free_rows) :])
+                group = group[: len(self.free_rows)]
+            for sequence in group:
                 sequence.row = self.free_rows.pop(0)
-            self.running[sequence.row] = sequence
         return group
 
     def feed(self, group):
         """Feed what a group shares once, and fork it. Returns logits (1, V) of the next token."""
         first = group[0]
+        seen = int(self.cache.seen[first.row])
+        require(seen == first.fed, "the cache does not hold what a sequence has fed; feed it anew")
         ids = torch.tensor([first.ids[first.fed :]], device=self.model.device)
         logits = self.model(ids, cache=self.cache, sequence=first.row, last_only=True)
         if len(group) > 1:
@@ -235,24 +155,25 @@ class Scheduler:
         return logits[:, -1]
 
     def put_back(self, sequences, problem):
-        """For want of pages: they wait to be fed again, first in line, with what they have drawn.
-        One that does not fit by itself has failed: [(it, None)]."""
+        """For want of pages: they wait to be fed again, first in line, with what they have drawn; a
+        group in two halves. One that does not fit by itself has failed: [(it, None)]."""
         self.take_out(sequences, release=True)
-        self.waiting.extendleft(reversed(sequences))
+        half = len(sequences) // 2
         self.blocked_until_one_ends = bool(self.running)
-        if self.running or len(sequences) > 1:
-            return []
-        failed = self.waiting.popleft()
-        failed.over = True
-        failed.error = str(problem)
-        return [(failed, None)]
+        if half == 0 and not self.running:
+            sequences[0].over = True
+            sequences[0].error = str(problem)
+            return [(sequences[0], None)]
+        self.waiting.appendleft(sequences[half:])
+        if half:
+            self.waiting.appendleft(sequences[:half])
+        return []
 
     def take_out(self, sequences, release):
         """Run them no longer. release: their rows and pages are free again."""
-        rows = [sequence.row for sequence in sequences]
-        for row in rows:
-            del self.running[row]
-        if release and rows:
+        self.running = [s for s in self.running if s not in sequences]
+        if release and sequences:
+            rows = [sequence.row for sequence in sequences]
             self.cache.release(rows)
             self.free_rows += rows
             for sequence in sequences:
@@ -260,41 +181,20 @@ class Scheduler:
                 sequence.fed = 0
 
     def record(self, drawn):
+        """Add what was drawn to the sequences."""
         for sequence, token in drawn:
-            if token is None:
-                continue
-            sequence.fed = len(sequence.ids)
-            sequence.ids.append(token)
-            sequence.new.append(token)
-            sequence.over = len(sequence.new) >= sequence.max_new_tokens or token in self.end_ids
-            if token not in self.end_ids and sequence.stop is not None:
-                sequence.over |= sequence.stop(token)
+            if token is not None:
+                sequence.fed = len(sequence.ids)
+                sequence.ids.append(token)
+                sequence.new.append(token)
+                stops = token in self.end_ids or sequence.stop and sequence.stop(token)
+                sequence.over = bool(stops) or len(sequence.new) >= sequence.max_new_tokens
 
     def retire(self):
         """Take those that are over out of the batch."""
-        over = [sequence for sequence in self.running.values() if sequence.over]
-        if over:
-            self.take_out(over, self.release)
-            self.blocked_until_one_ends = False
-            self.fork_limit = self.rows
-            self.shrink()
-
-    def shrink(self):
-        """Compute fewer rows when nobody waits for the others."""
-        is_small = 0 < len(self.running) <= self.cache.batch_size // 2
-        if is_small and self.release and self.has_whole_cache and not self.waiting:
-            self.cache.select(list(self.running))
-            self.running = dict(enumerate(self.running.values()))
-            for row, sequence in self.running.items():
-                sequence.row = row
-            self.step = DecodeStep(self.model, self.cache, self.sampling)
-
-    def close(self):
-        """Leave nothing of what is still running behind, and the cache with all its rows."""
-        if self.release:
-            self.take_out(list(self.running.values()), release=True)
-        if self.cache.batch_size < self.rows:
-            self.cache.select([0] * self.rows)
+        over = [sequence for sequence in self.running if sequence.over]
+        self.take_out(over, self.release)
+        self.blocked_until_one_ends &= not over
 
 
 @torch.inference_mode()
@@ -315,8 +215,8 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
             scheduler.record(drawn)
             scheduler.retire()
             yield drawn
-    finally:
-        scheduler.close()
+    finally:  # the caller may leave early: nothing of what runs stays behind
+        scheduler.take_out(scheduler.running, release)
 
 
 # -------------------------------------------------------------------------------------- The script
@@ -329,7 +229,7 @@ class Stream:
 
     def __init__(self, tokenizer, stop_strings=(), show=None):
         self.tokenizer = tokenizer
-        self.stops = [text for text in stop_strings if text]
+        self.stops = list(filter(None, stop_strings))
         self.show = show
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.ids = []
@@ -341,11 +241,9 @@ class Stream:
         self.ids.append(token)
         if self.stops or self.show:
             self.decoded += self.decoder.step(self.tokenizer.fast, token) or ""
-            held_back = 0
-            for stop in self.stops:
-                begun = [n for n in range(1, len(stop)) if self.decoded.endswith(stop[:n])]
-                held_back = max([held_back, *begun])
-            self.let_out(len(self.decoded) - held_back)
+            beginnings = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
+            held_back = [len(text) for text in beginnings if self.decoded.endswith(text)]
+            self.let_out(len(self.decoded) - max(held_back, default=0))
         return self.stopped
 
     def finish(self):
@@ -356,13 +254,13 @@ class Stream:
 
     def let_out(self, end):
         """Make decoded[:end] the text, or what comes before a stop string."""
-        found = [self.decoded.find(stop, len(self.text)) for stop in self.stops]
-        found = [at for at in found if at >= 0]
+        places = [self.decoded.find(stop, len(self.text)) for stop in self.stops]
+        found = [place for place in places if place >= 0]
         self.stopped = bool(found)
-        end = min(found, default=end)
+        certain = self.decoded[: min(found, default=max(end, len(self.text)))]
         if self.show:
-            self.show(self.decoded[len(self.text) : end])
-        self.text = self.decoded[: max(end, len(self.text))]
+            self.show(certain[len(self.text) :])
+        self.text = certain
 
 
 def final_answer(text):
@@ -370,15 +268,18 @@ def final_answer(text):
     line; None for no text."""
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
     numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
+    numbers = [number.replace(",", "").rstrip(".") for number in numbers]
     lines = [line for line in text.split("\n") if line.strip()]
-    if numbers and not boxed:
-        return numbers[-1].replace(",", "").rstrip(".")
-    return (boxed or lines or [None])[-1]
+    return (boxed or numbers or lines or [None])[-1]
 
 
-def vote(chains, read=final_answer):
-    """(the answer that most chains give, as `read` finds it in their texts, how many do)."""
-    return Counter(read(chain.stop.text) for chain in chains).most_common(1)[0]
+def show_now(text):
+    print(text, end="", flush=True)
+
+
+def vote(texts):
+    """The answer that most texts give, and how many do."""
+    return Counter(map(final_answer, texts)).most_common(1)[0]
 
 
 @dataclass
@@ -418,26 +319,23 @@ class Session:
         folder = resolve(options.model)
         self.tokenizer = load_tokenizer(folder)
         dtype = getattr(torch, options.dtype)
-        self.model = load_model(folder, options.device, dtype, adapter=options.adapter)
+        self.model = load_model(folder, options.device, dtype, options.adapter)
         if options.compile:
             self.model.compile()
-        if options.dense and self.model.config.dms is not None:
+        if options.dense and self.model.config.dms:
             self.model.config.dms.disable_eviction = True
         file = folder / "generation_config.json"
         stated = read_json(file) if file.exists() else {}
         ends = stated.get("eos_token_id")
-        ends = [*ends] if isinstance(ends, list) else [ends]
-        self.end_ids = {end for end in [*ends, self.tokenizer.end_id] if isinstance(end, int)}
+        ends = ends if isinstance(ends, list) else [ends]
+        self.end_ids = {end for end in (*ends, self.tokenizer.end_id) if isinstance(end, int)}
         if stated.get("do_sample") is False:
             stated["temperature"] = 0.0
-        self.sampling = {}  # what sample() has no value for is left to its defaults
+        self.sampling = {"temperature": 1.0}
         for key in ("temperature", "top_k", "top_p", "min_p"):
-            value = getattr(options, key)
-            value = stated.get(key) if value is None else value
-            if value is not None:
-                self.sampling[key] = value
-        self.sampling.setdefault("temperature", 1.0)
-        self.cache = None
+            for source in (stated, vars(options)):
+                if source.get(key) is not None:
+                    self.sampling[key] = source[key]
         self.tokens = 0
         self.seconds = 0.0
 
@@ -456,19 +354,15 @@ class Session:
         check_ids(self.model.config, ids, max_new_tokens)
         return ids
 
-    def chains(self, ids, max_new_tokens, seed, count=1, show=None):
-        """Sequences that continue ids, each with a Stream as its `stop`."""
-        chains = []
-        for i in range(count):
-            stream = Stream(self.tokenizer, self.options.stop, show)
-            chains.append(Sequence(ids, max_new_tokens, f"{seed} {i}", stream))
-        return chains
+    def chains(self, ids, max_new_tokens, seed, show=None):
+        """-n sequences that continue ids, each with a Stream as its `stop`."""
+        streams = [Stream(self.tokenizer, self.options.stop, show) for _ in range(self.options.n)]
+        return [Sequence(ids, max_new_tokens, f"{seed} {i}", s) for i, s in enumerate(streams)]
 
     def run(self, chains, release=True):
         """Generate; yields the chains that are over, after each step."""
         begin = time.perf_counter() - self.seconds
-        steps = generate(self.model, self.cache, chains, self.end_ids, self.sampling, release)
-        for drawn in steps:
+        for drawn in generate(self.model, self.cache, chains, self.end_ids, self.sampling, release):
             self.tokens += sum(token is not None for _, token in drawn)
             self.seconds = time.perf_counter() - begin
             over = [chain for chain, _ in drawn if chain.over]
@@ -479,9 +373,8 @@ class Session:
     def finish(self, chains, release=True):
         """Generate to the end. Raises InputError if a chain did not fit into the cache."""
         for over in self.run(chains, release):
-            for chain in over:
-                if chain.error:
-                    raise InputError(chain.error)
+            errors = [chain.error for chain in over if chain.error]
+            require(not errors, "; ".join(errors))
 
 
 def read_turns():
@@ -503,24 +396,19 @@ def chat(session):
     options = session.options
     mark = "@ANSWER@"
     before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    show = functools.partial(print, end="", flush=True)
-    chain = Sequence([], 0)
     session.new_cache(1)
+    chain = Sequence([], options.max_new_tokens)
     for number, turn in enumerate(read_turns()):
         turns = [*before, turn] if number else [turn]
         text = session.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         if number:
             text = text.split(mark, 1)[1]  # from what ends an answer on
-        ids = chain.ids
-        if ids and ids[-1] in session.end_ids:
-            ids = ids[:-1]  # drawn, but not fed: the template ends the answer itself
-        ids = ids + session.tokenizer.encode(text, add_special_tokens=False)
+        if number and chain.ids[-1] in session.end_ids:
+            chain.ids.pop()  # drawn, but not fed: the template ends the answer itself
+        ids = chain.ids + session.tokenizer.encode(text, add_special_tokens=False)
         check_ids(session.model.config, ids, options.max_new_tokens)
-        seed = f"{options.seed} {number}"
-        history = chain
-        chain = session.chains(ids, options.max_new_tokens, seed, show=show)[0]
-        chain.row = history.row
-        chain.fed = history.fed
+        chain = replace(chain, ids=ids, seed=f"{options.seed} {number} 0", new=[], over=False)
+        chain.stop = Stream(session.tokenizer, options.stop, show_now)
         session.finish([chain], release=False)
         print(flush=True)
 
@@ -534,18 +422,22 @@ def serve(session):
     out = Path(options.out)
     if world > 1:
         out = out.with_suffix(f".{rank}-of-{world}.jsonl")
-    done = {}
-    if out.exists():
-        done = {row.get("line"): row for row in read_lines(out, cut=True)}
+    done = read_lines(out, cut=True) if out.exists() else []
+    done = {row.get("line"): row for row in done}
     todo = {}  # {chain: (its request, all the request's chains)}
     for line, request in list(enumerate(read_lines(options.requests), 1))[rank::world]:
-        prompt, most = check_request(request, line, options)
+        where = f"{options.requests}: line {line}"
+        prompt = request.get("messages", request.get("prompt"))
+        needed = f'{where} needs "prompt" (text) or "messages" (a list); fix it'
+        require(isinstance(prompt, (str, list)) and prompt, needed)
+        most = checked(request, "max_new_tokens", int, where) or options.max_new_tokens
         if line not in done:
             ids = session.encode(prompt, most)
-            chains = session.chains(ids, most, f"{options.seed} {line}", options.n)
+            chains = session.chains(ids, most, f"{options.seed} {line}")
             todo |= dict.fromkeys(chains, ({**request, "line": line}, chains))
-        elif not request.items() <= done[line].items():
-            raise InputError(f"{out}: its line {line} answers another request; choose another --out")
+        else:
+            is_same = all(done[line].get(key) == value for key, value in request.items())
+            require(is_same, f"{out}: its line {line} answers another request; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(json.dumps(row) + "\n" for row in done.values()))
     session.new_cache(min(options.batch, max(len(todo), 1)))
@@ -554,56 +446,42 @@ def serve(session):
             for chain in over:
                 request, chains = todo.pop(chain)
                 if not any(other in todo for other in chains):
-                    file.write(json.dumps(answer_of(request, chains)) + "\n")
+                    file.write(json.dumps({**request, **answer_of(chains)}) + "\n")
                     file.flush()
             bar.update(len(over))
             bar.set_postfix_str(f"{session.tokens / session.seconds:.1f} tokens/s", refresh=False)
 
 
-def check_request(request, line, options):
-    """(its prompt, its max_new_tokens). Raises InputError naming the line."""
-    prompt = request.get("messages", request.get("prompt"))
-    most = request.get("max_new_tokens", options.max_new_tokens)
-    if not prompt or not isinstance(prompt, (str, list)) or type(most) is not int or most < 1:
-        raise InputError(f'{options.requests}: line {line} needs "prompt" (text) or "messages" (a '
-                         f"list), and max_new_tokens, if it is there, of at least 1; fix it")
-    return prompt, most
-
-
-def answer_of(request, chains):
-    """The line of --out about a request: its chains' texts, and what most of them answer."""
-    answer, votes = vote(chains)
+def answer_of(chains):
+    """What --out says of a request: its chains' texts, and what most of them answer."""
     texts = [chain.stop.text for chain in chains]
     tokens = [len(chain.new) for chain in chains]
-    row = {**request, "texts": texts, "answer": answer, "votes": votes, "tokens": tokens}
+    answer, votes = vote(texts)
+    result = {"texts": texts, "answer": answer, "votes": votes, "tokens": tokens}
     for chain in chains:
         if chain.error:
-            row["error"] = chain.error
-    return row
+            result["error"] = chain.error
+    return result
 
 
-def one_prompt(session, text, read=final_answer, expected=None):
-    """Answer a text, in -n chains, and say what they voted for, as `read` finds it in them."""
+def one_prompt(session, prompt, check=None):
+    """Answer a prompt in -n chains, and say what they voted for, or what check(texts) says."""
     options = session.options
-    ids = session.encode(text, options.max_new_tokens)
-    if expected is not None:
-        print(f"{text}\n", file=sys.stderr)
-    show = functools.partial(print, end="", flush=True) if options.n == 1 else None
+    ids = session.encode(prompt, options.max_new_tokens)
+    if check:
+        print(f"{prompt}\n", file=sys.stderr)
     session.new_cache(options.n)
-    chains = session.chains(ids, options.max_new_tokens, options.seed, options.n, show)
+    show = show_now if options.n == 1 else None
+    chains = session.chains(ids, options.max_new_tokens, options.seed, show)
     session.finish(chains, release=not options.show_evictions)
-    if options.n > 1:
-        for i, chain in enumerate(chains, 1):
-            print(f"[{i}] {chain.stop.text}")
+    texts = [chain.stop.text for chain in chains]
+    for i, text in enumerate(texts if options.n > 1 else (), 1):
+        print(f"[{i}] {text}")
     print(flush=True)
-    answer, votes = vote(chains, read)
-    if expected is not None:
-        right = sum(read(chain.stop.text) == expected for chain in chains)
-        agree = f"expected {expected}; {right} of {options.n} right"
-    else:
-        agree = f"{votes} of {options.n} agree"
-    if expected is not None or options.n > 1:
-        print(f"[answer {answer}, {agree}]", file=sys.stderr)
+    answer, votes = vote(texts)
+    verdict = check(texts) if check else f"answer {answer}; {votes} of {options.n} agree"
+    if options.n > 1 or check:
+        print(f"[{verdict}]", file=sys.stderr)
     if options.show_evictions:
         show_evictions(session, chains[0])
 
@@ -617,83 +495,56 @@ def show_evictions(session, chain):
     holders = torch.zeros(chain.fed)
     for layer, head in heads:
         holders[cache.positions(chain.row, layer, head).long()] += 1
-    shares = holders / len(heads)
-    for token, share in zip(chain.ids, shares.tolist()):
+    for token, share in zip(chain.ids, (holders / len(heads)).tolist()):
         text = session.tokenizer.decode([token])
-        if sys.stdout.isatty():
-            grey = 236 + int(share * 19)  # of the 256 colours, 232 to 255 are greys
-            text = f"\x1b[38;5;{grey}m{text}\x1b[0m"
-        else:
-            text = f"{text}[{int(share * 10)}]"
-        print(text, end="")
+        shaded = f"\x1b[38;5;{236 + int(share * 19)}m{text}\x1b[0m"  # 232 to 255 are greys
+        print(shaded if sys.stdout.isatty() else f"{text}[{int(share * 10)}]", end="")
     print()
 
 
 def parse(argv=None):
     options = Options(**parse_options(Options, argv))
-    check(options)
-    options.device = choose_device(options.device)
-    on_cpu = options.device == "cpu"
-    options.dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
-    options.batch = options.batch or (16 if on_cpu else 64)
+    check_positive(options, "n", "max_new_tokens", "batch", "memory", "top_p")
+    require((options.temperature or 0) >= 0, "--temperature must be 0 or more")
+    require((options.top_p or 1) <= 1, "--top-p must be at most 1")
+    modes = (options.prompt is not None) + options.chat + (options.requests is not None)
+    require(modes <= 1, "--prompt, --chat and --requests exclude each other")
+    require(not options.chat or options.n == 1, "--chat reads its turns one by one; leave out -n")
+    require(bool(options.requests) == bool(options.out), "--requests and --out belong together")
+    choose_device(options)
+    options.batch = options.batch or (16 if options.device == "cpu" else 64)
     if options.model is None:
-        runs = [file.parent / "config.json" for file in Path("out").glob("*/settings.json")]
-        runs = [file for file in runs if file.exists()]
-        options.model = max(runs, key=os.path.getmtime).parent if runs else SHIPPED
+        finished = list(Path("out").glob("*/results.json"))
+        options.model = max(finished, key=os.path.getmtime).parent if finished else SHIPPED
     return options
-
-
-def check(options):
-    """What can be known to be wrong before anything is loaded."""
-    for name in ("n", "max_new_tokens", "batch"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    if options.memory is not None and not options.memory > 0:
-        raise InputError("--memory must be above 0")
-    if options.temperature is not None and options.temperature < 0:
-        raise InputError("--temperature must be 0 or more")
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise InputError("--top-p must be above 0 and at most 1")
-    has_prompt = options.prompt is not None
-    if options.chat and (options.n > 1 or has_prompt):
-        raise InputError("--chat reads its turns from standard input; leave out -n and --prompt")
-    if bool(options.requests) != bool(options.out):
-        raise InputError("--requests and --out belong together")
-    if options.requests and (options.chat or has_prompt):
-        raise InputError("--requests does without --prompt and --chat")
 
 
 def main(argv=None):
     options = parse(argv)
-    toy_answer = ()
+    check = None
     if options.prompt == "-":
         options.prompt = sys.stdin.read()
     elif options.prompt is None and not options.chat and not options.requests:
         from toy.tasks import question
 
-        options.prompt, *toy_answer = question(options.task, options.seed)
-        if options.temperature is None and options.n == 1:
+        options.prompt, check = question(options.task, options.seed)
+        if options.n == 1 and options.temperature is None:
             options.temperature = 0.0
-    if options.prompt is not None and not options.prompt.strip():
-        raise InputError("the prompt is empty; give some text with --prompt")
+    prompt = options.prompt
+    require(prompt is None or prompt.strip(), "the prompt is empty; give some text with --prompt")
     session = Session(options)
     if options.chat:
         chat(session)
     elif options.requests:
         serve(session)
     else:
-        one_prompt(session, options.prompt, *toy_answer)
+        one_prompt(session, prompt, check)
     if session.tokens:
-        print_speed(session)
-
-
-def print_speed(session):
-    stats = session.cache.stats()
-    print(f"[{session.tokens} tokens in {session.seconds:.2f} s, prompts included, "
-          f"{session.tokens / session.seconds:.1f} tokens/s; "
-          f"compression {stats['compression_ratio'] or 1:.2f}x; "
-          f"at most {stats['peak_pairs']:,} pairs held, in {stats['peak_page_bytes']:,} bytes of "
-          f"a pool of {stats['pool_bytes']:,}]", file=sys.stderr)
+        speed = f"{session.tokens} tokens in {session.seconds:.2f} s, prompts included"
+        stats = session.cache.stats()
+        held = f"{stats['peak_pairs']:,} pairs held, in {stats['peak_page_bytes']:,} bytes"
+        print(f"[{speed}, {session.tokens / session.seconds:.1f} tokens/s; compression "
+              f"{stats['compression_ratio'] or 1:.2f}x; at most {held}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,19 +23,15 @@ sequence b; P pages in the pool; M columns of the page table; W = window + 1 ent
 """
 
 import math
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from checkpoint import InputError, refusing
-from dms import decisions
-from kernels.block import attend_block, write_block
-from kernels.cache_write import decide_newest
+from checkpoint import refusing, require
+from kernels.block import append_block
 from kernels.choose import choose_kernels
-from kernels.pages import CacheFull, PagePool, Rows
+from kernels.pages import CacheFull, PagePool, Rows, fork, free_memory
 
 
 @dataclass
@@ -60,8 +56,14 @@ class Feed:
         N = len(self.new)
         T, D = k.shape[2:]
         feed = self.one_token if T == 1 else self.block
-        y = feed(layer, self.rows.layer(layer), q.reshape(N, -1, T, D), k.reshape(N, T, D),
-                 v.reshape(N, T, D), logits.reshape(N, T))
+        y = feed(
+            layer,
+            self.rows.layer(layer),
+            q.reshape(N, -1, T, D),
+            k.reshape(N, T, D),
+            v.reshape(N, T, D),
+            logits.reshape(N, T),
+        )
         return y.view(q.shape)
 
     def one_token(self, layer, rows, q, k, v, logits):
@@ -69,23 +71,29 @@ class Feed:
         pool = self.cache.pool
         kernels = self.cache.kernels
         evict = logits[:, 0] > 0
-        kernels.cache_write(k[:, 0], v[:, 0], evict, self.new, rows, pool, self.cache.shift)
-        return kernels.decode_attention(q[:, :, 0], pool.keys, pool.values, rows.table, rows.length)
+        k = k[:, 0]
+        v = v[:, 0]
+        q = q[:, :, 0]
+        kernels.cache_write(k, v, evict, self.new, rows, pool, self.cache.shift)
+        return kernels.decode_attention(q, pool.keys, pool.values, rows.table, rows.length)
 
     def block(self, layer, rows, q, k, v, logits):
         """Attend, then store: the block's first tokens still see what expires within it."""
         cache = self.cache
-        evict = decisions(logits, cache.shift)  # (N, T)
-        if cache.shift == 1:
-            decide_newest(logits[:, 0] > 0, self.new, rows, cache.pool)
-            token = torch.arange(k.shape[1], device=k.device)
-            evict &= token < self.new[:, None] - 1  # the last token is not decided yet
         reads = (rows.length + self.new) * (self.new > 0)
         cache.reads[layer] += reads.view(-1, cache.kv_heads).sum(0)
-        block = (k, v, evict, self.new, rows, cache.pool, cache.window)
-        y = attend_block(q, *block, cache.scores_at_a_time)
-        write_block(*block)
-        return y
+        return append_block(
+            q,
+            k,
+            v,
+            logits,
+            self.new,
+            rows,
+            cache.pool,
+            cache.window,
+            cache.shift,
+            cache.scores_at_a_time,
+        )
 
 
 class KVCache:
@@ -103,17 +111,16 @@ class KVCache:
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None,
                  chunk=None, memory=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page, a power
-        of two; 64, or 32 where heads are small. chunk: the most tokens a sequence computes at a
-        time; 512, or 2,048 on a GPU. memory: bytes of the pool; None is what the model's whole
-        context takes without eviction, but at most 80 % of a GPU's free memory, or of the
-        machine's (which a CPU's system gives as it is written to). Raises InputError."""
+        of two. chunk: the most tokens a sequence computes at a time. memory: bytes of the pool;
+        None is what the model's whole context takes without eviction, but at most 80 % of a GPU's
+        free memory, or of the machine's (which gives it as it is written to). Raises InputError."""
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         self.page_size = page_size or (64 if config.head_dim >= 64 else 32)
         self.chunk = chunk or (2048 if on_gpu else 512)
-        if min(batch_size, self.chunk) < 1 or not math.log2(self.page_size).is_integer():
-            raise InputError("a cache needs batch_size and chunk of at least 1 and a page_size "
-                             "that is a power of two")
+        is_power = self.page_size > 0 and math.log2(self.page_size).is_integer()
+        require(is_power, "page_size must be a power of two")
+        require(min(batch_size, self.chunk) > 0, "batch_size and chunk must be at least 1")
         self.scores_at_a_time = 2**26 if on_gpu else 2**19  # of a block's attention
         self.layers = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
@@ -134,9 +141,9 @@ class KVCache:
 
         self.certain_steps = 0  # decode steps for which there are pages enough, without a look
         # what stats() counts
-        self.reads = torch.zeros(self.layers, self.kv_heads, dtype=torch.int64, device=self.device)
-        self.peak_pairs = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.peak_pages = 0
+        self.reads = self.rows.seen.new_zeros(self.layers, self.kv_heads)
+        self.peak_pairs = self.rows.seen.new_zeros(1)
+        self.least_free_pages = self.pool.free_count.clone()
         self.ended_tokens = 0
         self.ended_pairs = 0
 
@@ -154,11 +161,8 @@ class KVCache:
 
     def rows_of(self, sequences):
         """The indices of the rows of some sequences, in order, (n * Hkv,) int64."""
-        head = torch.arange(self.kv_heads, device=self.device)
-        first = torch.tensor([self.kv_heads * b for b in sequences], device=self.device)
-        return (first[:, None] + head).flatten().long()
-
-    # ---------------------------------------------------------------------------------- appending
+        rows = [b * self.kv_heads + head for b in sequences for head in range(self.kv_heads)]
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
     def check_lengths(self, B, T, lengths=None, sequence=None):
         """The real tokens in each row of ids (B, T), (B,) int64 on the cache's device. Raises
@@ -166,10 +170,8 @@ class KVCache:
         expected = self.batch_size if sequence is None else 1
         lengths = [T] * B if lengths is None else lengths
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
-        fits = B == expected and lengths.shape == (B,)
-        if not fits or bool(((lengths < 0) | (lengths > T)).any()):
-            raise InputError(f"lengths must be {expected} numbers from 0 to {T}, one per sequence "
-                             f"of the cache, and ids must have as many rows")
+        fits = (B,) == lengths.shape == (expected,) and bool((lengths.clamp(0, T) == lengths).all())
+        require(fits, f"lengths must be {expected} numbers from 0 to {T}, and ids have such rows")
         return lengths
 
     @contextmanager
@@ -199,7 +201,8 @@ class KVCache:
             if T == 1:
                 fed = feed.rows.length * (feed.new > 0)  # (L, N)
                 self.reads += fed.view(self.layers, -1, self.kv_heads).sum(1)
-            self.peak_pairs.copy_(torch.maximum(self.peak_pairs, self.rows.length.sum()))
+            self.peak_pairs.clamp_(min=self.rows.length.sum())
+            self.least_free_pages.clamp_(max=self.pool.free_count)
 
     @torch.inference_mode()
     def reserve(self, count, rows=slice(None)):
@@ -217,27 +220,15 @@ class KVCache:
         self.certain_steps -= 1
 
     def widen_tables(self, tokens):
-        """Make room in the page tables for the longest row and `tokens` more. A table that must
-        grow is replaced, by one with room to spare."""
-        columns = self.rows.table.shape[2]
-        needed = self.pages_for(int(self.rows.length.max())) + self.pages_for(tokens)
-        if needed > columns:
-            self.rows.table = F.pad(self.rows.table, (0, needed - columns + columns // 2))
-
-    # ----------------------------------------------------------------------------- whole sequences
-
-    def has_room_for(self, tokens):
-        """Is a sequence of this many tokens likely to fit, if it is compressed as those so far?"""
-        pairs = tokens / (self.compression_ratio() or 1) + self.page_size  # half a page to spare
-        return self.layers * self.kv_heads * pairs <= int(self.pool.free_count) * self.page_size
+        """Make room in the page tables for the longest row and `tokens` more."""
+        longest = int(self.rows.length.max())
+        self.rows.widen(self.pages_for(longest) + self.pages_for(tokens))
 
     @torch.inference_mode()
     def release(self, sequences):
         """End sequences (their indices): their pages are free again, and their rows empty."""
         rows = self.rows_of(set(sequences))
-        self.note_peak_pages()
-        self.ended_tokens += int(self.rows.seen[rows].sum()) // self.kv_heads
-        self.ended_pairs += int(self.rows.length[:, rows].sum())
+        self.count_ended(rows)
         self.rows.seen[rows] = 0
         self.rows.length[:, rows] = 0
         self.pool.free_all_but(self.rows.pages_in_use(self.page_size))
@@ -248,47 +239,33 @@ class KVCache:
         """Sequence i of the cache continues what sequences[i] has fed: name one several times to
         fork it, do not name it to drop it. Forks share the pages that they will not write to.
         Raises InputError, or CacheFull, before anything has changed."""
-        if not sequences or min(sequences) < 0 or max(sequences) >= self.batch_size:
-            raise InputError(f"sequences to select must be indices below {self.batch_size}, at "
-                             f"least one")
-        chosen = self.rows.select(self.rows_of(sequences))
-        forked = [b in sequences[:i] for i, b in enumerate(sequences)]
-        forked = torch.tensor(forked, device=self.device).repeat_interleave(self.kv_heads)
-        to_copy = chosen.pages_to_be_written(self.page_size) & forked[:, None]
-        shared = chosen.table[to_copy]
-        left = len(self.pool) - len(chosen.pages_in_use(self.page_size).unique())
-        if len(shared) > left:
-            raise CacheFull(f"the cache is full: {len(shared)} pages are needed for forks, and "
-                            f"{left} of its {len(self.pool)} would be free; allow more memory")
-        self.release(set(range(self.batch_size)) - set(sequences))
-        own = self.pool.take(len(shared))
-        self.pool.copy(shared, own)
-        chosen.table[to_copy] = own
+        are_there = sequences and set(sequences) <= set(range(self.batch_size))
+        require(are_there, f"select at least one sequence, by indices below {self.batch_size}")
+        dropped = set(range(self.batch_size)) - set(sequences)
+        is_copy = [b in sequences[:i] for i, b in enumerate(sequences)]
+        is_copy = torch.tensor(is_copy, device=self.device).repeat_interleave(self.kv_heads)
+        chosen = fork(self.rows, self.rows_of(sequences), is_copy, self.pool)
+        self.count_ended(self.rows_of(dropped))
         if len(sequences) == self.batch_size:
             self.rows.copy_(chosen)  # a captured decode step goes on reading these tensors
         else:
             self.rows = chosen
-
-    # ------------------------------------------------------------------------------------ counting
+        self.certain_steps = 0
 
     def positions(self, sequence, layer, head):
         """The positions of the tokens whose pairs a KV head holds, ascending, (n,) int32."""
-        row = sequence * self.kv_heads + head
-        length = int(self.rows.length[layer, row])
-        pages = self.rows.table[layer, row, : self.pages_for(length)].long()
-        return self.pool.position[pages].flatten()[:length].sort().values
+        return self.rows.positions(layer, sequence * self.kv_heads + head, self.pool)
+
+    def count_ended(self, rows):
+        """Note what sequences hold that end now. (rows: indices)"""
+        self.ended_tokens += int(self.rows.seen[rows].sum()) // self.kv_heads
+        self.ended_pairs += int(self.rows.length[:, rows].sum())
 
     def compression_ratio(self):
         """Tokens fed so far x L x Hkv / the pairs held at their ends, None before any token."""
         pairs = self.ended_pairs + int(self.rows.length.sum())
         dense_pairs = (self.ended_tokens + int(self.seen.sum())) * self.layers * self.kv_heads
         return dense_pairs / pairs if pairs else None
-
-    def note_peak_pages(self):
-        """Rows only grow until they end, so it is enough to call this then, and when asked."""
-        in_use = len(self.pool) - int(self.pool.free_count)
-        self.peak_pages = max(self.peak_pages, in_use)
-        return in_use
 
     def stats(self):
         """What is counted. tokens: fed to the sequences held now; pairs: held now; dense_pairs:
@@ -297,7 +274,8 @@ class KVCache:
         one; pages, page_bytes, peak_page_bytes: in use, now and at the most; pool_bytes: of all
         pages; pairs_per_head, reads_per_head: [L][Hkv], of all sequences."""
         tokens = int(self.seen.sum())
-        pages = self.note_peak_pages()
+        pages = len(self.pool) - int(self.pool.free_count)
+        peak_pages = len(self.pool) - int(self.least_free_pages)
         by_head = self.rows.length.view(self.layers, -1, self.kv_heads).sum(1)
         return {
             "tokens": tokens,
@@ -308,17 +286,8 @@ class KVCache:
             "reads": int(self.reads.sum()),
             "pages": pages,
             "page_bytes": pages * self.page_bytes,
-            "peak_page_bytes": self.peak_pages * self.page_bytes,
+            "peak_page_bytes": peak_pages * self.page_bytes,
             "pool_bytes": len(self.pool) * self.page_bytes,
             "pairs_per_head": by_head.tolist(),
             "reads_per_head": self.reads.tolist(),
         }
-
-
-def free_memory(device):
-    """Bytes that a GPU has free, or that a CPU's machine has in all."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 16e9

@@ -17,7 +17,6 @@ References: Touvron et al. 2302.13971 (Llama), Yang et al. 2505.09388 (Qwen3), S
 """
 
 import functools
-import importlib
 import math
 from dataclasses import dataclass, field
 
@@ -101,22 +100,17 @@ def yarn_frequencies(config, freq):
     rope = config.rope_scaling
     D = config.head_dim
     original = original_context(config)
-    factor = rope.get("factor")
-    if factor is None:
-        factor = config.max_position_embeddings / original
-    factor = float(factor)
+    factor = float(rope.get("factor", config.max_position_embeddings / original))
 
     def channel_that_turns(rotations):  # so many times over the original context
         wavelength = original / (rotations * 2 * math.pi)
         return D * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
-    low = channel_that_turns(rope.get("beta_fast", 32))
-    high = channel_that_turns(rope.get("beta_slow", 1))
+    low = max(channel_that_turns(rope.get("beta_fast", 32)), 0)
+    high = min(channel_that_turns(rope.get("beta_slow", 1)), D - 1)
     if rope.get("truncate", True):
         low = math.floor(low)
         high = math.ceil(high)
-    low = max(low, 0)
-    high = min(high, D - 1)
     channel = torch.arange(D // 2, dtype=torch.float32, device="cpu")
     divide = ((channel - low) / max(high - low, 0.001)).clamp(0, 1)
     freq = freq * (1 - divide + divide / factor)
@@ -166,9 +160,9 @@ class Attention(nn.Module):
         """The decision's own weights, which decide nothing yet (s = 0), in float32."""
         config = self.config
         C = config.hidden_size
-        device = self.q_proj.weight.device
-        norm = nn.RMSNorm(C, config.rms_norm_eps, device=device)
-        proj = nn.Linear(C, config.num_key_value_heads, config.attention_bias, device=device)
+        with self.q_proj.weight.device:
+            norm = nn.RMSNorm(C, config.rms_norm_eps)
+            proj = nn.Linear(C, config.num_key_value_heads, bias=config.attention_bias)
         for parameter in proj.parameters():
             nn.init.zeros_(parameter)
         self.dms_proj_alpha_norm = norm
@@ -251,11 +245,11 @@ class Model(nn.Module):
         self.config = config
         V = config.vocab_size
         C = config.hidden_size
-        self.model = nn.ModuleDict()
+        layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         # nn.Embedding's own normal draw would import sympy or the compiler on "meta"
-        self.model["embed_tokens"] = nn.Embedding(V, C, _weight=torch.rand(V, C))
-        self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.model["norm"] = nn.RMSNorm(C, config.rms_norm_eps)
+        embed_tokens = nn.Embedding(V, C, _weight=torch.rand(V, C))
+        norm = nn.RMSNorm(C, config.rms_norm_eps)
+        self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
         self.lm_head = nn.Linear(C, V, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -284,9 +278,7 @@ class Model(nn.Module):
             position = position + start[:, None]
         angle = position[:, :, None, None] * self.rope_freq.float()  # (B or 1, T, 1, D/2)
         angle = torch.cat((angle, angle), dim=-1)
-        cos = torch.cos(angle) * self.rope_scale
-        sin = torch.sin(angle) * self.rope_scale
-        return cos.to(dtype), sin.to(dtype)
+        return [(f(angle) * self.rope_scale).to(dtype) for f in (torch.cos, torch.sin)]
 
     def hidden(self, ids, attend, start=None, recompute=False):
         """The final normed states (B, T, C) of ids (B, T) int64.
@@ -299,25 +291,17 @@ class Model(nn.Module):
         rope = self.rope(ids.shape[1], start, x.dtype)
         for layer, block in enumerate(self.model.layers):
             run = functools.partial(block, rope=rope, attend=functools.partial(attend, layer))
-            if recompute:
-                x = checkpoint(run, x, use_reentrant=False)
-            else:
-                x = run(x)
+            x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
         return self.model.norm(x)
 
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):
         """Next-token logits (B, T, V), or for last_only (B, 1, V), of each row's last token alone.
         Arguments as for `states`."""
-        if cache is None:
-            x = self.states(ids)
-            return self.lm_head(x[:, -1:] if last_only else x)
-        with torch.inference_mode():
-            lengths = cache.check_lengths(*ids.shape, lengths, sequence)
-            x = self.states(ids, cache, lengths, sequence)
-            if last_only:
-                row = torch.arange(len(ids), device=ids.device)
-                x = x[row, lengths - 1][:, None]
-            return self.lm_head(x)
+        x = self.states(ids, cache, lengths, sequence)
+        if last_only:
+            last = -1 if lengths is None else torch.as_tensor(lengths, device=x.device) - 1
+            x = x[torch.arange(len(x), device=x.device), last][:, None]
+        return self.lm_head(x)
 
     def states(self, ids, cache=None, lengths=None, sequence=None):
         """The final normed states (B, T, C) of ids (B, T) int64 on the model's device.
@@ -329,27 +313,21 @@ class Model(nn.Module):
         """
         if cache is None:
             return self.hidden(ids, dms.masked_attention(self.config))
+        lengths = cache.check_lengths(*ids.shape, lengths, sequence)
+        states = []
         with torch.inference_mode():
-            lengths = cache.check_lengths(*ids.shape, lengths, sequence)
-            states = []
             for piece in ids.split(cache.chunk, dim=1):
                 count = lengths.clamp(0, piece.shape[1])  # real tokens of this piece
                 lengths = lengths - count
                 with cache.append(count, piece.shape[1], sequence) as feed:
                     states.append(self.hidden(piece, feed, feed.start))
-            return torch.cat(states, dim=1)
-
-
-ELSEWHERE = {
-    "load_model": "checkpoint",
-    "load_tokenizer": "checkpoint",
-    "Sequence": "generate",
-    "generate": "generate",
-}
+        return torch.cat(states, dim=1)
 
 
 def __getattr__(name):
-    """What people import from here and what lives in files that import this one."""
-    if name not in ELSEWHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(ELSEWHERE[name]), name)
+    """What people import from here lives in checkpoint.py, which imports this file."""
+    if name not in ("load_model", "load_tokenizer"):
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    import checkpoint
+
+    return getattr(checkpoint, name)

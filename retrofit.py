@@ -12,7 +12,6 @@ checker, KL, compression, reads, bytes.
     python retrofit.py --model Qwen/Qwen3-8B --data openr1-math.jsonl
     python retrofit.py --resume --out out/teacher-dms-8x   # after any interruption
 """
-import functools
 import json
 import os
 import platform
@@ -28,16 +27,19 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import dms
-from checkpoint import (InputError, check_ids, choose_device, copy_tokenizer, load_model,
+from checkpoint import (Tokenizer, check_ids, check_positive, choose_device, copy_tokenizer, load_model,
                         load_tokenizer, parse_options, read_json, read_lines, read_text, refusing,
-                        resolve, run_script, save_model, write_atomic, write_json, write_text)
+                        require, resolve, run_script, save_model, write_atomic, write_json, write_text)
+from kernels.training_attention import relaxed_attention_plain
 from kv_cache import KVCache
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
-TOY_DEFAULTS = dict(data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4,
-                    seq_len=512)
-TEXT_DEFAULTS = dict(window=256, train="adapters", steps=1000, lr=3e-5, batch_size=8,
-                     seq_len=8192)
+TOY_DEFAULTS = dict(
+    data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4, seq_len=512
+)
+TEXT_DEFAULTS = dict(
+    window=256, train="adapters", steps=1000, lr=3e-5, batch_size=8, seq_len=8192
+)
 
 
 @dataclass
@@ -81,56 +83,57 @@ class Options:
 # -------------------------------------------------------------------------------------------- Data
 
 
-class TextData:
-    """A .txt file (documents separated by blank lines) or .jsonl file ("text", or "messages" for
-    the chat template), packed to full sequences. Every 50th document is held out."""
+def read_documents(file):
+    """The documents of a .txt file, parted by blank lines, or of a .jsonl file, each a "text" or
+    the "messages" of a chat. Raises InputError."""
+    if str(file).endswith(".jsonl"):
+        documents = [row.get("messages") or row.get("text") for row in read_lines(file)]
+    else:
+        text = read_text(file, f"{file}: not readable as text; give a .txt or .jsonl file")
+        documents = text.split("\n\n")
+    documents = [d for d in documents if d and str(d).strip()]
+    found = f"{len(documents)} usable documents"
+    require(len(documents) >= 2, f"{file}: has {found}, parted by blank lines or as JSON lines")
+    return documents
 
-    def __init__(self, file, tokenizer, seq_len, batch_size, seed):
-        self.tokenizer = tokenizer
-        self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.seed = seed
-        if str(file).endswith(".jsonl"):
-            documents = [row.get("messages") or row.get("text") for row in read_lines(file)]
-        else:
-            text = read_text(file, f"{file}: not readable as text; give a .txt or .jsonl file")
-            documents = text.split("\n\n")
-        documents = [d for d in documents if d and (not isinstance(d, str) or d.strip())]
-        if len(documents) < 2:
-            raise InputError(f"{file}: has {len(documents)} usable documents; needed are at least "
-                             f"2, as text parted by blank lines, or JSON lines with \"text\" or "
-                             f"\"messages\"")
-        self.kept_out = documents[1::50]
-        self.documents = [d for i, d in enumerate(documents) if i % 50 != 1]
+
+@dataclass
+class TextData:
+    """Documents packed to full sequences. Every 50th is held out."""
+
+    documents: list
+    tokenizer: Tokenizer
+    seq_len: int
+    batch_size: int
+    seed: int
 
     def pack(self, documents, rng, rows):
         """Documents drawn at random, end to end: token ids (rows, seq_len), lengths (rows,)."""
-        end = self.tokenizer.end_id
         ids = []
         while len(ids) < rows * self.seq_len:
             ids += self.tokenizer.encode(rng.choice(documents))
-            if end is not None:
-                ids.append(end)
-            if not ids:
-                raise InputError("the data gives no tokens; check the file and the tokenizer")
+            if self.tokenizer.end_id is not None:
+                ids.append(self.tokenizer.end_id)
+            require(ids, "the data gives no tokens; check the file and the tokenizer")
         ids = torch.tensor(ids[: rows * self.seq_len]).view(rows, -1)
         return ids, torch.full((rows,), self.seq_len)
 
     def batch(self, step):
         """Token ids (B, T) and real lengths (B,), a function of (seed, step)."""
-        return self.pack(self.documents, random.Random(f"{self.seed} {step}"), self.batch_size)
+        documents = [d for i, d in enumerate(self.documents) if i % 50 != 1]
+        return self.pack(documents, random.Random(f"{self.seed} {step}"), self.batch_size)
 
     def held_out(self, rows):
-        return self.pack(self.kept_out, random.Random("held out"), rows)
+        return self.pack(self.documents[1::50], random.Random("held out"), rows)
 
 
 def make_data(options):
-    tokenizer = load_tokenizer(options.model)
+    sizes = (load_tokenizer(options.model), options.seq_len, options.batch_size, options.seed)
     if options.data == "toy":
-        from toy.data import ToyData as Data
-    else:
-        Data = functools.partial(TextData, options.data)
-    return Data(tokenizer, options.seq_len, options.batch_size, options.seed)
+        from toy.data import ToyData
+
+        return ToyData(*sizes)
+    return TextData(read_documents(options.data), *sizes)
 
 
 # ---------------------------------------------------------------------------------------- Training
@@ -146,9 +149,7 @@ def learning_rate(step, steps, peak):
 def train_step(student, teacher, data, optimizer, step, options):
     """One step; returns its metrics. teacher is None where it is the student without eviction."""
     torch.manual_seed(options.seed * 1_000_003 + step)
-    ids, lengths = data.batch(step)
-    ids = ids.to(student.device)
-    lengths = lengths.to(student.device)
+    ids, lengths = (x.to(student.device) for x in data.batch(step))
     token = torch.arange(ids.shape[1], device=ids.device)
     predicts = token < lengths[:, None] - 1  # (B, T): no padding, nor what nothing follows
     cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
@@ -156,7 +157,7 @@ def train_step(student, teacher, data, optimizer, step, options):
     teacher = teacher or student
     with torch.no_grad():
         target = teacher.hidden(ids, dms.masked_attention(teacher.config, evict=False))
-    relaxed = dms.RelaxedAttention(student.config, lengths)
+    relaxed = dms.RelaxedAttention(student.config.dms, lengths, relaxed_attention_plain)
     states = student.hidden(ids, relaxed, recompute=options.recompute)
     heads = (student.lm_head.weight, teacher.lm_head.weight)
     kl = dms.distillation_loss(states, target, *heads, predicts, options.reverse_kl)
@@ -169,14 +170,12 @@ def train_step(student, teacher, data, optimizer, step, options):
     group["lr"] = learning_rate(step, options.steps, options.lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {
-        "step": step + 1,
-        "kl": kl.item(),
-        "compression_loss": compression.item(),
-        "target_cr": round(cr, 4),
-        "cr": 1 / (1 - min(let_go.item(), 1 - 1e-6)),
-        "grad_norm": norm.item(),
-    }
+    actual_cr = 1 / (1 - min(let_go.item(), 1 - 1e-6))
+    return {"step": step + 1, "kl": kl.item(), "compression_loss": compression.item(),
+            "target_cr": round(cr, 4), "cr": actual_cr, "grad_norm": norm.item()}
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in its state
 
 
 def save_state(file, parameters, optimizer, step):
@@ -184,45 +183,39 @@ def save_state(file, parameters, optimizer, step):
     parameters: {name: parameter}."""
     tensors = {}
     for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        tensors[f"weight.{name}"] = parameter.detach().contiguous().cpu()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{name}"] = state[moment].contiguous().cpu()
-    metadata = {"step": str(step)}
-    write_atomic(file, lambda temporary: save_file(tensors, temporary, metadata))
+        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
+        for moment in MOMENTS:
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
+    write_atomic(file, lambda temporary: save_file(tensors, temporary, {"step": str(step)}))
 
 
 def load_state(file, parameters, optimizer):
-    """The inverse of save_state; returns the number of steps done, 0 where there is no file."""
-    if not file.exists():
-        return 0
+    """The inverse of save_state; returns the number of steps done."""
     problem = f"{file}: does not belong to this run; start anew in another --out"
-    with refusing(problem, SafetensorError, OSError, ValueError, KeyError, RuntimeError):
-        with safe_open(file, "pt") as saved:
-            step = int(saved.metadata()["step"])
-            for name, parameter in parameters.items():
-                state = {"step": torch.tensor(float(step))}
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    tensor = saved.get_tensor(f"{moment}.{name}")
-                    state[moment] = tensor.to(parameter.device)
-                optimizer.state[parameter] = state
-                parameter.data.copy_(saved.get_tensor(f"weight.{name}"))
+    with (refusing(problem, SafetensorError, OSError, ValueError, KeyError, RuntimeError),
+          safe_open(file, "pt") as saved):
+        step = int(saved.metadata()["step"])
+        for name, parameter in parameters.items():
+            parameter.data.copy_(saved.get_tensor(f"weight.{name}"))
+            state = {key: saved.get_tensor(f"{key}.{name}").to(parameter.device) for key in MOMENTS}
+            optimizer.state[parameter] = {**state, "step": torch.tensor(float(step))}
     return step
 
 
 def load_pair(options):
     """The student, ready to be trained, and its teacher, None where one model serves as both."""
     train_all = options.train == "all"
-    teacher = load_model(options.model, options.device, options.torch_dtype)
-    student = teacher
-    if train_all:
-        student = load_model(options.model, options.device, torch.float32)
-    settings = dms.DMSConfig(window=options.window, source=options.decision, shift=options.shift,
-                             per=options.per, target_cr=options.target_cr)
+    dtype = torch.float32 if train_all else options.torch_dtype
+    student = load_model(options.model, options.device, dtype)
+    settings = dms.DMSConfig(options.window, options.decision, options.shift, per=options.per,
+                             target_cr=options.target_cr)
     dms.start_retrofit(student, settings)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(train_all or "dms_proj_alpha" in name)
-    return student, teacher if train_all else None
+    teacher = None
+    if train_all:
+        teacher = load_model(options.model, options.device, options.torch_dtype)
+    return student, teacher
 
 
 def train(options, out):
@@ -231,18 +224,18 @@ def train(options, out):
     data = make_data(options)
     student, teacher = load_pair(options)
     context = student.config.max_position_embeddings
-    if options.seq_len > context:
-        raise InputError(f"--seq-len {options.seq_len} is longer than the model's context of "
-                         f"{context}; make it shorter")
-    check_ids(student.config, data.batch(0)[0][0].tolist())
+    fits = options.seq_len <= context
+    require(fits, f"--seq-len is longer than the model's context of {context}; shorten it")
+    for row in data.batch(0)[0].tolist():
+        check_ids(student.config, row)
     parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "settings.json", options.settings())
     state = out / "state.safetensors"
     metrics = out / "metrics.jsonl"
-    done = load_state(state, parameters, optimizer)
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    done = load_state(state, parameters, optimizer) if state.exists() else 0
+    lines = metrics.read_text().splitlines(keepends=True) if done else []
     write_text(metrics, "".join(lines[:done]))
     bar = tqdm(range(done, options.steps), initial=done, total=options.steps, desc="retrofit")
     with open(metrics, "a") as log:
@@ -258,8 +251,7 @@ def train(options, out):
     if teacher is None:
         save_model(student, out, torch.float32, base=options.model)
     else:
-        half = torch.bfloat16 if options.torch_dtype == torch.float32 else options.torch_dtype
-        save_model(student, out, half)
+        save_model(student, out, torch.float16 if options.dtype == "float16" else torch.bfloat16)
 
 
 # --------------------------------------------------------------------------------------- Measuring
@@ -267,84 +259,68 @@ def train(options, out):
 
 @torch.inference_mode()
 def measure(model, reference, data, options, desc):
-    """KL to the reference model, None for itself, on held-out text read through the cache; accuracy
-    where the data brings tasks; and the counts of the caches that answered them, or else have read
-    that text."""
-
-    def new_cache(rows):
-        return KVCache(model.config, rows, model.device, model.dtype)
-
-    cache = new_cache(1)
-    nats = 0.0
+    """KL to the reference model on held-out text, read through the cache; accuracy where the data
+    brings tasks; and the counts of the cache that answered them, or else has read that text."""
+    cache = KVCache(model.config, 1, model.device, model.dtype)
+    heads = (model.lm_head.weight, reference.lm_head.weight)
     ids, lengths = data.held_out(32)
+    nats = 0.0
     for row, n in zip(ids.to(model.device), lengths.tolist()):
         states = model.states(row[None, :n], cache)[:, :-1]
+        target = reference.states(row[None, :n])[:, :-1]
+        kl = dms.distillation_loss(states[0], target[0], *heads, slice(None))
+        nats += kl.item() * (n - 1)
         cache.release([0])
-        if reference is not None:
-            target = reference.states(row[None, :n])[:, :-1]
-            every = torch.ones(1, n - 1, dtype=torch.bool)
-            heads = (model.lm_head.weight, reference.lm_head.weight)
-            nats += (n - 1) * dms.distillation_loss(states, target, *heads, every).item()
-    result = {"kl": nats / int((lengths - 1).sum()), "accuracy": {}}
-    caches = [cache]
+    accuracy = {}
     if hasattr(data, "answer_tasks"):
-        result["accuracy"], caches = data.answer_tasks(model, new_cache, options, desc)
-    heads = model.config.num_hidden_layers * model.config.num_key_value_heads
-    stats = [cache.stats() for cache in caches]
-    tokens = sum(cache.ended_tokens for cache in caches)
-    pairs = sum(cache.ended_pairs for cache in caches)
-    return {
-        **result,
-        "compression_ratio": tokens * heads / pairs,
-        "tokens": tokens,
-        "pairs": pairs,
-        "peak_pairs": max(s["peak_pairs"] for s in stats),
-        "reads": sum(s["reads"] for s in stats),
-        "peak_page_bytes": max(s["peak_page_bytes"] for s in stats),
-    }
+        rows = min(options.eval_batch, options.eval_problems)
+        cache = KVCache(model.config, rows, model.device, model.dtype)
+        accuracy = data.answer_tasks(model, cache, options, desc)
+    stats = cache.stats()
+    counted = ("compression_ratio", "peak_pairs", "reads", "peak_page_bytes")
+    counts = {key: stats[key] for key in counted}
+    counts |= {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs}
+    return {"kl": nats / int((lengths - 1).sum()), "accuracy": accuracy, **counts}
 
 
 def evaluate(options, out):
     """Measure the dense model, the retrofitted one and a sliding window of the same budget."""
     data = make_data(options)
-    teacher = load_model(options.model, options.device, options.torch_dtype)
-    student = load_model(out, options.device, options.torch_dtype)
-    dense = measure(teacher, None, data, options, "dense")
-    compressed = measure(student, teacher, data, options, "DMS")
+    dense, compressed, window = (load_model(model, options.device, options.torch_dtype)
+                                 for model in (options.model, out, options.model))
+    results = {"dense": measure(dense, dense, data, options, "dense"),
+               "DMS": measure(compressed, dense, data, options, "DMS")}
     # a sliding window is a DMS model that evicts everything; its budget is what DMS held of an
     # average sequence
-    sequences = len(dense["accuracy"]) * options.eval_problems or 32
-    budget = dense["tokens"] / sequences / compressed["compression_ratio"]
-    budget = max(round(budget), 1)
-    model = load_model(options.model, options.device, options.torch_dtype)
-    dms.start_retrofit(model, dms.DMSConfig(window=budget - 1, offset=-1.0))
-    model.requires_grad_(False)
-    window = measure(model, teacher, data, options, f"window of {budget}")
-    results = {"dense": dense, "DMS": compressed, "window": window}
-    hardware = (torch.cuda.get_device_name() if torch.cuda.is_available() else
-                f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
-                f"{torch.get_num_threads()} threads")
-    write_json(out / "results.json", {"settings": options.settings(), "hardware": hardware,
-                                      "window_tokens": budget, "torch": torch.__version__,
-                                      "results": results})
-    print_table(results, ["dense", f"DMS {options.target_cr:g}x", f"window of {budget}"])
+    sequences = len(results["dense"]["accuracy"]) * options.eval_problems or 32
+    tokens = results["dense"]["tokens"] / sequences
+    budget = max(round(tokens / results["DMS"]["compression_ratio"]), 1)
+    dms.start_retrofit(window, dms.DMSConfig(window=budget - 1, offset=-1.0))
+    title = f"window of {budget}"
+    results["window"] = measure(window.requires_grad_(False), dense, data, options, title)
+    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if options.device != "cpu":
+        hardware = torch.cuda.get_device_name()
+    write_json(out / "results.json", {
+        "settings": options.settings(), "hardware": hardware, "torch": torch.__version__,
+        "window_tokens": budget, "results": results})  # fmt: skip
+    titles = ("dense", f"DMS {options.target_cr:g}x", title)
+    print_table(dict(zip(titles, results.values())))
 
 
-def print_table(results, titles):
-    rows = [("", titles)]
-    for task in results["dense"]["accuracy"]:
-        rows.append((task, [f"{r['accuracy'][task]:.1%}" for r in results.values()]))
-    for name, key, form in (
-        ("KL to the teacher, nats", "kl", ".4f"),
-        ("peak pairs held", "peak_pairs", ","),
-        ("compression ratio", "compression_ratio", ".2f"),
-        ("KV reads, pairs", "reads", ","),
-        ("peak bytes in pages", "peak_page_bytes", ","),
-    ):
-        rows.append((name, [f"{r[key]:{form}}" for r in results.values()]))
-    for name, values in rows:
-        print(f"\n{name:26}" + "".join(f"{value:>18}" for value in values), end="")
-    print()
+ROWS = {"kl": ("KL to the teacher, nats", ".4f"), "peak_pairs": ("peak pairs held", ","),
+        "compression_ratio": ("compression ratio", ".2f"), "reads": ("KV reads, pairs", ","),
+        "peak_page_bytes": ("peak bytes in pages", ",")}  # of the printed table
+
+
+def print_table(columns):
+    """columns: {title: what measure gives}."""
+    print(f"{'':26}" + "".join(f"{title:>18}" for title in columns))
+    columns = columns.values()
+    for task in list(columns)[0]["accuracy"]:
+        print(f"{task:26}" + "".join(f"{column['accuracy'][task]:18.1%}" for column in columns))
+    for key, (name, form) in ROWS.items():
+        print(f"{name:26}" + "".join(f"{column[key]:18{form}}" for column in columns))
 
 
 # -------------------------------------------------------------------------------------- The script
@@ -354,61 +330,49 @@ def parse(argv=None):
     """The Options: defaults, for toy data or text, then a resumed run's own, then those given."""
     given = parse_options(Options, argv)
     options = Options(**given)
-    name = f"{Path(options.model).name}-dms-{options.target_cr:g}x"
-    out = Path(options.out or Path("out") / name)
+    out = f"out/{Path(options.model).name}-dms-{options.target_cr:g}x"
+    out = Path(options.out or out)
     saved = {}
     if options.resume:
-        if not (out / "settings.json").exists():
-            raise InputError(f"{out}: holds no run to resume; name its folder with --out, or leave "
-                             f"--resume out")
-        saved = read_json(out / "settings.json")
+        file = out / "settings.json"
+        require(file.exists(), f"{out}: holds no run to resume; name its folder with --out")
+        saved = read_json(file)
     for key, value in saved.items():
-        if not key.startswith("eval_") and given.get(key, value) != value:
-            flag = key.replace("_", "-")
-            raise InputError(f"{out}: was started with another --{flag} ({value!r}); resume it "
-                             f"unchanged, or start another --out")
+        is_same = key.startswith("eval_") or given.get(key, value) == value
+        flag = key.replace("_", "-")
+        require(is_same, f"{out}: was started with another --{flag} ({value!r}); resume it as it is")
     is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
     defaults = TOY_DEFAULTS if options.data == "toy" or is_teacher else TEXT_DEFAULTS
     options = Options(**{**defaults, **saved, **given})
     options.out = str(out)
-    options.device = choose_device(options.device)
-    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    choose_device(options)
     return options
 
 
 def check(options):
     """What can be known to be wrong before anything is loaded."""
     folder = resolve(options.model)
-    if any(key.startswith("dms_") for key in read_json(folder / "config.json")):
-        raise InputError(f"{folder}: is already a DMS checkpoint; give the dense model that it "
-                         f"came from")
-    if options.data is None:
-        raise InputError("--data is missing; give a .txt or .jsonl file of text like what the "
-                         "model will be used for")
+    is_dense = not any(key.startswith("dms_") for key in read_json(folder / "config.json"))
+    require(is_dense, f"{folder}: is already a DMS checkpoint; give the model that it came from")
+    require(options.data is not None, "--data is missing; give a .txt or .jsonl file")
     check_target(options.target_cr, options.window, options.seq_len)
-    for name in ("steps", "batch_size", "seq_len", "save_every", "eval_problems", "eval_batch",
-                 "eval_tokens"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    if options.window < 0 or not options.lr > 0:
-        raise InputError("--window must be 0 or more and --lr positive")
-    if options.decision == "neuron" and options.train == "adapters":
-        raise InputError("--decision neuron has no adapters to train; add --train all")
+    check_positive(options, "steps", "lr", "batch_size", "seq_len", "save_every", "eval_problems",
+                   "eval_batch", "eval_tokens")
+    require(options.window >= 0, "--window must be 0 or more")
+    can_train = options.decision == "adapter" or options.train == "all"
+    require(can_train, "--decision neuron has no adapters to train; add --train all")
     out = Path(options.out)
-    if not options.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: already holds something; continue it with --resume, or choose "
-                         f"another --out")
+    is_new = not out.exists() or out.is_dir() and not any(out.iterdir())
+    remedy = "continue it with --resume, or choose another --out"
+    require(is_new or options.resume, f"{out}: already holds something; {remedy}")
 
 
 def check_target(target_cr, window, length):
     """Refuse what sequences of this many tokens cannot reach: the window alone is too much."""
-    if not target_cr >= 1:
-        raise InputError(f"target CR {target_cr} is not a compression; give 1 or more")
-    if (window + 1) * target_cr > length:
-        raise InputError(f"target CR {target_cr:g} is impossible for sequences of {length} tokens: "
-                         f"the window alone holds {window + 1} of them, and 1/{target_cr:g} is "
-                         f"{length / target_cr:.0f}; use a smaller --window, a smaller --target-cr "
-                         f"or longer sequences")
+    require(target_cr >= 1, f"target CR {target_cr} is not a compression; give 1 or more")
+    require((window + 1) * target_cr <= length, f"target CR {target_cr:g} is impossible: the "
+            f"window alone holds {window + 1} of {length} tokens; use a smaller --window or "
+            f"--target-cr, or longer sequences")
 
 
 def main(argv=None):

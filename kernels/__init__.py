@@ -27,8 +27,7 @@ def check_launch(name, *tensors):
     assert all(x.device == device for x in tensors), f"{name}: tensors on several devices"
     assert all(x.is_contiguous() for x in tensors), f"{name}: tensors must be contiguous"
     if device.type == "cuda":
-        here = torch.cuda.current_device()
-        assert device.index == here, f"{name}: {device} is not the GPU that set_device chose"
-    elif device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        assert interpreted, f"{name}: on a CPU it runs under TRITON_INTERPRET=1 only"
+        is_here = device.index == torch.cuda.current_device()
+        assert is_here, f"{name}: {device} is not the GPU that set_device chose"
+    interpreted = device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+    assert interpreted, f"{name}: on a CPU it runs under TRITON_INTERPRET=1 only"

@@ -1,17 +1,19 @@
 """
-Cache write: the cache's rule for a decode step, in which every row gets one token or none.
+Cache write: the cache's rule. New tokens take the slots that fall free, or are appended.
 
     j = t - (window + 1) leaves the window as token t arrives: if j was evicted, t is written over
     j's slot; otherwise t is appended, on a fresh page from the free stack where the last is full
 
-Triton's kernel is that for one row, so a layer's bookkeeping is one launch. `rows` and `pool` are
-the Rows of one layer and the PagePool of kv_cache.py.
+For a block of tokens that is the visibility rule, over the positions and decisions that the slots
+carry: what the block's last token does not see any more is not needed after it. The kernels, here
+by Triton and in cpu.py by numba, are the case of one token a row, in a launch for a layer.
 
-Letters: N rows, D head size, W = window + 1 entries of the ring.
+`rows` and `pool` are the Rows of one layer and the PagePool of pages.py. Letters: N rows, T new
+tokens, S slots of the longest row, D head size, W = window + 1 entries of the ring.
 """
-
 import torch
 
+from dms import visible
 from kernels import check_launch, tl, triton
 
 
@@ -51,33 +53,66 @@ def store(k, v, position, evict, row, slot, rows, pool):
     pool.evicted[page, place] = evict
 
 
+def held(slots, rows, some=slice(None)):
+    """What some rows' slots (P, page_size, ...) hold, laid end to end, (n, S, ...); and which of
+    them are in use, (n, S) bool. Others may hold anything."""
+    length = rows.length[some, None]
+    S = int(length.max())
+    page_size = slots[0].shape[1]
+    pages = rows.table[some, : -(-S // page_size)].long()
+    in_use = torch.arange(S, device=length.device) < length
+    return [x[pages].flatten(1, 2)[:, :S] for x in slots], in_use
+
+
+def write_block(k, v, evict, new, rows, pool, window):
+    """Store what a block's last token still sees of its tokens, in slots that it does not see any
+    more, then in new ones; in place, but for `seen`.
+
+    k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
+    (N,) int64, how many of the T are real. Pages that are written to must not be shared, and the
+    page tables must have room. Raises CacheFull, before anything of this layer has changed.
+    """
+    N, T = evict.shape
+    (position, evicted), in_use = held((pool.position, pool.evicted), rows)
+    last = (rows.seen + new - 1)[:, None]
+    token = rows.seen[:, None] + torch.arange(T, device=k.device)  # (N, T): positions
+    free = in_use & ~visible(last, position, evicted, window)  # (N, S)
+    survives = visible(last, token, evict, window)  # (N, T); none of the padding does
+
+    # the r-th survivor of a row takes its r-th free slot, or is appended
+    row, slot = free.nonzero(as_tuple=True)
+    rank = free.cumsum(1)[row, slot] - 1
+    slots = torch.zeros(N, T, dtype=torch.int64, device=k.device)
+    slots[row, rank] = slot
+    frees = free.sum(1, keepdim=True)
+    rank = survives.cumsum(1) - 1
+    slots = slots.gather(1, rank.clamp(min=0))
+    slots = torch.where(rank < frees, slots, rows.length[:, None] + rank - frees)
+
+    length = rows.length + (survives.sum(1) - frees[:, 0]).int()
+    add_pages(rows, pool, length)
+    row, t = survives.nonzero(as_tuple=True)
+    slot = slots[row, t]
+    store(k[row, t], v[row, t], token[row, t], evict[row, t], row, slot, rows, pool)
+    rows.length.copy_(length)
+
+    W = rows.ring.shape[1]
+    recent = t >= new[row] - W  # the ring is about the window only
+    row, t, slot = row[recent], t[recent], slot[recent]
+    rows.ring[row, token[row, t] % W] = slot.int()
+
+
 def cache_write_plain(k, v, evict, new, rows, pool, shift):
-    """Store one token in every row that gets one, in place.
+    """Store one token in every row that gets one: a block of one, in place.
 
     k, v: (N, D), the pool's dtype. evict: (N,) bool, decided at these tokens about those `shift`, 0
-    or 1, before them. new: (N,) int64, 1 for a row that gets a token, 0 for one that rests. `seen`
-    is left as it is. Pages that are written to must not be shared, and the page table must have
-    room. Raises CacheFull.
+    or 1, before them. new: (N,) int64, 1 for a row that gets a token, 0 for one that rests.
     """
-    page_size = pool.keys.shape[1]
-    W = rows.ring.shape[1]
     if shift == 1:
         decide_newest(evict, new, rows, pool)
         evict = torch.zeros_like(evict)  # about the new tokens nothing is decided yet
-
-    leaving = ((new > 0) & (rows.seen >= W)).nonzero()[:, 0]  # rows whose window is full
-    slot = rows.ring[leaving, rows.seen[leaving] % W]
-    free = pool.evicted[locate(rows, leaving, slot, page_size)]
-    slots = rows.length.clone()  # append...
-    slots[leaving[free]] = slot[free]  # ...or take the slot that falls free
-
-    row = new.nonzero()[:, 0]
-    slot = slots[row]
-    length = torch.maximum(rows.length, torch.where(new > 0, slots + 1, 0))
-    add_pages(rows, pool, length)
-    store(k[row], v[row], rows.seen[row], evict[row], row, slot, rows, pool)
-    rows.ring[row, rows.seen[row] % W] = slot
-    rows.length.copy_(length)
+    window = rows.ring.shape[1] - 1
+    write_block(k[:, None], v[:, None], evict[:, None], new, rows, pool, window)
 
 
 if triton is not None:
@@ -147,12 +182,5 @@ def cache_write(k, v, evict, new, rows, pool, shift):
     assert shift in (0, 1), "cache_write: shift is 0 or 1"
     N, D = k.shape
     _write[(N,)](
-        *tensors,
-        rows.table.stride(0),
-        D=D,
-        WIDTH=triton.next_power_of_2(D),
-        PAGE=pool.keys.shape[1],
-        W=rows.ring.shape[1],
-        SHIFT=shift,
-        num_warps=1,
-    )
+        *tensors, rows.table.stride(0), D=D, WIDTH=triton.next_power_of_2(D),
+        PAGE=pool.keys.shape[1], W=rows.ring.shape[1], SHIFT=shift, num_warps=1)

@@ -1,18 +1,11 @@
 """Which kernels a cache uses for a decode step."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections import namedtuple
 
 from kernels import cache_write, cpu, decode_attention, triton
 
-
-class Kernels(NamedTuple):
-    """Two functions with the signatures of their plain twins."""
-
-    cache_write: Callable
-    decode_attention: Callable
-
-
+# two functions with the signatures of their plain twins
+Kernels = namedtuple("Kernels", "cache_write decode_attention")
 PLAIN = Kernels(cache_write.cache_write_plain, decode_attention.decode_attention_plain)
 TRITON = Kernels(cache_write.cache_write, decode_attention.decode_attention)
 NUMBA = Kernels(cpu.cache_write, cpu.decode_attention)

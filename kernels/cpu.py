@@ -21,42 +21,34 @@ except ImportError:
 
 def can_read(device, dtype):
     """Can these kernels read tensors of this kind?"""
-    on_cpu = numba is not None and device.type == "cpu"
-    return on_cpu and dtype in (torch.float32, torch.bfloat16)
+    is_kind = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    return is_kind and numba is not None
 
 
-def as_numpy(x):
-    """A tensor's memory as numpy sees it, bfloat16 as 16-bit integers."""
-    if x.dtype == torch.bfloat16:
-        x = x.view(torch.uint16)
-    return x.detach().numpy()
-
-
-def launch(kernel, *arguments):
-    """Run a kernel on tensors and numbers, in as many threads as PyTorch uses."""
+def launch(kernel, *tensors):
+    """Run a kernel on tensors as numpy sees them, bfloat16 as 16-bit integers, in as many threads
+    as PyTorch uses."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    kernel(*(as_numpy(x) if isinstance(x, torch.Tensor) else x for x in arguments))
+    tensors = [x.view(torch.uint16) if x.dtype == torch.bfloat16 else x for x in tensors]
+    kernel(*(x.detach().numpy() for x in tensors))
 
 
 def cache_write(k, v, evict, new, rows, pool, shift):
     """cache_write_plain. The free stack must have a page for every row that needs one."""
-    state = (rows.seen, rows.length, rows.table, rows.ring)
-    slots = (pool.keys, pool.values, pool.position, pool.evicted)
-    launch(_write, k, v, evict, new, *state, *slots, pool.free, pool.free_count, shift)
+    state = (rows.seen, rows.length, rows.table, rows.ring, pool.keys, pool.values, pool.position)
+    free = (pool.evicted, pool.free, pool.free_count)
+    launch(_write, k, v, evict, new, *state, *free, torch.tensor([shift]))
 
 
 def decode_attention(q, k_pages, v_pages, table, length):
     """decode_attention_plain, float32 or bfloat16."""
     query = q.float() * q.shape[2] ** -0.5
-    part = query.new_zeros(torch.get_num_threads(), *q.shape)
-    part = F.pad(part, (0, 2))
+    part = F.pad(query.new_zeros(torch.get_num_threads(), *q.shape), (0, 2))
     part[..., -1] = -1e30
     launch(_attend, query, k_pages, v_pages, table, length, part)
     out, total, top = part.split((q.shape[2], 1, 1), dim=3)
     weight = (top - top.amax(0)).exp()  # of each thread's share
-    out = (weight * out).sum(0)
-    total = (weight * total).sum(0).clamp(min=1e-30)
-    return (out / total).to(q.dtype)
+    return ((weight * out).sum(0) / (weight * total).sum(0).clamp(min=1e-30)).to(q.dtype)
 
 
 def linear(x, weight, bias=None):
@@ -66,9 +58,7 @@ def linear(x, weight, bias=None):
     y = torch.empty(len(rows), len(weight))
     launch(_linear, rows, weight, y)
     y = y[: len(x)]
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -77,14 +67,12 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         rows = x.shape[:-1].numel()
-        most_rows = 32
-        if x.dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() != "AVX512":
-            most_rows = 2**30
+        has_instructions = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        few = rows <= 32 or x.dtype != torch.float32 and not has_instructions
         differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if differentiated or not 1 < rows <= most_rows or not can_read(x.device, x.dtype):
+        if differentiated or rows == 1 or not few or not can_read(x.device, x.dtype):
             return super().forward(x)
-        y = linear(x.flatten(0, -2), self.weight, self.bias)
-        return y.view(*x.shape[:-1], -1)
+        return linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 def use_compiled_products(model):
@@ -125,7 +113,7 @@ if numba is not None:
             if new[row] == 0:
                 continue
             t = seen[row]
-            if shift == 1 and t > 0:
+            if shift[0] == 1 and t > 0:
                 newest = ring[row, (t - 1) % W]
                 evicted[table[row, newest // page_size], newest % page_size] = evict[row]
             slot = length[row]
@@ -143,7 +131,7 @@ if numba is not None:
             keys[page, place] = k[row]
             values[page, place] = v[row]
             position[page, place] = t
-            evicted[page, place] = evict[row] and shift == 0
+            evicted[page, place] = evict[row] and shift[0] == 0
             ring[row, t % W] = slot
 
     @compiled
@@ -158,13 +146,10 @@ if numba is not None:
             weight = np.empty(page_size, np.float32)
             for row in range(N):
                 pages = -(-length[row] // page_size)
-                first = share * pages // threads
-                end = (share + 1) * pages // threads
-                for ordinal in range(first, end):
-                    page = table[row, ordinal]
+                for ordinal in range(share * pages // threads, (share + 1) * pages // threads):
                     held = min(length[row] - ordinal * page_size, page_size)
-                    keys = k_pages[page, :held]
-                    values = v_pages[page, :held]
+                    keys = k_pages[table[row, ordinal], :held]
+                    values = v_pages[table[row, ordinal], :held]
                     for g in range(G):
                         attend_page(q[row, g], keys, values, weight, part[share, row, g])
 

@@ -43,25 +43,11 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["table_stride"])
     def _attend(
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        table_ptr,
-        length_ptr,
-        part_ptr,
-        lse_ptr,
-        scale,
-        table_stride,
-        G: tl.constexpr,
-        D: tl.constexpr,
-        WIDTH: tl.constexpr,
-        PAGE: tl.constexpr,
-        SPLIT: tl.constexpr,
-        BLOCK: tl.constexpr,
-        UPCAST: tl.constexpr,
-    ):
-        """part (N, splits, G, D) and lse (N, splits, G), float32, of program (row, split). Logarithms are to base 2:
-        scale has the factor log2(e)."""
+        q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, part_ptr, lse_ptr, scale, table_stride,
+        G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+        SPLIT: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+        """part (N, splits, G, D) and lse (N, splits, G), float32, of program (row, split).
+        Logarithms are to base 2: scale has the factor log2(e)."""
         row = tl.program_id(0).to(tl.int64)
         split = tl.program_id(1)
         first = split * SPLIT
@@ -109,18 +95,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["splits"])
     def _merge(
-        part_ptr,
-        lse_ptr,
-        length_ptr,
-        y_ptr,
-        splits,
-        G: tl.constexpr,
-        D: tl.constexpr,
-        WIDTH: tl.constexpr,
-        SPLIT: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """y (N, G, D) of program (row, head): the mean of the parts that the row has, weighted by 2^lse."""
+        part_ptr, lse_ptr, length_ptr, y_ptr, splits, G: tl.constexpr, D: tl.constexpr,
+        WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+        """y (N, G, D) of program (row, head): the mean of the row's parts, weighted by 2^lse."""
         row = tl.program_id(0).to(tl.int64)
         g = tl.program_id(1)
         d = tl.arange(0, WIDTH)
@@ -133,11 +110,8 @@ if triton is not None:
             held = split < count
             part = (row * splits + split) * G + g
             lse = tl.load(lse_ptr + part, mask=held, other=float("-inf"))
-            x = tl.load(
-                part_ptr + part[:, None] * D + d[None, :],
-                mask=held[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
+            mask = held[:, None] & (d < D)[None, :]
+            x = tl.load(part_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)
             highest = tl.maximum(top, tl.max(lse, 0))
             weight = tl.exp2(lse - highest)
             fade = tl.exp2(top - highest)
@@ -168,9 +142,8 @@ def decode_attention(q, k_pages, v_pages, table, length):
     assert D <= 256 and 1 <= G <= 16, f"decode_attention: D = {D}, G = {G} are not covered"
     assert page_size & (page_size - 1) == 0, f"decode_attention: page_size = {page_size}"
     assert q.dtype in dtypes, f"decode_attention: dtype {q.dtype} is not covered"
-    assert q.dtype == k_pages.dtype == v_pages.dtype, (
-        "decode_attention: q and pages differ in dtype"
-    )
+    is_same = q.dtype == k_pages.dtype == v_pages.dtype
+    assert is_same, "decode_attention: q and pages differ in dtype"
 
     width = max(triton.next_power_of_2(D), 16)
     capacity = table.shape[1] * page_size
@@ -180,22 +153,12 @@ def decode_attention(q, k_pages, v_pages, table, length):
     lse = torch.empty(N, splits, G, dtype=torch.float32, device=q.device)
     y = torch.empty_like(q)
     sizes = dict(G=G, D=D, WIDTH=width, SPLIT=split)
+    scale = D**-0.5 * math.log2(math.e)
+    warps = 8 if q.dtype == torch.float32 else 4  # 4 spill in float32
+    # the interpreter, on a CPU, multiplies bfloat16 as if it were integers: UPCAST
     _attend[N, splits](
-        q,
-        k_pages,
-        v_pages,
-        table,
-        length,
-        part,
-        lse,
-        D**-0.5 * math.log2(math.e),
-        table.stride(0),
-        **sizes,
-        PAGE=page_size,
-        BLOCK=16384 // (width * q.element_size()),
-        UPCAST=q.device.type == "cpu",  # the interpreter multiplies bfloat16 as if it were integers
-        num_warps=8 if q.dtype == torch.float32 else 4,  # 4 spill in float32
-        num_stages=3,
-    )
+        q, k_pages, v_pages, table, length, part, lse, scale, table.stride(0), **sizes,
+        PAGE=page_size, BLOCK=16384 // (width * q.element_size()), UPCAST=q.is_cpu,
+        num_warps=warps, num_stages=3)
     _merge[N, G](part, lse, length, y, splits, **sizes, BLOCK=16, num_warps=4)
     return y

@@ -8,9 +8,11 @@ and what was decided about it; the ring says in which slot each token of the win
 Letters: L layers, N = B * Hkv rows of a layer, of which row b * Hkv + h is KV head h of sequence b;
 P pages in the pool; M columns of the page table; W = window + 1 entries of the ring; D head size.
 """
+import os
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from checkpoint import InputError
 
@@ -44,8 +46,8 @@ class PagePool:
         """Raise CacheFull unless `count` pages are free."""
         free = int(self.free_count)
         if free < count:
-            raise CacheFull(f"the cache is full: of its {len(self)} pages {free} are free and "
-                            f"{count} needed; allow more memory, or fewer or shorter sequences")
+            pages = f"of its {len(self)} pages {free} are free and {count} needed"
+            raise CacheFull(f"the cache is full: {pages}; allow more memory or fewer sequences")
 
     def take(self, count):
         """The numbers of `count` free pages, (count,) int32. Raises CacheFull, taking none."""
@@ -91,8 +93,22 @@ class Rows:
         return Rows(self.seen[index], *by_layer)
 
     def copy_(self, other):
-        for mine, its in zip(vars(self).values(), vars(other).values()):
-            mine.copy_(its)
+        for name, mine in vars(self).items():
+            mine.copy_(getattr(other, name))
+
+    def widen(self, columns):
+        """Make the page tables this wide at least. A table that must grow is replaced, by one with
+        room to spare."""
+        present = self.table.shape[2]
+        if columns > present:
+            self.table = F.pad(self.table, (0, columns - present + present // 2))
+
+    def positions(self, layer, row, pool):
+        """The positions of the tokens whose pairs a row holds, ascending, (n,) int32."""
+        length = int(self.length[layer, row])
+        page_size = pool.keys.shape[1]
+        pages = self.table[layer, row, : -(-length // page_size)].long()
+        return pool.position[pages].flatten()[:length].sort().values
 
     def is_page(self, page_size):
         """Which entries of the table mean a page, (L, N, M) bool."""
@@ -114,3 +130,32 @@ class Rows:
         written = torch.zeros(L, N, M + 1, dtype=torch.bool, device=self.table.device)
         written.scatter_(2, column.long(), True)  # a page that is not there yet may be column M
         return written[:, :, :M] & self.is_page(page_size)
+
+
+def fork(rows, index, is_copy, pool):
+    """The Rows that continue rows[index], (n,) int64, those of them for which is_copy, (n,) bool,
+    beside an earlier one that continues the same. Copies share the pages that nobody will write to
+    any more; the others are copied here. Raises CacheFull, before anything has changed, if there
+    would not be pages enough, even with those free that no row of the result has."""
+    page_size = pool.keys.shape[1]
+    forked = rows.select(index)
+    written = forked.pages_to_be_written(page_size) & is_copy[:, None]
+    shared = forked.table[written]
+    left = len(pool) - len(forked.pages_in_use(page_size).unique())
+    if len(shared) > left:
+        pages = f"forks need {len(shared)} pages, and {left} of its {len(pool)} would be free"
+        raise CacheFull(f"the cache is full: {pages}")
+    pool.free_all_but(forked.pages_in_use(page_size))
+    own = pool.take(len(shared))
+    pool.copy(shared, own)
+    forked.table[written] = own
+    return forked
+
+
+def free_memory(device):
+    """Bytes that a GPU has free, or that a CPU's machine has in all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 16e9

@@ -1,4 +1,8 @@
-"""What the test files share: small random models, dense and DMS, that decide at random but reproducibly."""
+"""
+What the test files share: small random models, dense and DMS, that decide at random but
+reproducibly; a random life of a cache, and what each of its rows must hold.
+"""
+import copy
 import json
 import math
 import random
@@ -12,6 +16,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dms import DMSConfig, visible
+from kernels.cache_write import cache_write_plain
+from kernels.pages import PagePool, Rows
 from model import Model, ModelConfig
 
 torch.set_num_threads(1)  # the models are tiny
@@ -19,14 +25,24 @@ NOWHERE = 2**30  # an index that must never be used
 
 
 def small_config(**changes):
-    settings = dict(model_type="qwen3", vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
-                    tie_word_embeddings=True)
+    settings = dict(
+        model_type="qwen3",
+        vocab_size=67,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
     return ModelConfig(**{**settings, **changes})
 
 
 def small_model(seed=0, dms=None, keep=0.5, **changes):
-    """A random model in float32. keep: about this fraction of tokens is kept, through the decisions' offset."""
+    """A random model in float32. keep: about this fraction of tokens is kept, through the
+    decisions' offset."""
     torch.manual_seed(seed)
     model = Model(small_config(dms=dms, **changes))
     for name, p in model.named_parameters():
@@ -35,7 +51,8 @@ def small_model(seed=0, dms=None, keep=0.5, **changes):
         else:
             torch.nn.init.normal_(p, 0.0, 0.4 if "proj" in name else 1.0)
     if dms is not None:
-        dms.scale, dms.offset = 1.0, {0.1: -2.0, 0.5: 0.0, 0.9: 2.0}[keep]
+        dms.scale = 1.0
+        dms.offset = {0.1: -2.0, 0.5: 0.0, 0.9: 2.0}[keep]
     return model.requires_grad_(False).eval()
 
 
@@ -45,152 +62,323 @@ def rng(request):
 
 
 def random_dms(rng):
-    return DMSConfig(window=rng.choice([0, 1, 2, 3, 7, 16, 40]), shift=rng.choice([0, 1]),
-                     source=rng.choice(["adapter", "neuron"]), per=rng.choice(["head", "head", "layer"]))
+    return DMSConfig(
+        window=rng.choice([0, 1, 2, 3, 7, 16, 40]),
+        shift=rng.choice([0, 1]),
+        source=rng.choice(["adapter", "neuron"]),
+        per=rng.choice(["head", "head", "layer"]),
+    )
+
+
+def rule(said, shift, window):
+    """What the visibility rule leaves of T tokens: the positions held, ascending, and the decisions
+    about them, two lists. said: (T,) bool, decided at each token about the one `shift` before."""
+    T = len(said)
+    evict = torch.zeros(T, dtype=torch.bool)
+    evict[:max(T - shift, 0)] = said[shift:]
+    held = visible(T - 1, torch.arange(T), evict, window).nonzero()[:, 0]
+    return held.tolist(), evict[held].tolist()
+
+
+def held_by(rows, pool, row):
+    """What a row holds, by position: positions (n,), keys and values (n, D), and decisions (n,).
+    rows: those of one layer."""
+    page_size = pool.keys.shape[1]
+    slot = torch.arange(int(rows.length[row]), device=rows.length.device)
+    page = rows.table[row, slot // page_size].long()
+    place = slot % page_size
+    position, order = pool.position[page, place].sort()
+    by_position = [x[page, place][order] for x in (pool.keys, pool.values, pool.evicted)]
+    return position, *by_position
 
 
 class Life:
-    """A batch in which sequences begin, grow by one token or many, fork and end at random, fed to several caches at
-    once; and what each of their rows must hold by the rule. A token's k is its own number, so that pairs tell."""
+    """A batch in which sequences begin, grow by one token or many, fork and end at random, fed to
+    several caches at once; and what each of their rows must hold by the rule. A token's k is its
+    own number, so that pairs tell."""
 
     def __init__(self, seed, layers=2, device="cpu"):
-        self.rng, self.shape, self.device = random.Random(seed), (layers, 2, 8), device
-        L, H, D = self.shape
-        rng = self.rng
-        self.dms = DMSConfig(window=rng.choice([0, 1, 3, 12]), shift=rng.choice([0, 1])) if seed % 4 else None
-        config = small_config(dms=self.dms, num_hidden_layers=L, num_key_value_heads=H, head_dim=D)
-        self.settings = dict(config=config, batch_size=3, page_size=rng.choice([1, 2, 4, 8]),
-                             device=device)
-        self.tokens, self.flags = [[], [], []], [[], [], []]  # of each sequence; flags (L, H) at each token
-        self.count, self.rate = 0, rng.choice([0.3, 0.9])
+        rng = self.rng = random.Random(seed)
+        self.device = device
+        self.shape = (layers, 2, 8)  # L, Hkv, D
+        self.dms = None
+        if seed % 4:
+            self.dms = DMSConfig(window=rng.choice([0, 1, 3, 12]), shift=rng.choice([0, 1]))
+        config = small_config(
+            dms=self.dms, num_hidden_layers=layers, num_key_value_heads=2, head_dim=8
+        )
+        page_size = rng.choice([1, 2, 4, 8])
+        self.settings = dict(config=config, batch_size=3, page_size=page_size, device=device)
+        self.tokens = [[], [], []]  # of each sequence
+        self.flags = [[], [], []]  # (L, Hkv) at each of its tokens
+        self.count = 0
+        self.rate = rng.choice([0.3, 0.9])
         self.generator = torch.Generator().manual_seed(seed)
 
     def step(self, *caches):
-        rng, B, action = self.rng, len(self.tokens), self.rng.random()
+        rng = self.rng
+        B = len(self.tokens)
+        action = rng.random()
         if action < 0.04 or max(map(len, self.tokens)) > 60:
             ended = [b for b in range(B) if rng.random() < 0.4 or len(self.tokens[b]) > 60] or [0]
             for cache in caches:
                 cache.release(ended)
             for b in ended:
-                self.tokens[b], self.flags[b] = [], []
+                self.tokens[b] = []
+                self.flags[b] = []
         elif action < 0.08:
             chosen = [rng.randrange(B) for _ in range(rng.choice([B, B, rng.randint(1, 4)]))]
             for cache in caches:
                 cache.select(chosen)
-            self.tokens, self.flags = ([list(x[b]) for b in chosen] for x in (self.tokens, self.flags))
+            self.tokens = [list(self.tokens[b]) for b in chosen]
+            self.flags = [list(self.flags[b]) for b in chosen]
         elif action < 0.14:  # one sequence alone
-            b, T = rng.randrange(B), rng.choice([1, 5, 20])
-            self.feed([cache.part(b, T) for cache in caches], T, [T], [b])
+            b = rng.randrange(B)
+            T = rng.choice([1, 5, 20])
+            self.feed(caches, T, [T], sequence=b)
         else:
             T = rng.choice([1] * 9 + [3])
-            self.feed(caches, T, [rng.randint(0, T) if rng.random() < 0.2 else T for _ in range(B)], range(B))
+            lengths = [rng.randint(0, T) if rng.random() < 0.2 else T for _ in range(B)]
+            self.feed(caches, T, lengths)
 
-    def feed(self, caches, T, lengths, sequences):
-        (L, H, D), n = self.shape, len(lengths)
+    def feed(self, caches, T, lengths, sequence=None):
+        L, H, D = self.shape
+        n = len(lengths)
         flags = torch.rand(L, n, H, T, generator=self.generator) < self.rate
+        logits = (flags.float() - 0.5).to(self.device)
         token = self.count + torch.arange(n * T, dtype=torch.float32).view(n, 1, T, 1)
         self.count = (self.count + n * T) % 2**20
-        q = torch.randn(L, n, 2 * H, T, D, generator=self.generator).to(self.device)
-        out, token, evict = [], token.to(self.device), flags.to(self.device).float() - 0.5
+        k = token.expand(n, H, T, D).contiguous().to(self.device)
+        q = torch.randn(L, n, 2 * H, T, D, generator=self.generator).to(self.device) * 1e-3
+        count = torch.tensor(lengths, device=self.device)
+        outputs = []
         for cache in caches:
-            with torch.inference_mode(), cache.append(torch.tensor(lengths, device=self.device), T) as attend:
-                k = token.expand(n, H, T, D).contiguous()
-                out.append([attend(i, q[i] * 1e-3, k, -k, evict[i] if self.dms else None) for i in range(L)])
-        for other in out[1:]:
-            for layer, b in ((i, b) for i in range(L) for b in range(n)):
-                torch.testing.assert_close(other[layer][b, :, :lengths[b]], out[0][layer][b, :, :lengths[b]])
-        for i, b in enumerate(sequences):
+            with torch.inference_mode(), cache.append(count, T, sequence=sequence) as feed:
+                y = [feed(i, q[i], k, -k, logits[i] if self.dms else None) for i in range(L)]
+                outputs.append(y)
+        for other in outputs[1:]:
+            for layer in range(L):
+                for b in range(n):
+                    real = slice(lengths[b])
+                    one = outputs[0][layer][b, :, real]
+                    torch.testing.assert_close(other[layer][b, :, real], one)
+        for i, b in enumerate(range(n) if sequence is None else [sequence]):
             self.tokens[b] += token[i, 0, :lengths[i], 0].tolist()  # exact: numbers below 2^20
             self.flags[b] += flags[:, i, :, :lengths[i]].permute(2, 0, 1)
 
     def check(self, cache):
-        """Every row holds exactly the tokens that the rule leaves."""
+        """Every row holds exactly the tokens that the rule leaves, and knows each one's position
+        and what was decided about it; for a shift of 1 nothing is about the newest yet."""
         for b, tokens in enumerate(self.tokens):
             T = len(tokens)
             assert int(cache.seen[b]) == T
-            for layer, h in ((i, h) for i in range(cache.layers) for h in range(cache.kv_heads)):
-                row, evict = b * cache.kv_heads + h, torch.zeros(T, dtype=torch.bool)
-                if self.dms and T:
-                    said = torch.stack(self.flags[b])[self.dms.shift:, layer, h]
-                    evict[:len(said)] = said
-                rule = visible(T - 1, torch.arange(T), evict, self.dms.window if self.dms else 0)
-                slot = torch.arange(int(cache.length[layer, row]), device=self.device)
-                page = cache.table[layer, row, slot // cache.page_size].long()
-                k, v = (p[page, slot % cache.page_size, 0] for p in (cache.k_pages, cache.v_pages))
-                assert torch.equal(k, -v) and sorted(k.tolist()) == sorted(x for x, r in zip(tokens, rule) if r)
+            for layer in range(cache.layers):
+                for h in range(cache.kv_heads):
+                    said = torch.zeros(T, dtype=torch.bool)
+                    if self.dms and T:
+                        said = torch.stack(self.flags[b])[:, layer, h]
+                    held, evict = rule(said, cache.shift, cache.window)
+                    row = b * cache.kv_heads + h
+                    position, k, v, evicted = held_by(cache.rows.layer(layer), cache.pool, row)
+                    assert position.tolist() == held
+                    assert cache.positions(b, layer, h).tolist() == held
+                    assert k[:, 0].tolist() == [tokens[j] for j in held]
+                    assert torch.equal(k, -v)
+                    assert evicted.tolist() == evict
 
 
 def check_pages(cache):
-    """Every page is free or in the table of a row that needs it, not both; and only rows that were forked share it,
-    none of which is ever going to write to it."""
-    W, P = cache.window + 1, len(cache.free)
-    assert P == len(cache.k_pages) == len(cache.v_pages)
-    free, taken = cache.free[:int(cache.top)].tolist(), set()
+    """Every page is free or in the table of a row that needs it, not both; and only rows that were
+    forked share it, none of which is ever going to write to it."""
+    rows = cache.rows
+    pool = cache.pool
+    page_size = cache.page_size
+    W = cache.window + 1
+    P = len(pool)
+    assert P == len(pool.free) == len(pool.keys) == len(pool.values)
+    assert P == len(pool.position) == len(pool.evicted)
+    free = pool.free[:int(pool.free_count)].tolist()
+    evicted = pool.evicted.tolist()
+    rings = rows.ring.tolist()
+    taken = set()
     for layer in range(cache.layers):
         having = {}
-        for row, length in enumerate(cache.length[layer].tolist()):
-            count, seen = -(-length // cache.page_size), int(cache.seen[row // cache.kv_heads])
-            pages = cache.table[layer, row, :count].tolist()
-            assert len(set(pages)) == count
-            slots = [int(cache.ring_slot[layer, row, t % W]) for t in range(max(seen - W, 0), seen)
-                     if cache.ring_evict[layer, row, t % W] or (cache.shift and t == seen - 1)]
-            written = {slot // cache.page_size for slot in [*slots, *([length] if length % cache.page_size else [])]}
+        for row, length in enumerate(rows.length[layer].tolist()):
+            seen = int(rows.seen[row])
+            pages = rows.table[layer, row, :-(-length // page_size)].tolist()
+            assert len(set(pages)) == len(pages)
+            written = set()  # ordinals of pages
+            if length % page_size:
+                written.add(length // page_size)
+            for t in range(max(seen - W, 0), seen):
+                slot = rings[layer][row][t % W]
+                ordinal = slot // page_size
+                undecided = cache.shift == 1 and t == seen - 1
+                if undecided or evicted[pages[ordinal]][slot % page_size]:
+                    written.add(ordinal)
             for ordinal, page in enumerate(pages):
                 having.setdefault(page, []).append((row, ordinal, ordinal in written))
         assert not taken & set(having)
         taken |= set(having)
         for sharers in having.values():
-            assert len(sharers) == 1 or not any(written for _, _, written in sharers)
+            assert len(sharers) == 1 or not any(is_written for _, _, is_written in sharers)
             assert len({ordinal for _, ordinal, _ in sharers}) == 1
     assert sorted([*free, *taken]) == list(range(P))
 
 
+def empty_cache(N, D, W, page_size, columns, dtype=torch.float32, device="cpu"):
+    """Rows, of one layer, and a pool with pages enough for them, in random order. All that is not
+    in use is poisoned."""
+    P = N * columns
+    rows = Rows.empty(1, N, W, device)
+    rows.table = torch.full((1, N, columns), NOWHERE, dtype=torch.int32, device=device)
+    rows.ring.fill_(NOWHERE)
+    pool = PagePool(P, page_size, D, dtype, device)
+    pool.keys.fill_(math.nan)
+    pool.values.fill_(math.nan)
+    pool.position.fill_(NOWHERE)
+    pool.evicted.fill_(True)
+    pool.free.copy_(torch.randperm(P))
+    return rows, pool
+
+
+def check_cache_write(cache_write, seed, device="cpu"):
+    """125 random steps, beside the plain twin and by the rule. Page numbers may differ, since rows
+    come in any order; everything else is equal."""
+    rng = random.Random(seed)
+    B = rng.randint(1, 2)
+    heads = rng.randint(1, 2)
+    N = B * heads
+    W = (1, 2, 3, rng.randint(4, 20))[seed // 2 % 4]
+    shift = seed % 2
+    page_size = 2 ** rng.randrange(5)
+    D = rng.choice([2, 6, 8])
+    rate = rng.choice([0.3, 0.9])
+    columns = max(2, 40 // page_size)
+    rows, pool = empty_cache(N, D, W, page_size, columns, device=device)
+    plain_rows, plain_pool = copy.deepcopy((rows, pool))
+    plain_rows.table.fill_(0)  # unlike a kernel it loads, but does not use, such pages
+    said = [[] for _ in range(N)]  # at each token
+    for _ in range(125):
+        for b in range(B):
+            of_b = slice(b * heads, (b + 1) * heads)
+            is_full = int(rows.length[0, of_b].max()) == columns * page_size
+            if is_full or rng.random() < 0.01:  # it ends
+                for r, p in ((rows, pool), (plain_rows, plain_pool)):
+                    r.length[0, of_b] = 0
+                    r.ring[0, of_b] = NOWHERE
+                    r.seen[of_b] = 0
+                    p.free_all_but(r.pages_in_use(page_size))
+                rows.table[0, of_b] = NOWHERE
+                said[of_b] = [[] for _ in range(heads)]
+        is_fed = [rng.random() < 0.9 for _ in range(B)]
+        new = torch.tensor(is_fed, device=device).long().repeat_interleave(heads)
+        evict = torch.tensor([rng.random() < rate for _ in range(N)], device=device)
+        k = torch.zeros(N, D, device=device)
+        k[:, 0] = torch.arange(N)  # each token's k says whose it is
+        k[:, 1] = rows.seen
+        cache_write(k, -k, evict, new, rows.layer(0), pool, shift)
+        cache_write_plain(k, -k, evict, new, plain_rows.layer(0), plain_pool, shift)
+        rows.seen += new
+        plain_rows.seen += new
+        assert torch.equal(rows.length, plain_rows.length)
+        assert torch.equal(rows.ring, plain_rows.ring)
+        assert torch.equal(pool.free_count, plain_pool.free_count)
+        for row in range(N):
+            if new[row]:
+                said[row].append(bool(evict[row]))
+            held, decided = rule(torch.tensor(said[row], dtype=torch.bool), shift, W - 1)
+            for r, p in ((rows, pool), (plain_rows, plain_pool)):
+                position, k, v, evicted = held_by(r.layer(0), p, row)
+                assert position.tolist() == held
+                assert k[:, :2].tolist() == [[row, j] for j in held]
+                assert torch.equal(k, -v)
+                assert evicted.tolist() == decided
+        pages = pool.free[:int(pool.free_count)].tolist() + rows.pages_in_use(page_size).tolist()
+        assert sorted(pages) == list(range(len(pool)))  # each is free or some row's, once
+
+
+def check_what_is_stored(cache_write, dtype, D, device="cpu"):
+    """It is bit for bit what was given, and nothing beside it is touched."""
+    rows, pool = empty_cache(6, D, W=4, page_size=4, columns=2, dtype=dtype, device=device)
+    k, v = torch.randn(2, 6, D).to(dtype).to(device)
+    evict = torch.ones(6, dtype=torch.bool, device=device)
+    new = torch.tensor([1, 1, 1, 0, 0, 0], device=device)
+    cache_write(k, v, evict, new, rows.layer(0), pool, 0)
+    page = rows.table[0, :3, 0].long()
+    assert torch.equal(pool.keys[page, 0], k[:3])
+    assert torch.equal(pool.values[page, 0], v[:3])
+    assert not pool.position[page, 0].any()
+    for slots in (pool.keys, pool.values):
+        assert int((~slots.isnan()).sum()) == 3 * D
+    assert int((pool.position != NOWHERE).sum()) == 3
+    assert rows.length.tolist() == [[1, 1, 1, 0, 0, 0]]
+    assert (rows.table[0, 3:] == NOWHERE).all()
+    assert (rows.ring[0, 3:] == NOWHERE).all()
+
+
 def held_pairs(lengths, G, D, page_size, dtype, seed, device="cpu"):
-    """Arguments of decode_attention, on `device`: pages in random places, NaN in every slot that is not in use, and no
-    index in the table where there is no page."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    """Arguments of decode_attention, on `device`: pages in random places, NaN in every slot that is
+    not in use, and no index in the table where there is no page."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    integers = (torch.int32, torch.int64)  # a GPU compiles for each: one to these sizes
+    of_length = integers[(G + D // 8) % 2]
+    of_table = integers[page_size.bit_length() % 2]
     counts = [-(-n // page_size) for n in lengths]
-    free = rng.sample(range(sum(counts) + 3), sum(counts) + 3)
+    pages = sum(counts) + 3
+    free = rng.sample(range(pages), pages)
     columns = max(counts) + rng.randrange(3)
-    integers = rng.choice([torch.int32, torch.int64])
-    table = torch.full((len(lengths), columns + rng.randrange(3)), NOWHERE, dtype=integers)
-    k_pages, v_pages = torch.full((2, len(free), page_size, D), math.nan, dtype=dtype)
+    wider = columns + rng.randrange(3)
+    table = torch.full((len(lengths), wider), NOWHERE, dtype=of_table)
+    k_pages, v_pages = torch.full((2, pages, page_size, D), math.nan, dtype=dtype)
     for row, (n, count) in enumerate(zip(lengths, counts)):
         table[row, :count] = torch.tensor([free.pop() for _ in range(count)])
         slot = torch.arange(n)
-        for pool in (k_pages, v_pages):
-            pool[table[row, slot // page_size], slot % page_size] = torch.randn(n, D, generator=generator).to(dtype)
+        where = (table[row, slot // page_size], slot % page_size)
+        for slots in (k_pages, v_pages):
+            slots[where] = torch.randn(n, D, generator=generator).to(dtype)
     q = torch.randn(len(lengths), G, D, generator=generator).to(dtype)
-    length = torch.tensor(lengths, dtype=rng.choice([torch.int32, torch.int64]))
-    q, k_pages, v_pages, table, length = (x.to(device) for x in (q, k_pages, v_pages, table, length))
+    length = torch.tensor(lengths, dtype=of_length)
+    arguments = (q, k_pages, v_pages, table, length)
+    q, k_pages, v_pages, table, length = (x.to(device) for x in arguments)
     return q, k_pages, v_pages, table[:, :columns], length
 
 
 def plain_forward(folder, ids, dms=None):
-    """Logits (T, V) of a checkpoint with plain RoPE, read and computed with none of the project's code: one head, one
-    query, one complex pair of channels at a time where that is what the definition says; and decisions (L, Hkv, T).
-    dms: None, or window, scale, offset, shift, per and separate (an adapter; otherwise the borrowed neuron)."""
-    c, w = json.loads((folder / "config.json").read_text()), {}
+    """Logits (T, V) of a checkpoint with plain RoPE, read and computed with none of the project's
+    code: one head, one query, one complex pair of channels at a time where that is what the
+    definition says; and decisions (L, Hkv, T). dms: None, or window, scale, offset, shift, per and
+    separate (an adapter; otherwise the borrowed neuron)."""
+    c = json.loads((folder / "config.json").read_text())
+    w = {}
     for file in folder.glob("*.safetensors"):
         w.update({k.removeprefix("model."): v.double() for k, v in load_file(file).items()})
-    T, C, eps = len(ids), c["hidden_size"], c["rms_norm_eps"]
-    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    T = len(ids)
+    C = c["hidden_size"]
+    eps = c["rms_norm_eps"]
+    heads = c["num_attention_heads"]
+    kv_heads = c["num_key_value_heads"]
     D = c.get("head_dim") or C // heads
     theta = c.get("rope_theta") or c["rope_parameters"]["rope_theta"]
 
     def norm(x, weight):
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
-    def rotate(x):  # (T, D): channels i and i + D/2 as one complex number, turned by t * theta^(-2i/D)
+    def rotate(x):  # (T, D): channels i and i + D/2 as a complex number, by t theta^(-2i/D)
         z = torch.complex(x[:, :D // 2], x[:, D // 2:])
         angle = torch.arange(T)[:, None] * theta ** (-2 * torch.arange(D // 2).double() / D)
         z = z * torch.polar(torch.ones_like(angle), angle)
         return torch.cat((z.real, z.imag), -1)
 
+    borrowed = []  # query heads
+    if dms and not dms["separate"]:
+        borrowed = [h * heads // kv_heads for h in range(kv_heads)]
     x = w["embed_tokens.weight"][ids]
     decided = []
     for layer in range(c["num_hidden_layers"]):
-        p = {k.removeprefix(f"layers.{layer}."): v for k, v in w.items() if k.startswith(f"layers.{layer}.")}
+        prefix = f"layers.{layer}."
+        p = {k.removeprefix(prefix): v for k, v in w.items() if k.startswith(prefix)}
 
         def linear(x, name):
             y = x @ p[name + ".weight"].T
@@ -199,12 +387,15 @@ def plain_forward(folder, ids, dms=None):
         h = norm(x, p["input_layernorm.weight"])
         q, k, v = (linear(h, f"self_attn.{n}_proj").view(T, -1, D) for n in "qkv")
         if "self_attn.q_norm.weight" in p:
-            q, k = norm(q, p["self_attn.q_norm.weight"]), norm(k, p["self_attn.k_norm.weight"])
+            q = norm(q, p["self_attn.q_norm.weight"])
+            k = norm(k, p["self_attn.k_norm.weight"])
         evict = torch.zeros(kv_heads, T, dtype=torch.bool)
-        borrowed = [h * heads // kv_heads for h in range(kv_heads)] if dms and not dms["separate"] else []
         if dms:
-            s = linear(norm(x, p["self_attn.dms_proj_alpha_norm.weight"]), "self_attn.dms_proj_alpha") \
-                if dms["separate"] else torch.stack([q[:, head, D - 1] for head in borrowed], -1)
+            if dms["separate"]:
+                h = norm(x, p["self_attn.dms_proj_alpha_norm.weight"])
+                s = linear(h, "self_attn.dms_proj_alpha")
+            else:
+                s = torch.stack([q[:, head, D - 1] for head in borrowed], -1)
             z = dms["scale"] * s - dms["offset"]
             for g in range(kv_heads):
                 for t in range(T - dms["shift"]):
@@ -226,6 +417,7 @@ def plain_forward(folder, ids, dms=None):
         x = x + linear(out.view(T, -1), "self_attn.o_proj")
         h = norm(x, p["post_attention_layernorm.weight"])
         gate = linear(h, "mlp.gate_proj")
-        x = x + linear(gate * torch.sigmoid(gate) * linear(h, "mlp.up_proj"), "mlp.down_proj")
+        gate = gate * torch.sigmoid(gate)
+        x = x + linear(gate * linear(h, "mlp.up_proj"), "mlp.down_proj")
     head = w.get("lm_head.weight", w["embed_tokens.weight"])
     return (norm(x, w["norm.weight"]) @ head.T).float(), torch.stack(decided)

@@ -3,52 +3,70 @@ import random
 
 import pytest
 import torch
-from conftest import Life, check_pages, random_dms, small_config, small_model
+from conftest import Life, check_pages, held_by, random_dms, small_config, small_model
 
 import dms
-from dms import DMSConfig, InputError, decisions, visible
+from checkpoint import InputError
+from dms import DMSConfig, decisions, visible
+from kernels import choose
 from kv_cache import CacheFull, KVCache
+
+PAGE_OF_4 = 4 * (2 * 8 * 4 + 5)  # bytes: k and v of 8 float32 each, a position and a decision
 
 
 def oracle(model, ids):
-    """Logits (T, V) of one sequence without a cache, and the pairs that the rule leaves at its end, (L, Hkv)."""
+    """Logits (T, V) of one sequence without a cache, and which pairs the rule leaves at its end,
+    (L, Hkv, T)."""
     held = []
     masked = dms.masked_attention(model.config)
 
     def attend(layer, q, k, v, logits):
         T = q.shape[2]
         if logits is None:
-            held.append(torch.full((k.shape[1],), T))
-        else:  # what a further token, at position T, could see if it evicted nothing more; the oldest has just left
+            held.append(torch.ones(k.shape[1], T, dtype=torch.bool))
+        else:
             evict = decisions(logits, model.config.dms.shift)[0]
-            held.append(visible(T - 1, torch.arange(T), evict, model.config.dms.window).sum(-1))
+            held.append(visible(T - 1, torch.arange(T), evict, model.config.dms.window))
         return masked(layer, q, k, v, logits)
 
     logits = model.lm_head(model.hidden(ids[None], attend))[0]
     return logits, torch.stack(held)
 
 
+def check_held(cache, sequence, held):
+    """The sequence's rows hold just the positions where held (L, Hkv, T) is set."""
+    for layer, heads in enumerate(held):
+        for head, is_held in enumerate(heads):
+            positions = cache.positions(sequence, layer, head)
+            assert positions.tolist() == is_held.nonzero()[:, 0].tolist()
+
+
 @pytest.mark.parametrize("seed", range(120))
 def test_any_cut_equals_dense_masked_model(seed):
     rng = random.Random(seed)
     config = random_dms(rng) if seed % 6 else None
-    model = small_model(seed, config, rng.choice([0.1, 0.5, 0.9]), num_key_value_heads=rng.choice([1, 2, 4]))
-    B, longest = rng.choice([1, 2, 4]), rng.choice([3, 20, 60, 120])
+    heads = rng.choice([1, 2, 4])
+    model = small_model(seed, config, rng.choice([0.1, 0.5, 0.9]), num_key_value_heads=heads)
+    B = rng.choice([1, 2, 4])
+    longest = rng.choice([3, 20, 60, 120])
     lengths = [rng.randint(1, longest) for _ in range(B)]
     ids = torch.randint(0, 67, (B, longest), generator=torch.Generator().manual_seed(seed))
-    cache = KVCache(model.config, B, page_size=rng.choice([1, 2, 4, 16]), chunk=rng.choice([1, 5, 32, 512]))
-    cache.scores = rng.choice([1, 2000, 2**29])  # rows of a block at a time
-    pieces, fed = [[] for _ in range(B)], [0] * B
+    page_size = rng.choice([1, 2, 4, 16])
+    cache = KVCache(model.config, B, page_size=page_size, chunk=rng.choice([1, 5, 32, 512]))
+    cache.scores_at_a_time = rng.choice([1, 2000, 2**29])
+    pieces = [[] for _ in range(B)]
+    fed = [0] * B
     largest = rng.choice([1, 4, 30, 200])
     while fed != lengths:
-        step = [min(rng.choice([0, 1, rng.randint(0, largest)]), n - f) for n, f in zip(lengths, fed)]
+        step = [rng.choice([0, 1, rng.randint(0, largest)]) for _ in range(B)]
+        step = [min(step[b], lengths[b] - fed[b]) for b in range(B)]
         T = max(step) + rng.choice([0, 0, 2])
         if T == 0:
             continue
-        rows = torch.randint(0, 67, (B, T))  # padding is arbitrary
+        new = torch.randint(0, 67, (B, T))  # padding is arbitrary
         for b in range(B):
-            rows[b, :step[b]] = ids[b, fed[b]:fed[b] + step[b]]
-        logits = model(rows, cache=cache, lengths=torch.tensor(step))
+            new[b, :step[b]] = ids[b, fed[b]:fed[b] + step[b]]
+        logits = model(new, cache=cache, lengths=torch.tensor(step))
         for b in range(B):
             pieces[b].append(logits[b, :step[b]])
             fed[b] += step[b]
@@ -56,89 +74,183 @@ def test_any_cut_equals_dense_masked_model(seed):
     for b in range(B):
         expected, held = oracle(model, ids[b, :lengths[b]])
         torch.testing.assert_close(torch.cat(pieces[b]), expected, atol=1e-4, rtol=1e-4)
-        H = model.config.num_key_value_heads
-        assert torch.equal(cache.length.view(cache.layers, B, H)[:, b], held)
+        check_held(cache, b, held)
     cache.release(range(B))
     assert cache.stats()["pages"] == 0
     check_pages(cache)
 
 
-def uneven_cache(seed=0, B=3, tokens=200, dms=None, **changes):
+@pytest.mark.parametrize("seed", range(40))
+def test_blocks_and_single_tokens_are_the_same_rule(seed):
+    """The same tokens and decisions as one block, token by token, and in random cuts: the same
+    outputs of attention, and rows that hold the same pairs, positions and decisions."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    settings = None
+    if seed % 5:
+        settings = DMSConfig(window=rng.choice([0, 1, 3, 12, 40]), shift=rng.choice([0, 1]))
+    config = small_config(dms=settings)
+    T = rng.choice([2, 7, 40, 90])
+    lengths = torch.tensor([rng.randint(0, T), T, rng.randint(1, T)])
+    q = torch.randn(2, 3, 4, T, 8, generator=generator)  # layers, sequences, heads
+    k = torch.randn(2, 3, 2, T, 8, generator=generator)
+    v = torch.randn(2, 3, 2, T, 8, generator=generator)
+    logits = torch.rand(2, 3, 2, T, generator=generator) - rng.choice([0.1, 0.5, 0.9])
+
+    def feed(sizes, kernels=None):
+        """A cache that was fed pieces of these sizes, and what attention gave, as q."""
+        cache = KVCache(config, 3, page_size=rng.choice([1, 4, 16]))
+        cache.kernels = kernels or cache.kernels
+        cache.scores_at_a_time = rng.choice([1, 2**20])
+        y = torch.zeros_like(q)
+        begin = 0
+        for size in sizes:
+            piece = slice(begin, begin + size)
+            count = (lengths - begin).clamp(0, size)
+            with torch.inference_mode(), cache.append(count, size) as attend:
+                for i in range(2):
+                    decision = logits[i, :, :, piece] if settings else None
+                    new = (q[i, :, :, piece], k[i, :, :, piece], v[i, :, :, piece], decision)
+                    y[i, :, :, piece] = attend(i, *new)
+            begin += size
+        check_pages(cache)
+        return cache, y
+
+    cuts = []
+    while sum(cuts) < T:
+        cuts.append(min(rng.choice([1, 1, 2, 5, 30]), T - sum(cuts)))
+    block, expected = feed([T])
+    for other, y in (feed([1] * T), feed([1] * T, choose.PLAIN), feed(cuts)):
+        assert torch.equal(other.seen, block.seen)
+        for b in range(3):
+            real = slice(lengths[b])
+            one = expected[:, b, :, real]
+            torch.testing.assert_close(y[:, b, :, real], one, atol=1e-4, rtol=1e-4)
+        for layer in range(2):
+            for row in range(6):
+                mine = held_by(other.rows.layer(layer), other.pool, row)
+                its = held_by(block.rows.layer(layer), block.pool, row)
+                assert all(torch.equal(a, b) for a, b in zip(mine, its))
+
+
+def uneven_cache(seed=0, B=3, tokens=200, **settings):
     """A model whose heads keep very different shares, and a cache that has read random tokens."""
-    model = small_model(seed, dms or DMSConfig(window=8), 0.5, **changes)
+    model = small_model(seed, DMSConfig(window=8), 0.5)
+    config = model.config
     for block in model.model.layers:
-        keep = torch.linspace(-2.5, 0.5, model.config.num_key_value_heads)  # from nearly nothing to most
-        block.self_attn.dms_proj_alpha = torch.nn.Linear(model.config.hidden_size, len(keep))
+        keep = torch.linspace(-2.5, 0.5, config.num_key_value_heads)  # from nearly nothing to most
+        block.self_attn.dms_proj_alpha = torch.nn.Linear(config.hidden_size, len(keep))
         torch.nn.init.normal_(block.self_attn.dms_proj_alpha.weight, std=0.05)
         block.self_attn.dms_proj_alpha.bias.data = -keep
     model.requires_grad_(False)
-    cache = KVCache(model.config, B, page_size=16)
+    cache = KVCache(config, B, **{"page_size": 16, **settings})
     ids = torch.randint(0, 67, (B, tokens), generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         model(ids, cache=cache)
     return model, cache, ids
 
 
+def check_last(model, logits, *pieces):
+    """logits (n, V) are those of the last n tokens of all these, without a cache."""
+    expected = model(torch.cat(pieces)[None])[0, -len(logits):]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("scores", [1, 2**29])
 def test_a_block_reads_no_slot_that_is_not_in_use(scores):
     model, _, ids = uneven_cache()
     cache = KVCache(model.config, 3, page_size=16)
-    cache.scores = scores
-    for pool in (cache.k_pages, cache.v_pages):
-        pool.fill_(float("nan"))
+    cache.scores_at_a_time = scores
+    cache.pool.keys.fill_(float("nan"))
+    cache.pool.values.fill_(float("nan"))
+    cache.pool.position.fill_(0)  # every query would see it
     with torch.inference_mode():
-        logits = torch.cat([model(ids[:, t:t + 50], cache=cache) for t in range(0, 200, 50)], dim=1)
-        assert int(cache.length.min()) < 16 < int(cache.length.max())  # rows of very different lengths, as one
+        pieces = [model(ids[:, t:t + 50], cache=cache) for t in range(0, 200, 50)]
+        logits = torch.cat(pieces, dim=1)
+        length = cache.rows.length
+        assert int(length.min()) < 16 < int(length.max())  # rows of very different lengths, as one
         for b in range(3):
-            torch.testing.assert_close(logits[b], oracle(model, ids[b])[0], atol=1e-4, rtol=1e-4)
+            check_last(model, logits[b], ids[b])
 
 
 def test_pages_fall_with_compression_at_2048_tokens():
     """At 8x with uneven heads, the pages' bytes are at most a sixth of the dense cache's."""
-    model = small_model(0, DMSConfig(window=16), 0.5, num_key_value_heads=4, max_position_embeddings=4096)
+    sizes = dict(num_key_value_heads=4, max_position_embeddings=4096)
+    model = small_model(0, DMSConfig(window=16), 0.5, **sizes)
     ids = torch.randint(0, 67, (1, 2048))
-    shares = torch.tensor([0.02, 0.05, 0.1, 0.3])  # kept by each head; 8x on average with the window
+    shares = torch.tensor([0.02, 0.05, 0.1, 0.3])  # each head keeps; 8x on average with the window
     generator = torch.Generator().manual_seed(0)
-
-    def attend_with(decide):
-        def attend(layer, q, k, v, logits):
-            keep = torch.rand(logits.shape, generator=generator) < shares[:, None]
-            return decide(layer, q, k, v, 0.5 - keep.float())
-        return attend
-
     cache = KVCache(model.config, 1)
-    dense = KVCache(small_config(num_key_value_heads=4, max_position_embeddings=4096), 1)
+    dense = KVCache(small_config(**sizes), 1)
+
+    def attend_sparsely(layer, q, k, v, logits):
+        keep = torch.rand(logits.shape, generator=generator) < shares[:, None]
+        return feed(layer, q, k, v, 0.5 - keep.float())
+
+    def attend_densely(layer, q, k, v, logits):
+        return feed(layer, q, k, v, None)
+
     with torch.inference_mode():
         for t in range(0, 2048, 256):
-            with cache.append(torch.tensor([256]), 256) as attend:
-                model.hidden(ids[:, t:t + 256], attend_with(attend), cache.seen)
-            with dense.append(torch.tensor([256]), 256) as attend:
-                model.hidden(ids[:, t:t + 256], lambda *qkv: attend(*qkv[:4], None), dense.seen)
-    sparse, full = cache.stats(), dense.stats()
+            piece = ids[:, t:t + 256]
+            with cache.append(torch.tensor([256]), 256) as feed:
+                model.hidden(piece, attend_sparsely, feed.start)
+            with dense.append(torch.tensor([256]), 256) as feed:
+                model.hidden(piece, attend_densely, feed.start)
+    sparse = cache.stats()
+    full = dense.stats()
     assert 7.5 < sparse["compression_ratio"] < 8.5 and full["compression_ratio"] == 1
     assert sparse["page_bytes"] * 6 <= full["page_bytes"]
-    assert full["page_bytes"] == 2048 * 2 * 4 * 2 * 8 * 4  # T * L * Hkv * (k, v) * D * float32
+    assert full["page_bytes"] == 2048 * 2 * 4 * (2 * 8 * 4 + 5)  # T L Hkv (k, v in float32, and 5)
     assert sparse["peak_pairs"] == sparse["pairs"] == sum(map(sum, sparse["pairs_per_head"]))
 
 
 def test_select_forks_drops_and_reorders():
     model, cache, ids = uneven_cache()
     chosen = [2, 0, 2, 2]
-    pages = [int((-(-cache.length[:, 2 * b:2 * b + 2] // 16)).sum()) for b in range(3)]
+    pages = (-(-cache.rows.length // 16)).view(2, 3, 2).sum((0, 2)).tolist()  # of each sequence
     cache.select(chosen)
-    assert pages[0] + pages[2] < cache.stats()["pages"] < pages[0] + 2 * pages[2]  # the three forks share most
+    forked = cache.stats()["pages"]
+    assert pages[0] + pages[2] < forked < pages[0] + 2 * pages[2]  # the three forks share most
     check_pages(cache)
     more = torch.randint(0, 67, (4, 60))
     with torch.inference_mode():
-        logits = torch.cat([model(more[:, :20], cache=cache)] +
-                           [model(more[:, t:t + 1], cache=cache) for t in range(20, 60)], dim=1)
+        pieces = [model(more[:, :20], cache=cache)]
+        pieces += [model(more[:, t:t + 1], cache=cache) for t in range(20, 60)]
+        logits = torch.cat(pieces, dim=1)
         for row, b in enumerate(chosen):
-            expected = model(torch.cat((ids[b], more[row]))[None])[0, ids.shape[1]:]
-            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+            check_last(model, logits[row], ids[b], more[row])
     check_pages(cache)
     for wrong in ([], [4], [-1]):
         with pytest.raises(InputError, match="indices below 4"):
             cache.select(wrong)
+
+
+def test_forks_that_do_not_fit_change_nothing():
+    """Neither those that are named nor those that would be dropped: all go on as before, to the
+    same results, and fewer forks fit."""
+    model, cache, ids = uneven_cache(page_size=4, memory=450 * PAGE_OF_4)
+    state = (*vars(cache.rows).values(), *vars(cache.pool).values())
+    before = [x.clone() for x in state]
+    stats = cache.stats()
+    free = stats["pool_bytes"] - stats["page_bytes"]
+    with pytest.raises(CacheFull, match="of its 450 would be free"):
+        cache.select([2] * 50)
+    assert 0 < free < stats["pool_bytes"]
+    assert all(torch.equal(x, y) for x, y in zip(state, before))
+    assert cache.stats() == stats and cache.batch_size == 3
+    check_pages(cache)
+    with torch.inference_mode():
+        more = torch.randint(0, 67, (3, 4))
+        logits = [model(more[:, :1], cache=cache), model(more[:, 1:], cache=cache)]
+        logits = torch.cat(logits, dim=1)
+        for b in range(3):
+            check_last(model, logits[b], ids[b], more[b])
+        cache.select([2, 2])
+        logits = model(ids[:2, :1], cache=cache)
+        for row in range(2):
+            check_last(model, logits[row], ids[2], more[2], ids[row, :1])
+    check_pages(cache)
 
 
 def test_released_pages_serve_the_next_sequence():
@@ -150,11 +262,10 @@ def test_released_pages_serve_the_next_sequence():
     assert freed > 0
     with torch.inference_mode():
         logits = model(ids, cache=cache, lengths=torch.tensor([0, 150, 0]))
-        torch.testing.assert_close(logits[1, :150], model(ids[1:2, :150])[0], atol=1e-4, rtol=1e-4)
+        check_last(model, logits[1, :150], ids[1, :150])
         assert cache.stats()["peak_page_bytes"] == before["page_bytes"]
         one_more = model(ids[:, :1], cache=cache)
-        expected = model(torch.cat((ids[0], ids[0, :1]))[None])[0, -1]
-        torch.testing.assert_close(one_more[0, 0], expected, atol=1e-4, rtol=1e-4)
+        check_last(model, one_more[0], ids[0], ids[0, :1])
     check_pages(cache)
 
 
@@ -164,50 +275,75 @@ def test_forks_of_a_dense_cache_share_all_full_pages():
     model(torch.randint(0, 67, (1, 200)), cache=cache)
     assert cache.stats()["pages"] == 2 * 2 * 13  # layers, heads, pages of a row
     cache.select([0] * 5)
-    assert cache.stats()["pages"] == 2 * 2 * (12 + 5)
+    stats = cache.stats()
+    assert stats["pages"] == 2 * 2 * (12 + 5)
+    assert stats["peak_page_bytes"] == stats["page_bytes"]  # never so many before
     check_pages(cache)
 
 
-def test_a_part_is_the_same_cache():
-    """A prompt fed to one sequence of several, the others in the middle of theirs; the table grows under way."""
+def test_one_sequence_can_be_fed_alone():
+    """A prompt fed to one sequence of several, the others in the middle of theirs; the table grows
+    under way."""
     model, cache, ids = uneven_cache(tokens=40)
     cache.release([1])
     prompt = torch.randint(0, 67, (1, 300))
     with torch.inference_mode():
         model(ids[:, :1], cache=cache, lengths=torch.tensor([1, 0, 1]))
-        logits = model(prompt, cache=cache.part(1, 300))
-        torch.testing.assert_close(logits, model(prompt), atol=1e-4, rtol=1e-4)
+        logits = model(prompt, cache=cache, sequence=1)
+        check_last(model, logits[0], prompt[0])
         check_pages(cache)
         assert cache.seen.tolist() == [41, 300, 41]
         one_more = model(ids[:, :1], cache=cache)
         for b, before in ((0, torch.cat((ids[0], ids[0, :1]))), (1, prompt[0])):
-            expected = model(torch.cat((before, ids[b, :1]))[None])[0, -1]
-            torch.testing.assert_close(one_more[b, 0], expected, atol=1e-4, rtol=1e-4)
+            check_last(model, one_more[b], before, ids[b, :1])
     check_pages(cache)
 
 
 def test_a_full_cache_says_so_before_it_writes():
-    """One token at a time until no page is left: the same sequence goes on when another one has made room."""
+    """One token at a time until no page is left. Asking again is refused again; and the same
+    sequence goes on when another one has made room."""
     model = small_model(0, DMSConfig(window=3), 0.9)
-    cache = KVCache(model.config, 2, page_size=4, memory=2 * 2 * 2 * 6 * 256)  # 6 pages for each of the rows
-    ids, fed = torch.randint(0, 67, (2, 80)), 0
+    six_for_each_row = 2 * 2 * 2 * 6 * PAGE_OF_4
+    cache = KVCache(model.config, 2, page_size=4, memory=six_for_each_row)
+    ids = torch.randint(0, 67, (2, 80))
+    fed = 0
     with torch.inference_mode():
         with pytest.raises(CacheFull, match="full: of its 48 pages"):
             while fed < 80:
                 logits = model(ids[:, fed:fed + 1], cache=cache)
                 fed += 1
-        assert 16 < fed < 40 and cache.seen.tolist() == [fed, fed]
-        torch.testing.assert_close(logits[0, 0], model(ids[:1, :fed])[0, -1], atol=1e-4, rtol=1e-4)
-        check_pages(cache)
+        assert 16 < fed < 40
+        check_last(model, logits[0], ids[0, :fed])
+        for _ in range(2):
+            assert cache.seen.tolist() == [fed, fed]
+            check_pages(cache)
+            with pytest.raises(CacheFull, match="full: of its 48 pages"):
+                model(ids[:, fed:fed + 1], cache=cache)
         cache.release([1])
         logits = model(ids[:, fed:fed + 1], cache=cache, lengths=torch.tensor([1, 0]))
-        torch.testing.assert_close(logits[0, 0], model(ids[:1, :fed + 1])[0, -1], atol=1e-4, rtol=1e-4)
+        check_last(model, logits[0], ids[0, :fed + 1])
+    check_pages(cache)
+
+
+def test_a_block_that_does_not_fit_ends_the_sequence_it_is_for():
+    """It may be stored in half of the layers by then. The other sequences go on as before."""
+    model, cache, ids = uneven_cache(page_size=4, memory=450 * PAGE_OF_4)
+    with torch.inference_mode():
+        with pytest.raises(CacheFull, match="full: of its 450 pages"):
+            model(torch.randint(0, 67, (1, 500)), cache=cache, sequence=1)
+        assert cache.seen.tolist() == [200, 0, 200]
+        assert not cache.rows.length[:, 2:4].any()
+        check_pages(cache)
+        logits = model(ids[:, :2], cache=cache)
+        check_last(model, logits[0], ids[0], ids[0, :2])
+        check_last(model, logits[1], ids[1, :2])
     check_pages(cache)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_10_000_steps_of_random_life(seed):
-    """No page leaks, has two owners or is written to while shared, and every row holds what the rule leaves."""
+    """No page leaks, has two owners or is written to while shared, and every row holds what the
+    rule leaves."""
     life = Life(seed)
     cache = KVCache(**life.settings)
     for step in range(500):
@@ -218,7 +354,8 @@ def test_10_000_steps_of_random_life(seed):
 
 
 def test_random_life_of_a_batch():
-    """Append, end, begin anew and fork at random: no page leaks or has two owners, and every sequence stays right."""
+    """Append, end, begin anew and fork at random: no page leaks or has two owners, and every
+    sequence stays right."""
     rng = random.Random(11)
     model, cache, ids = uneven_cache(tokens=30)
     fed = [row.tolist() for row in ids]
@@ -242,8 +379,9 @@ def test_random_life_of_a_batch():
             b = rng.randrange(len(fed))
             if step[b]:
                 expected, held = oracle(model, torch.tensor(fed[b]))
-                torch.testing.assert_close(logits[b, :step[b]], expected[-step[b]:], atol=1e-4, rtol=1e-4)
-                assert torch.equal(cache.length.view(cache.layers, len(fed), -1)[:, b], held)
+                expected = expected[-step[b]:]
+                torch.testing.assert_close(logits[b, :step[b]], expected, atol=1e-4, rtol=1e-4)
+                check_held(cache, b, held)
 
 
 def test_wrong_calls_say_what_is_wrong():
@@ -252,8 +390,11 @@ def test_wrong_calls_say_what_is_wrong():
         KVCache(model.config, 0)
     with pytest.raises(InputError, match="power of two"):
         KVCache(model.config, 1, page_size=24)
-    cache = KVCache(model.config, 2, page_size=4, memory=8 * 256)
+    cache = KVCache(model.config, 2, page_size=4, memory=8 * PAGE_OF_4)
+    ids = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(InputError, match="2 numbers from 0 to 3"):
-        model(torch.zeros(2, 3, dtype=torch.int64), cache=cache, lengths=torch.tensor([4, 1]))
+        model(ids, cache=cache, lengths=torch.tensor([4, 1]))
+    with pytest.raises(InputError, match="1 numbers from 0 to 3"):
+        model(ids, cache=cache, sequence=1)
     with pytest.raises(InputError, match="full: of its 8 pages 8 are free and 32 needed"):
         model(torch.zeros(2, 30, dtype=torch.int64), cache=cache)

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_config
+from safetensors import safe_open
 
+import dms
 import retrofit
-from dms import InputError
-from model import Model, load_model, save_model
+from checkpoint import InputError, load_model, save_model
+from dms import DMSConfig
+from model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "toy" / "teacher"
@@ -21,7 +24,8 @@ TEACHER = ROOT / "toy" / "teacher"
 
 @pytest.fixture(scope="module")
 def small_teacher(tmp_path_factory):
-    """A random model of a few thousand weights with the toy tokenizer: for how things run, not for what is learned."""
+    """A random model of a few thousand weights with the toy tokenizer: for how things run, not for
+    what is learned."""
     folder = tmp_path_factory.mktemp("teacher")
     vocabulary = json.loads((TEACHER / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
@@ -34,93 +38,261 @@ def small_teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "text.txt"
-    file.write_text("\n\n".join(f"The river {i} passes the old stone and boat {i * 7}." for i in range(120)))
+    lines = [f"The river {i} passes the old stone and boat {i * 7}." for i in range(120)]
+    file.write_text("\n\n".join(lines))
     return file
 
 
-def command(model, data, out, *more):
-    return [sys.executable, str(ROOT / "retrofit.py"), "--model", str(model), "--data", str(data), "--out", str(out),
-            "--steps", "14", "--batch-size", "2", "--seq-len", "96", "--window", "4", "--save-every", "3",
-            "--eval-problems", "2", "--eval-tokens", "5", "--device", "cpu", "--lr", "0.01", *more]
+def arguments(teacher, data, out, *more):
+    """Of a run of a few small steps, on the CPU."""
+    settings = {
+        "--model": teacher,
+        "--data": data,
+        "--out": out,
+        "--steps": 30,
+        "--batch-size": 2,
+        "--seq-len": 96,
+        "--window": 4,
+        "--save-every": 3,
+        "--lr": 0.01,
+        "--eval-problems": 2,
+        "--eval-tokens": 5,
+        "--device": "cpu",
+    }
+    pairs = [text for pair in settings.items() for text in pair]
+    return [str(text) for text in (*pairs, *more)]
+
+
+def start(given):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "retrofit.py"), *given],
+        env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # others may need the processor
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(given):
+    process = start(given)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+def saved_step(out):
+    """How many steps the state in a run's folder has behind it."""
+    state = out / "state.safetensors"
+    if not state.exists():
+        return 0
+    with safe_open(state, "pt") as saved:
+        return int(saved.metadata()["step"])
+
+
+def results_in(out):
+    return json.loads((out / "results.json").read_text())
 
 
 @pytest.mark.parametrize("train", ["adapters", "all"])
 def test_killed_and_resumed_is_bit_for_bit_the_same(small_teacher, text_file, tmp_path, train):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = subprocess.run(command(small_teacher, text_file, whole, "--train", train), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for lines in (5, 10):  # kill it twice, each time at some moment after that many steps
+    whole = tmp_path / "whole"
+    cut = tmp_path / "cut"
+    run(arguments(small_teacher, text_file, whole, "--train", train))
+    for least_steps in (3, 12):  # killed twice, each time at some moment after that many steps
         more = ["--resume"] if cut.exists() else []
-        process = subprocess.Popen(command(small_teacher, text_file, cut, "--train", train, *more),
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        state, deadline = cut / "state.safetensors", time.time() + 120
-        while time.time() < deadline and process.poll() is None:
-            if state.exists() and retrofit.safe_open(state, "pt").metadata()["step"] >= str(lines - 2):
-                break
+        process = start(arguments(small_teacher, text_file, cut, "--train", train, *more))
+        deadline = time.time() + 120
+        while saved_step(cut) < least_steps and process.poll() is None and time.time() < deadline:
             time.sleep(0.005)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(command(small_teacher, text_file, cut, "--train", train, "--resume"), capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
+        process.kill()
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        assert least_steps <= saved_step(cut) < 30
+        assert not (cut / "config.json").exists()
+    run(arguments(small_teacher, text_file, cut, "--train", train, "--resume"))
     weights = "model.safetensors" if train == "all" else "dms_adapters.safetensors"
     assert (whole / weights).read_bytes() == (cut / weights).read_bytes()
-    assert (whole / "metrics.jsonl").read_text() == (cut / "metrics.jsonl").read_text()
-    assert len((whole / "metrics.jsonl").read_text().splitlines()) == 14
-    first, second = (json.loads((out / "results.json").read_text())["results"] for out in (whole, cut))
-    assert first == second and set(first) == {"dense", "DMS", "window"}
+    metrics = (whole / "metrics.jsonl").read_text()
+    assert metrics == (cut / "metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in metrics.splitlines()] == list(range(1, 31))
+    results = results_in(whole)["results"]
+    assert results == results_in(cut)["results"]
+    assert set(results) == {"dense", "DMS", "window"}
 
 
 def test_toy_data_brings_a_checker_and_the_neuron_source_trains(small_teacher, tmp_path, capsys):
     out = tmp_path / "run"
-    retrofit.main(command(small_teacher, "toy", out, "--train", "all", "--decision", "neuron", "--steps", "3",
-                          "--seq-len", "512")[2:])
+    more = ["--train", "all", "--decision", "neuron", "--steps", "3", "--seq-len", "512"]
+    given = arguments(small_teacher, "toy", out, *more)
+    retrofit.main(given)
     table = capsys.readouterr().out
-    assert all(word in table for word in ("needles", "variables", "arithmetic", "compression ratio", "KV reads"))
+    names = {"needles", "variables", "arithmetic"}
+    for word in (*names, "compression ratio", "KV reads"):
+        assert word in table
     model = load_model(out)
-    assert model.config.dms.source == "neuron" and model.config.dms.window == 4
-    results = json.loads((out / "results.json").read_text())
-    assert set(results["results"]["DMS"]["accuracy"]) == {"needles", "variables", "arithmetic"}
+    assert model.config.dms.source == "neuron"
+    assert model.config.dms.window == 4
+    assert set(results_in(out)["results"]["DMS"]["accuracy"]) == names
     with pytest.raises(InputError, match="already holds something"):
-        retrofit.main(command(small_teacher, "toy", out)[2:])
+        retrofit.main(given)
     with pytest.raises(InputError, match="another --lr"):
-        retrofit.main(command(small_teacher, "toy", out, "--train", "all", "--decision", "neuron", "--steps", "3",
-                              "--seq-len", "512", "--resume", "--lr", "0.5")[2:])
+        retrofit.main([*given, "--resume", "--lr", "0.5"])
     with pytest.raises(InputError, match="already a DMS checkpoint"):
-        retrofit.main(command(out, "toy", tmp_path / "again")[2:])
+        retrofit.main(arguments(out, "toy", tmp_path / "again"))
+
+    weights = (out / "model.safetensors").read_bytes()
+    retrofit.main([*given, "--resume", "--eval-problems", "3"])  # measures once more
+    assert results_in(out)["settings"]["eval_problems"] == 3
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
+def started_run(small_teacher, text_file, folder):
+    """The options of a run that has been started in a folder, without its steps."""
+    options = retrofit.parse(arguments(small_teacher, text_file, folder))
+    (folder / "settings.json").write_text(json.dumps(options.settings()))
+    return options
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--model", "toy/teacher"),
+        ("--data", "toy"),
+        ("--target-cr", "4"),
+        ("--window", "5"),
+        ("--train", "all"),
+        ("--decision", "neuron"),
+        ("--shift", "0"),
+        ("--per", "layer"),
+        ("--steps", "31"),
+        ("--lr", "0.02"),
+        ("--batch-size", "3"),
+        ("--seq-len", "97"),
+        ("--compression-weight", "2"),
+        ("--reverse-kl", None),
+        ("--recompute", None),
+        ("--seed", "1"),
+        ("--save-every", "4"),
+        ("--dtype", "bfloat16"),
+    ],
+)
+def test_a_resumed_run_refuses_options_that_differ(small_teacher, text_file, tmp_path, flag, value):
+    started_run(small_teacher, text_file, tmp_path)
+    given = [flag] if value is None else [flag, value]
+    with pytest.raises(InputError, match=f"another {flag} "):
+        retrofit.parse(["--resume", "--out", str(tmp_path), "--device", "cpu", *given])
+
+
+def test_a_resumed_run_goes_on_with_its_own_options(small_teacher, text_file, tmp_path):
+    """Whether they are given again or not. What is measured afterwards may change."""
+    options = started_run(small_teacher, text_file, tmp_path)
+    shortly = ["--resume", "--out", str(tmp_path), "--device", "cpu"]
+    again = [*arguments(small_teacher, text_file, tmp_path), "--resume"]
+    for given in (shortly, again):
+        resumed = retrofit.parse(given)
+        assert resumed.resume
+        assert resumed.settings() == options.settings()
+        changes = ["--eval-problems", "7", "--eval-batch", "3", "--eval-tokens", "9"]
+        resumed = retrofit.parse([*given, *changes])
+        changed = dict(eval_problems=7, eval_batch=3, eval_tokens=9)
+        assert resumed.settings() == {**options.settings(), **changed}
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    """Over 20 steps from 0, and over the last 40 % to 0."""
+    rates = [retrofit.learning_rate(step, 1000, 0.5) for step in range(1001)]
+    assert rates[:20] == pytest.approx([0.5 * n / 20 for n in range(1, 21)])
+    assert rates[20:601] == pytest.approx([0.5] * 581)
+    assert rates[600:] == pytest.approx([0.5 * n / 400 for n in range(400, -1, -1)])
+    # in a run of a few steps the two meet below the peak
+    short = [retrofit.learning_rate(step, 10, 0.5) for step in range(11)]
+    rising = [0.5 * n / 20 for n in range(1, 10)]
+    assert short == pytest.approx([*rising, 0.5 / 4, 0])
+
+
+@torch.no_grad()
+def kl_of_a_window(window, ids, lengths):
+    """To the teacher, of the teacher that evicts everything outside a window."""
+    teacher = load_model(TEACHER)
+    blind = dms.start_retrofit(load_model(TEACHER), DMSConfig(window=window, offset=-1.0))
+    predicts = torch.arange(ids.shape[1]) < lengths[:, None] - 1
+    states = (blind.states(ids), teacher.states(ids))
+    heads = (blind.lm_head.weight, teacher.lm_head.weight)
+    return dms.distillation_loss(*states, *heads, predicts).item()
 
 
 def test_compression_is_learned():
-    """A few steps at a high rate: the fraction let go follows the target, and the KL stays finite."""
-    args = retrofit.parse(["--model", str(TEACHER), "--steps", "12", "--lr", "0.01", "--seq-len", "128",
-                           "--batch-size", "2", "--train", "adapters", "--data", "toy", "--window", "4"])
-    student = load_model(TEACHER)
-    retrofit.dms.start_retrofit(student, retrofit.DMSConfig(window=4))
-    trained = [p.requires_grad_() for n, p in student.named_parameters() if "dms_proj_alpha" in n]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr)
-    data = retrofit.make_data(args)
-    rows = [retrofit.train_step(student, None, data, optimizer, step, args) for step in range(12)]
-    assert rows[0]["cr"] < 1.05 and rows[-1]["cr"] > 1.5 and rows[0]["kl"] < 0.05 and rows[-1]["kl"] < 20
+    """A few steps at a high rate: what is let go follows the target, and what is kept is chosen, so
+    that the KL stays far below that of a window of the same memory."""
+    given = {
+        "--model": TEACHER,
+        "--data": "toy",
+        "--train": "adapters",
+        "--window": 4,
+        "--steps": 12,
+        "--lr": 0.01,
+        "--seq-len": 128,
+        "--batch-size": 2,
+        "--device": "cpu",
+    }
+    options = retrofit.parse([str(text) for pair in given.items() for text in pair])
+    student = dms.start_retrofit(load_model(TEACHER), DMSConfig(window=4))
+    named = student.named_parameters()
+    trained = [p.requires_grad_() for name, p in named if "dms_proj_alpha" in name]
+    optimizer = torch.optim.AdamW(trained, lr=options.lr)
+    data = retrofit.make_data(options)
+    rows = []
+    for step in range(12):
+        rows.append(retrofit.train_step(student, None, data, optimizer, step, options))
+        rate = optimizer.param_groups[0]["lr"]
+        assert rate == retrofit.learning_rate(step, 12, 0.01)
+    first = rows[0]
+    last = rows[-1]
+    assert first["cr"] < 1.05
+    assert first["kl"] < 0.05
+    assert last["target_cr"] == 8
+    assert last["cr"] > 6
+    ids, lengths = data.batch(11)
+    as_much = round(lengths.float().mean().item() / last["cr"])
+    assert as_much > 4
+    assert last["kl"] < 0.5 * kl_of_a_window(as_much, ids, lengths)
+    assert last["kl"] < 0.25 * kl_of_a_window(4, ids, lengths)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--target-cr", "64"], "impossible"),
-    (["--decision", "neuron", "--train", "adapters"], "neuron has no adapters"),
-    (["--steps", "0"], "--steps must be at least 1"),
-    (["--model", "/no/such"], "no such folder"),
-    (["--data", "/no/such.txt"], "not readable"),
-    (["--data", "{empty}"], "usable documents"),
-    (["--data", "{broken}"], "line 2 is not a JSON object"),
-    (["--seq-len", "5000"], "longer than the model's context"),
-    (["--resume"], "holds no run"),
-])
-def test_bad_input_ends_before_any_work(arguments, message, tmp_path):
-    (tmp_path / "empty.txt").write_text("\n\n  \n\n")
-    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\nnot json\n')
-    arguments = [a.format(empty=tmp_path / "empty.txt", broken=tmp_path / "broken.jsonl") for a in arguments]
+def test_impossible_targets_are_refused():
+    retrofit.check_target(8, 16, 512)
+    retrofit.check_target(8, 511, 4096)
+    with pytest.raises(InputError, match="window alone holds 513"):
+        retrofit.check_target(8, 512, 4096)
+    retrofit.check_target(1, 16, 512)
+    with pytest.raises(InputError, match="not a compression"):
+        retrofit.check_target(0.5, 16, 512)
+    with pytest.raises(InputError, match="not a compression"):
+        retrofit.check_target(float("nan"), 16, 512)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--target-cr", "64"], "impossible"),
+        (["--decision", "neuron", "--train", "adapters"], "neuron has no adapters"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--model", "/no/such"], "no such folder"),
+        (["--data", "/no/such.txt"], "not readable"),
+        (["--data", "{empty}"], "usable documents"),
+        (["--data", "{broken}"], "line 2 is not a JSON object"),
+        (["--seq-len", "5000"], "longer than the model's context"),
+        (["--resume"], "holds no run"),
+    ],
+)
+def test_bad_input_ends_before_any_work(given, message, tmp_path):
+    empty = tmp_path / "empty.txt"
+    broken = tmp_path / "broken.jsonl"
+    empty.write_text("\n\n  \n\n")
+    broken.write_text('{"text": "a"}\nnot json\n')
     out = tmp_path / "out"
-    done = subprocess.run([sys.executable, str(ROOT / "retrofit.py"), "--out", str(out), *arguments],
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and not out.exists()
+    given = [text.format(empty=empty, broken=broken) for text in given]
+    process = start(["--out", str(out), *given])
+    _, errors = process.communicate()
+    assert process.returncode == 2 and message in errors, errors
+    assert errors.count("\n") == 1
+    assert not out.exists()

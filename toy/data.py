@@ -34,18 +34,17 @@ class ToyData:
     def held_out(self, rows):
         return self.rows(random.Random("held out"), "test", rows)
 
-    def answer_tasks(self, model, new_cache, options, desc):
-        """Free-running greedy answers to options.eval_problems test problems of each task, options.eval_batch side by side
-        in new_cache(rows): {task: share that is correct}, and the caches."""
-        accuracy, caches = {}, []
+    def answer_tasks(self, model, cache, options, desc):
+        """Free-running greedy answers to options.eval_problems test problems of each task, side by
+        side in the cache: {task: share that is correct}."""
+        accuracy = {}
         for task in tasks.TASKS:
             rng = random.Random(f"evaluate {task}")
             problems = [tasks.make_problem(task, rng, "test") for _ in range(options.eval_problems)]
             sequences = [Sequence(self.encode(p, False), options.eval_tokens) for p in problems]
-            caches.append(new_cache(min(options.eval_batch, len(problems))))
             with tqdm(total=len(problems), desc=f"{desc}: {task}", leave=False) as bar:
-                for drawn in generate(model, caches[-1], sequences, {self.tokenizer.end_id}):
-                    bar.update(sum(s.over for s, _ in drawn))
+                for drawn in generate(model, cache, sequences, {self.tokenizer.end_id}):
+                    bar.update(sum(sequence.over for sequence, _ in drawn))
             texts = [self.tokenizer.decode(s.new, skip_special_tokens=True) for s in sequences]
             accuracy[task] = sum(map(tasks.is_correct, problems, texts)) / len(problems)
-        return accuracy, caches
+        return accuracy

@@ -1,14 +1,17 @@
-"""Make the toy teacher from nothing: a small Qwen3 that solves the toy tasks.
-
-    torchrun --nproc-per-node 2 toy/pretrain.py         # 2 CPU cores: one process a core, about an hour
-    python toy/pretrain.py                              # one process; a GPU is used if there is one (minutes)
-    ... toy/pretrain.py --resume                        # go on after an interruption
-    python toy/pretrain.py --eval 500                   # only measure toy/teacher/ on held-out problems
-
-Retrieval has to appear first, so the first phase is short texts with many questions; then the texts grow to 512
-tokens and arithmetic joins. The loss counts answer tokens fully and prompt tokens (mostly filler) a little.
-Every batch is drawn from a generator seeded with (seed, step), so a resumed run sees what an uninterrupted one sees.
 """
+Make the toy teacher from nothing: a small Qwen3 that solves the toy tasks.
+
+    torchrun --nproc-per-node 2 toy/pretrain.py    # 2 CPU cores: one process a core, about an hour
+    python toy/pretrain.py                         # one process; a GPU if there is one (minutes)
+    ... toy/pretrain.py --resume                   # go on after an interruption
+    python toy/pretrain.py --eval 500              # only measure toy/teacher/ on held-out problems
+
+Retrieval has to appear first, so the first phase is short texts with many questions; then the texts
+grow to 512 tokens and arithmetic joins. The loss counts answer tokens fully and prompt tokens
+(mostly filler) a little. Every batch is drawn from a generator seeded with (seed, step), so a
+resumed run sees what an uninterrupted one sees.
+"""
+
 import argparse
 import os
 import random
@@ -31,11 +34,20 @@ from toy.tasks import LETTERS, NAMES, TASKS, evaluate, is_correct, make_problem 
 from toy.tokenizer import chat_ids, make_tokenizer, save_tokenizer  # noqa: E402
 
 ARCHITECTURE = dict(
-    model_type="qwen3", hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
-    num_key_value_heads=4, head_dim=32, rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=1024,
-    tie_word_embeddings=True)
+    model_type="qwen3",
+    hidden_size=192,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+)
 
-# steps, tokens per row, tokens per step, weights of (retrieval drill, sums drill, *TASKS) in the mix
+# steps, tokens per row, tokens per step, the mix: weights of (retrieval drill, sums drill, *TASKS)
 PHASES = (
     (200, 64, 2048, (1.00, 0.00, 0.00, 0.00, 0.00)),
     (150, 128, 4096, (0.30, 0.00, 0.30, 0.30, 0.10)),
@@ -44,9 +56,14 @@ PHASES = (
     (150, 128, 4096, (0.00, 0.60, 0.10, 0.10, 0.20)),
     (400, 512, 8192, (0.00, 0.08, 0.24, 0.25, 0.43)),
 )
-DECAY = 500                 # the rates fall linearly to 0 over this many last steps
-PROMPT_WEIGHT = 0.03        # of a prompt token in the loss, where an answer token counts 1
-LEVELS = (("needles", "easy"), ("variables", "easy"), ("arithmetic", "easy"), ("arithmetic", "hard"))
+DECAY = 500  # the rates fall linearly to 0 over this many last steps
+PROMPT_WEIGHT = 0.03  # of a prompt token in the loss, where an answer token counts 1
+LEVELS = (
+    ("needles", "easy"),
+    ("variables", "easy"),
+    ("arithmetic", "easy"),
+    ("arithmetic", "hard"),
+)
 
 
 def phase_of(step):
@@ -65,13 +82,16 @@ def chat_row(tokenizer, problem):
 
 
 def retrieval_row(tokenizer, rng, width):
-    """Bare retrieval, as (token ids, their weights): a few statements, then the same again and again in any order,
-    where only what follows " is" counts. It teaches retrieval several times faster than the tasks themselves do."""
+    """Bare retrieval, as (token ids, their weights): a few statements, then the same again and
+    again in any order, where only what follows " is" counts. It teaches retrieval several times
+    faster than the tasks themselves do."""
     if rng.random() < 0.5:
-        values = {name: f"{rng.randrange(100):02d}" for name in rng.sample(NAMES, rng.randint(2, 6))}
+        names = rng.sample(NAMES, rng.randint(2, 6))
+        values = {name: f"{rng.randrange(100):02d}" for name in names}
         statements = [f" The code of {name} is {value}." for name, value in values.items()]
     else:
-        values = {name: rng.choice(LETTERS + "0123456789") for name in rng.sample(LETTERS, rng.randint(2, 8))}
+        names = rng.sample(LETTERS, rng.randint(2, 8))
+        values = {name: rng.choice(LETTERS + "0123456789") for name in names}
         statements = [f" {name} is {value}." for name, value in values.items()]
     ids = tokenizer.encode("".join(statements)).ids
     weights = [0.0] * len(ids)
@@ -85,12 +105,15 @@ def retrieval_row(tokenizer, rng, width):
 
 
 def sums_row(tokenizer, rng, width):
-    """The tables of arithmetic, as (token ids, their weights): sum after sum, where only the results count."""
-    ids, weights = [], []
+    """The tables of arithmetic, as (token ids, their weights): sum after sum, where only the
+    results count."""
+    ids = []
+    weights = []
     while len(ids) < width - 8:
         expression = f"{rng.randrange(10)} {rng.choice('++--*')} {rng.randrange(10)}"
         if rng.random() < 0.25:
-            expression = f"{rng.randrange(10)} {rng.choice('+-')} {rng.randrange(10)} * {rng.randrange(10)}"
+            first = f"{rng.randrange(10)} {rng.choice('+-')}"
+            expression = f"{first} {rng.randrange(10)} * {rng.randrange(10)}"
         ids += tokenizer.encode(f" {expression} is {evaluate(expression)},").ids
         weights += [0.0] * (len(ids) - len(weights) - 2) + [1.0, 0.0]
     return ids, weights
@@ -100,7 +123,8 @@ DRILLS = {"retrieval drill": retrieval_row, "sums drill": sums_row}
 
 
 def collate(rows, pad, width):
-    """[(token ids, weights), ...] -> ids (B, width) int64, loss weights (B, width) float32 of predicting ids."""
+    """[(token ids, weights), ...] -> ids (B, width) int64, loss weights (B, width) float32 of
+    predicting ids."""
     ids = torch.full((len(rows), width), pad)
     weights = torch.zeros(len(rows), width)
     for i, (row, row_weights) in enumerate(rows):
@@ -113,7 +137,10 @@ def make_batch(tokenizer, step, seed, rank=0, world=1):
     """Process `rank`'s share of the batch of `step`, the same for the same (seed, step)."""
     rng = random.Random(f"{seed}-{step}")
     longest, tokens, mix = phase_of(step)
-    width = longest if rng.random() < 0.75 else rng.choice([w for w in (128, 256, 512) if w <= longest] or [longest])
+    width = longest
+    if rng.random() >= 0.75:
+        shorter = [width for width in (128, 256, 512) if width <= longest]
+        width = rng.choice(shorter or [longest])
     rng = random.Random(f"{seed}-{step}-{rank}")
     rows = []
     for _ in range(tokens // width // world):
@@ -122,7 +149,7 @@ def make_batch(tokenizer, step, seed, rank=0, world=1):
             rows.append(DRILLS[task](tokenizer, rng, width))
             continue
         level = rng.randint(max(96, width * 5 // 8), width)
-        if width == 512 and rng.random() < 0.4:             # the shape of the evaluation
+        if width == 512 and rng.random() < 0.4:  # the shape of the evaluation
             level = "hard" if task != "arithmetic" and rng.random() < 0.5 else "easy"
         rows.append(chat_row(tokenizer, make_problem(task, rng, "train", level)))
     return collate(rows, tokenizer.token_to_id("<|endoftext|>"), width)
@@ -138,8 +165,9 @@ def loss_of(model, ids, weights):
 
 @torch.no_grad()
 def exact(model, tokenizer, problems, batch=16):
-    """For each problem: is every token of its answer the argmax given those before it? Where it is, the greedy reply
-    is the reference answer to the letter, and nothing needs to be generated to know so."""
+    """For each problem: is every token of its answer the argmax given those before it? Where it is,
+    the greedy reply is the reference answer to the letter, and nothing needs to be generated to
+    know so."""
     device = next(model.parameters()).device
     hits = []
     for start in range(0, len(problems), batch):
@@ -160,15 +188,21 @@ def held_out(task, level, count, seed=1):
 def generate(model, tokenizer, prompts, temperature=0.0, max_new=280):
     """Free-running replies to `prompts` (lists of ids), dense KV cache; temperature 0 is greedy."""
     device = next(model.parameters()).device
-    end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
+    end = tokenizer.token_to_id("<|im_end|>")
+    pad = tokenizer.token_to_id("<|endoftext|>")
+    longest = max(len(p) for p in prompts)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = torch.tensor([p + [pad] * (int(lengths.max()) - len(p)) for p in prompts], device=device)
+    ids = torch.tensor([p + [pad] * (longest - len(p)) for p in prompts], device=device)
     cache = KVCache(model.config, batch_size=len(prompts), device=device)
     logits = model(ids, cache=cache, lengths=lengths, last_only=True)[:, -1]
-    alive, replies = torch.ones_like(lengths), [[] for _ in prompts]
+    alive = torch.ones_like(lengths)
+    replies = [[] for _ in prompts]
     for _ in range(max_new):
-        probabilities = (logits.float() / max(temperature, 1e-6)).softmax(-1)
-        chosen = torch.multinomial(probabilities, 1)[:, 0] if temperature else logits.argmax(-1)
+        if temperature:
+            probabilities = (logits.float() / temperature).softmax(-1)
+            chosen = torch.multinomial(probabilities, 1)[:, 0]
+        else:
+            chosen = logits.argmax(-1)
         alive = alive * (chosen != end)
         if not alive.any():
             break
@@ -187,46 +221,61 @@ def free_running(model, tokenizer, problems, temperature=0.0, seed=1, batch=50):
     right = len(problems) - len(unsure)
     for start in tqdm(range(0, len(unsure), batch), leave=False, disable=None):
         group = unsure[start:start + batch]
-        replies = generate(model, tokenizer, [chat_ids(tokenizer, p)[0] for p in group], temperature)
+        prompts = [chat_ids(tokenizer, p)[0] for p in group]
+        replies = generate(model, tokenizer, prompts, temperature)
         right += sum(is_correct(p, reply) for p, reply in zip(group, replies))
     return right / len(problems)
 
 
 def new_model(vocab_size, seed):
-    """A model with random weights, and two head starts without which retrieval takes several times longer to appear.
+    """A model with random weights, and two head starts without which retrieval takes several times
+    longer to appear.
 
-    Channel 0 of every embedding is the same constant (the tied output layer's softmax does not notice), which gives
-    queries and keys a part that does not depend on the token. From that part, four of the first layer's query heads
-    look 1, 2, 1 and 3 tokens back: with q = exp(-i f d), k = 1 in every rotary pair of frequency f, the logit
-    sum_f cos(f (distance - d)) is largest at distance d. Only the fast frequencies are used.
+    Channel 0 of every embedding is the same constant (the tied output layer's softmax does not
+    notice), which gives queries and keys a part that does not depend on the token. From that part,
+    four of the first layer's query heads look 1, 2, 1 and 3 tokens back: with q = exp(-i f d),
+    k = 1 in every rotary pair of frequency f, the logit sum_f cos(f (distance - d)) is largest at
+    distance d. Only the fast frequencies are used.
     """
     torch.manual_seed(seed)
-    model = Model(ModelConfig(vocab_size=vocab_size, **ARCHITECTURE))
+    config = ModelConfig(vocab_size=vocab_size, **ARCHITECTURE)
+    model = Model(config)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.constant_(parameter, 1.5 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.constant_(parameter, 1.5)
+        elif parameter.ndim == 1:
+            torch.nn.init.ones_(parameter)
         elif "embed_tokens" in name:
             torch.nn.init.normal_(parameter, std=0.1)
         else:
-            deep = name.endswith(("o_proj.weight", "down_proj.weight"))     # what writes to the residual stream
-            scale = (2 * ARCHITECTURE["num_hidden_layers"]) ** -0.5 if deep else 1.0
-            torch.nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
-    D, group = ARCHITECTURE["head_dim"], ARCHITECTURE["num_attention_heads"] // ARCHITECTURE["num_key_value_heads"]
-    attention = model.model.layers[0].self_attn
-    frequency = ARCHITECTURE["rope_theta"] ** -(torch.arange(0, D, 2) / D)
-    amplitude = torch.zeros(D // 2)
-    amplitude[:6] = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.7, 0.5])
+            scale = parameter.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # write to the residual stream
+                scale *= (2 * config.num_hidden_layers) ** -0.5
+            torch.nn.init.normal_(parameter, std=scale)
+    look_back(model.model.layers[0].self_attn, config)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1.0
-        for head, distance in enumerate((1, 2, 1, 3)):
-            query = attention.q_proj.weight[head * D:(head + 1) * D]
-            key = attention.k_proj.weight[head // group * D:(head // group + 1) * D]
-            angle = frequency * distance
-            query.mul_(0.3)
-            query[:, 0] = 0.5 * torch.cat((amplitude * angle.cos(), -amplitude * angle.sin()))
-            key.mul_(0.3)
-            key[:, 0] = 0.5 * torch.cat((amplitude, torch.zeros(D // 2)))
     return model
+
+
+@torch.no_grad()
+def look_back(attention, config):
+    """Make the first heads of a layer look back, as new_model says."""
+    D = config.head_dim
+    group = config.num_attention_heads // config.num_key_value_heads
+    frequency = config.rope_theta ** -(torch.arange(0, D, 2) / D)
+    amplitude = torch.zeros(D // 2)
+    amplitude[:6] = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.7, 0.5])
+    queries = attention.q_proj.weight.view(-1, D, config.hidden_size)  # (Hq, D, C)
+    keys = attention.k_proj.weight.view(-1, D, config.hidden_size)  # (Hkv, D, C)
+    for head, distance in enumerate((1, 2, 1, 3)):
+        query = queries[head]
+        key = keys[head // group]
+        angle = frequency * distance
+        query.mul_(0.3)
+        query[:, 0] = 0.5 * torch.cat((amplitude * angle.cos(), -amplitude * angle.sin()))
+        key.mul_(0.3)
+        key[:, 0] = 0.5 * torch.cat((amplitude, torch.zeros(D // 2)))
 
 
 class Muon(torch.optim.Optimizer):
@@ -268,12 +317,19 @@ def make_optimizers(model, args):
     return [Muon(matrices, lr=args.muon_lr), adam]
 
 
+def all_groups(optimizers):
+    """Their groups of parameters, which load_state_dict replaces."""
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
 def average_gradients(model):
     """Replace every process's gradients by their mean over the processes."""
     gradients = [p.grad for p in model.parameters()]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, flat.div_(dist.get_world_size()).split([g.numel() for g in gradients])):
+    flat /= dist.get_world_size()
+    means = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means):
         gradient.copy_(mean.view_as(gradient))
 
 
@@ -281,8 +337,9 @@ def save_checkpoint(file, step, model, optimizers):
     """Everything that --resume needs, in one atomic file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".tmp")
-    torch.save({"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]},
-               scratch)
+    state = {"step": step, "model": model.state_dict()}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save(state, scratch)
     os.replace(scratch, file)
 
 
@@ -290,18 +347,29 @@ def save_teacher(model, tokenizer, folder):
     """An ordinary Hugging Face model folder."""
     save_model(model, folder, dtype=torch.bfloat16)
     save_tokenizer(tokenizer, folder)
-    end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
-    settings = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "eos_token_id": [end, pad], "pad_token_id": pad}
+    end = tokenizer.token_to_id("<|im_end|>")
+    pad = tokenizer.token_to_id("<|endoftext|>")
+    settings = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "eos_token_id": [end, pad],
+        "pad_token_id": pad,
+    }
     write_json(Path(folder) / "generation_config.json", settings)
 
 
 def train(args, device):
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank = 0
+    world = 1
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        world = dist.get_world_size()
     tokenizer = make_tokenizer()
     model = new_model(tokenizer.get_vocab_size(), args.seed).to(device)
     optimizers = make_optimizers(model, args)
     total = sum(steps for steps, *_ in PHASES)
-    peaks = [group["lr"] for o in optimizers for group in o.param_groups]
+    peaks = [group["lr"] for group in all_groups(optimizers)]
     checkpoint = Path(args.scratch) / "checkpoint.pt"
     first = 0
     if args.resume:
@@ -312,15 +380,18 @@ def train(args, device):
         first = state["step"]
     forward = torch.compile(model, dynamic=False) if args.compile else model
     if rank == 0:
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.get_vocab_size()}, "
-              f"steps {first} to {total} on {device}", flush=True)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{size:,} parameters, vocabulary {tokenizer.get_vocab_size()}, steps {first} to "
+              f"{total} on {device}", flush=True)
     bar = tqdm(range(first, total), initial=first, total=total, mininterval=10, disable=rank > 0)
-    started, average = time.time(), None
+    started = time.time()
+    average = None
     for step in bar:
         scale = min(1.0, (step + 1) / 30, (total - step) / DECAY)
-        for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
+        for group, peak in zip(all_groups(optimizers), peaks):
             group["lr"] = peak * scale
-        ids, weights = (x.to(device) for x in make_batch(tokenizer, step, args.seed, rank, world))
+        batch = make_batch(tokenizer, step, args.seed, rank, world)
+        ids, weights = (x.to(device) for x in batch)
         loss = loss_of(forward, ids, weights)
         loss.backward()
         if world > 1:
@@ -335,17 +406,22 @@ def train(args, device):
         if rank > 0:
             continue
         if done % 50 == 0:
-            tqdm.write(f"step {done} loss {average:.4f} rate {scale:.3f} {time.time() - started:.0f} s", sys.stdout)
+            seconds = time.time() - started
+            line = f"step {done} loss {average:.4f} rate {scale:.3f} {seconds:.0f} s"
+            tqdm.write(line, sys.stdout)
         if done % args.every == 0 or done == total:
             save_checkpoint(checkpoint, done, model, optimizers)
             save_teacher(model, tokenizer, args.out)
-            scores = [sum(exact(model, tokenizer, held_out(*which, args.check))) / args.check for which in LEVELS]
-            shown = ", ".join(f"{' '.join(which)} {score:.3f}" for which, score in zip(LEVELS, scores))
-            tqdm.write(f"step {done} held-out exact answers: {shown}", sys.stdout)
+            scores = []
+            for task, level in LEVELS:
+                hits = exact(model, tokenizer, held_out(task, level, args.check))
+                scores.append(f"{task} {level} {sum(hits) / args.check:.3f}")
+            tqdm.write(f"step {done} held-out exact answers: {', '.join(scores)}", sys.stdout)
         sys.stdout.flush()
     seconds = time.time() - started
     if rank == 0:
-        print(f"trained for {seconds:.0f} s ({seconds / max(total - first, 1):.2f} s a step)", flush=True)
+        step_seconds = seconds / max(total - first, 1)
+        print(f"trained for {seconds:.0f} s ({step_seconds:.2f} s a step)", flush=True)
 
 
 def measure(args, device):
@@ -355,28 +431,33 @@ def measure(args, device):
     for task, level in (*LEVELS, ("needles", "hard"), ("variables", "hard")):
         problems = held_out(task, level, args.eval)
         sizes = [len(chat_row(tokenizer, p)[0]) for p in problems]
-        line = f"{task} {level}: greedy {free_running(model, tokenizer, problems):.1%} of {args.eval}"
-        if task == "arithmetic":                            # slow, so fewer
-            some = problems[:max(args.eval // 5, 1)]
-            line += f", one sampled chain {free_running(model, tokenizer, some, temperature=1.0):.1%} of {len(some)}"
-        print(f"{line}; {sum(sizes) / len(sizes):.0f} tokens on average, at most {max(sizes)}", flush=True)
+        greedy = free_running(model, tokenizer, problems)
+        line = f"{task} {level}: greedy {greedy:.1%} of {args.eval}"
+        if task == "arithmetic":
+            some = problems[: max(args.eval // 5, 1)]  # it is slow
+            sampled = free_running(model, tokenizer, some, temperature=1.0)
+            line += f", one sampled chain {sampled:.1%} of {len(some)}"
+        mean = sum(sizes) / len(sizes)
+        print(f"{line}; {mean:.0f} tokens on average, at most {max(sizes)}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=str(ROOT / "toy" / "teacher"), help="the teacher's folder")
-    parser.add_argument("--scratch", default=str(ROOT / "toy" / ".pretrain"), help="folder of the checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    parser.add_argument("--eval", type=int, default=0, metavar="N", help="only measure --out on N problems a task")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak rate of AdamW")
-    parser.add_argument("--muon-lr", type=float, default=0.01, help="peak rate of Muon")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
-    parser.add_argument("--every", type=int, default=100, help="steps between saving and checking")
-    parser.add_argument("--check", type=int, default=32, help="held-out problems a task in a check")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    add = parser.add_argument
+    flag = argparse.BooleanOptionalAction
+    add("--out", default=str(ROOT / "toy" / "teacher"), help="the teacher's folder")
+    add("--scratch", default=str(ROOT / "toy" / ".pretrain"), help="folder of the checkpoint")
+    add("--resume", action="store_true", help="go on from the checkpoint")
+    add("--eval", type=int, default=0, metavar="N", help="only measure --out on N problems a task")
+    add("--lr", type=float, default=3e-3, help="peak rate of AdamW")
+    add("--muon-lr", type=float, default=0.01, help="peak rate of Muon")
+    add("--compile", action=flag, default=True, help="use torch.compile")
+    add("--every", type=int, default=100, help="steps between saving and checking")
+    add("--check", type=int, default=32, help="held-out problems a task in a check")
+    add("--seed", type=int, default=0)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "RANK" in os.environ:                                # started by torchrun, for CPU cores
+    if "RANK" in os.environ:  # started by torchrun, for CPU cores
         dist.init_process_group("gloo", timeout=timedelta(hours=1))
     if not args.eval:
         train(args, device)

@@ -16,12 +16,12 @@ Most of each text is filler that can be forgotten at once; what is needed sits o
 Train and test problems are disjoint by construction: a checksum of the statements and the question,
 filler left out, says which of the two a problem belongs to.
 """
-import functools
 import json
 import random
 import re
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 
 TASKS = ("needles", "variables", "arithmetic")
@@ -197,10 +197,17 @@ def is_correct(problem, text):
 
 
 def question(task, seed):
-    """A test problem's text, the function that finds an answer to it in a reply, and the right answer."""
+    """A test problem's text, and a function that says of a list of replies what they vote for."""
     problem = make_problem(task, random.Random(f"generate {seed}"), "test")
-    read = functools.partial(final_answer, problem)
-    return problem.prompt, read, read(problem.answer)
+    expected = final_answer(problem, problem.answer)
+
+    def check(texts):
+        answers = [final_answer(problem, text) for text in texts]
+        answer = Counter(answers).most_common(1)[0][0]
+        right = answers.count(expected)
+        return f"answer {answer}, expected {expected}; {right} of {len(answers)} right"
+
+    return problem.prompt, check
 
 
 def messages(problem, with_answer=True):
