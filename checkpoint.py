@@ -88,7 +88,7 @@ def parse_object(text, problem):
     with refusing(problem, ValueError, RecursionError):
         value = json.loads(text)
         require(isinstance(value, dict), problem)
-        return value
+    return value
 
 
 def read_json(file):
@@ -128,14 +128,19 @@ def write_json(file, data):
 
 # ------------------------------------------------------------------------------------- config.json
 
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads")
 LIMITS = {  # of numbers in JSON files, by their names or kinds
     int: (1, 2**24), float: (-1e9, 1e9), "head_dim": (1, 2**12), "rope_theta": (1e-9, 1e29),
     "rms_norm_eps": (0, 1), "max_window_layers": (0, 2**24), "window": (0, 2**20), "shift": (0, 1)}
 
 
 def checked(raw, key, kind, where, name=None):
-    """raw[key], None where it is absent or null, if it is of that kind and within the LIMITS of
-    that name. Raises InputError."""
+    """The value of a key of a parsed JSON file, None where it is absent or null.
+
+    Raises InputError if it is not of that kind (int, float, bool or str), or not within its LIMITS.
+    name: our name of what the key spells, by which the LIMITS go; None where it is the same.
+    """
     value = raw.get(key)
     if value is None:
         return None
@@ -150,8 +155,8 @@ def checked(raw, key, kind, where, name=None):
 
 
 def read_fields(cls, raw, keys, where):
-    """{field: checked value} of what a parsed JSON file states, under keys {field: key}, of the
-    fields of a dataclass."""
+    """Fields of the dataclass cls from a parsed JSON file, {field: checked value}. keys: {field: its
+    key in the file}. Those that the file does not state are left out."""
     kinds = cls.__annotations__
     values = {name: checked(raw, key, kinds[name], where, name) for name, key in keys.items()}
     return {name: value for name, value in values.items() if value is not None}
@@ -167,7 +172,7 @@ def parse_config(raw, where="config.json"):
     names = [f.name for f in fields(ModelConfig) if f.type in (int, float, bool)]
     stated = {**raw, "rope_theta": rope.pop("rope_theta", raw.get("rope_theta"))}
     values = read_fields(ModelConfig, stated, dict(zip(names, names)), where)
-    for name in names[: names.index("num_key_value_heads")]:  # the others have defaults
+    for name in REQUIRED:
         require(name in values, f"{where}: {name} is missing; this is no complete model config")
     heads = values["num_attention_heads"]
     kv_heads = values.setdefault("num_key_value_heads", heads)
@@ -185,9 +190,9 @@ def parse_config(raw, where="config.json"):
         freq, scale = rope_frequencies(config)
         require(freq.isfinite().all() and math.isfinite(scale), problem)
     rewritten = {"rope_parameters", "torch_dtype", "dtype", "architectures", "auto_map"}
-    for key in raw.keys() - config_to_dict(config).keys() - rewritten:
-        if not key.startswith("dms_"):
-            config.extra[key] = raw[key]
+    # what saving would not write by itself (config.extra is empty yet) is kept, to be written back
+    unknown = raw.keys() - config_to_dict(config).keys() - rewritten
+    config.extra = {key: raw[key] for key in unknown if not key.startswith("dms_")}
     return config
 
 
@@ -220,8 +225,7 @@ def read_rope(raw, where):
     is_flat = isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values())
     require(is_flat, f"{where}: rope parameters {rope!r:.80} are not one flat object")
     rope = {key: value for key, value in rope.items() if value is not None}
-    older_name = rope.pop("type", "default")
-    kind = rope.setdefault("rope_type", older_name)
+    kind = rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
     for place in (rope, raw):
         is_whole = place.get("partial_rotary_factor") in (None, 1.0)
         require(is_whole, f"{where}: partial rotary embeddings are not supported")
@@ -271,27 +275,33 @@ def read_settings(folder, raw):
         return None
     settings = read_fields(DMSConfig, raw, NVIDIA_KEYS, folder)
     separate = checked(raw, SEPARATE, bool, folder)
+    require(metadata is None or not separate, f"{folder}: adapter in config.json, borrowed in dms_metadata.json")
+    check_agreement(settings, metadata or {}, folder)
     require(settings.get("per", "head") in ("head", "layer"), f"{folder}: unusable dms_alpha_per")
-    contradiction = separate and metadata is not None
-    require(not contradiction, f"{folder}: adapter in config.json, borrowed in dms_metadata.json")
-    for name, value in (metadata or {}).items():
-        said = f"{NVIDIA_KEYS[name]} = {settings.setdefault(name, value)}"
-        problem = f"{folder}: config.json says {said} and dms_metadata.json {value}; fix it"
-        require(settings[name] == value, problem)
-    defaults = {} if metadata is None else METADATA_DEFAULTS
-    source = "adapter" if separate else "neuron"
-    complete = DMSConfig(**{**defaults, **settings, "source": source})
-    assumed = {"window", "scale", "offset", "shift"} - settings.keys()
+
+    stated = {**(metadata or {}), **settings, "source": "adapter" if separate else "neuron"}
+    complete = DMSConfig(**(stated if metadata is None else {**METADATA_DEFAULTS, **stated}))
+
+    assumed = sorted({"window", "scale", "offset", "shift"} - stated.keys())
     if assumed:
-        assumed = ", ".join(f"{name} = {getattr(complete, name)}" for name in sorted(assumed))
+        assumed = ", ".join(f"{name} = {getattr(complete, name)}" for name in assumed)
         print(f"{folder}: not stated by the checkpoint, so assumed: {assumed}", file=sys.stderr)
     return complete
 
 
+def check_agreement(settings, metadata, folder):
+    for name in settings.keys() & metadata.keys():
+        first = f"config.json says {NVIDIA_KEYS[name]} = {settings[name]}"
+        second = f"dms_metadata.json {metadata[name]}"
+        require(settings[name] == metadata[name], f"{folder}: {first} and {second}; remove one")
+
+
 def settings_to_dict(settings):
     """The dms_* keys of config.json; empty for None."""
-    raw = {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items() if settings}
-    return {**raw, SEPARATE: settings.source == "adapter"} if settings else {}
+    if settings is None:
+        return {}
+    raw = {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
+    return {**raw, SEPARATE: settings.source == "adapter"}
 
 
 # ----------------------------------------------------------------------------------------- Weights
@@ -304,8 +314,7 @@ def resolve(path_or_hub_id, relative_to="."):
         if os.path.isdir(folder):
             return folder
     name = one_line(path_or_hub_id, 200)
-    is_hub_id = re.fullmatch(r"[^/.~][^/]*/[^/]+", name)
-    require(is_hub_id, f"{name}: no such folder, and not a hub id (owner/name); check the path")
+    require(re.fullmatch(r"[^/.~][^/]*/[^/]+", name), f"{name}: no such folder, nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     files = ["*.safetensors", "*.json", "*.jinja"]
@@ -322,10 +331,9 @@ def weight_files(folder):
         require(isinstance(weight_map, dict) and weight_map, f"{index}: has no usable weight_map")
         names = dict.fromkeys(map(str, weight_map.values()))
     for name in names:
-        unsafe = f"{index}: unsafe shard name {name[:80]!r}; shards lie beside it"
-        require(re.fullmatch(r"[^/\\]+\.safetensors", name), unsafe)
-        file = index.with_name(one_line(name))
-        missing = f"{file}: missing; get safetensors, pickled weights are never read"
+        is_safe = re.fullmatch(r"[^/\\]+\.safetensors", name)
+        require(is_safe, f"{index}: unsafe shard name {name[:80]!r}; shards lie beside it")
+        missing = f"{index.with_name(one_line(name))}: missing; pickled weights are never read"
         require(os.path.isfile(index.with_name(name)), missing)
     return [index.with_name(name) for name in names]
 
@@ -368,8 +376,8 @@ def find_adapters(path):
     require(len(files) == 1, f"{path}: {len(files)} safetensors files there; name the adapters'")
     config = files[0].with_name("config.json")
     raw = read_json(config) if config.exists() else {}
-    settings = read_settings(config.parent, {SEPARATE: True, **raw})
-    settings.source = "adapter"
+    # SEPARATE: adapter tensors mean that adapters decide, even where no config.json says so
+    settings = read_settings(config.parent, {**raw, SEPARATE: True})
     return files[0], settings, raw.get("dms_base_fingerprint")
 
 
@@ -387,6 +395,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
     config = parse_config(raw, folder / "config.json")
     base = checked(raw, "dms_base_model", str, folder / "config.json")
     if base and adapter is None:  # this folder holds adapters only, and names their base
+        require(raw.get("dms_base_fingerprint"), f"{folder}: has no dms_base_fingerprint; damaged?")
         base = resolve(base, relative_to=folder)
         return load_model(base, device, dtype, adapter=folder / ADAPTER_FILE)
     config.dms = read_settings(folder, raw)
@@ -394,14 +403,14 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         weights = open_weights(weight_files(folder), stack, device)
         if adapter is not None:
             adapter, config.dms, trained_on = find_adapters(adapter)
-            other = f"{adapter}: trained on other weights than {folder} has (fingerprint differs)"
-            require(trained_on in (None, fingerprint(weights)), other)
+            fits = trained_on in (None, fingerprint(weights))
+            require(fits, f"{adapter}: trained on other weights than {folder} has (fingerprint differs)")
             adapters = open_weights([adapter], stack, device)
             for name in adapters:
-                require("dms_proj_alpha" in name, f"{adapter}: {one_line(name)} is not an adapter's")
+                require("dms_proj_alpha" in name, f"{adapter}: {one_line(name)} is not an adapter's; remove it")
             weights |= adapters
-        has_layers = config.num_hidden_layers <= len(weights)
-        require(has_layers, f"{folder}: has fewer tensors than config.json's num_hidden_layers")
+        # before Model builds as many layers as a damaged config.json asks for
+        require(config.num_hidden_layers <= len(weights), f"{folder}: fewer tensors than num_hidden_layers")
         with torch.device("meta"):
             model = Model(config)
         check_weights(weights, model, folder)
@@ -569,8 +578,8 @@ def check_ids(config, ids, new_tokens=0):
     fits = len(ids) + new_tokens <= context
     require(fits, f"{wanted}, but the model's context is {context}; shorten it or ask for less")
     for token in (min(ids), max(ids)):
-        problem = f"token id {token} is not in the model's vocabulary of {config.vocab_size}"
-        require(0 <= token < config.vocab_size, problem)
+        is_known = 0 <= token < config.vocab_size
+        require(is_known, f"token id {token} is not in the model's vocabulary of {config.vocab_size}")
 
 
 # ----------------------------------------------------------------------- What the scripts share
@@ -587,7 +596,7 @@ def parse_options(options, argv=None):
         how = dict(type=type(choices[0]), choices=choices) if choices else dict(type=field.type)
         if field.type in (bool, list):
             how = dict(action="store_true" if field.type is bool else "append")
-        flag = "--"[: len(field.name)] + field.name.replace("_", "-")  # -n, but --seed
+        flag = ("-" if len(field.name) == 1 else "--") + field.name.replace("_", "-")
         parser.add_argument(flag, **how, help=comments.get(field.name))
     return vars(parser.parse_args(argv))
 
@@ -605,12 +614,11 @@ def choose_device(options):
     own GPU."""
     if options.device == "cuda":
         options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = options.device
-    problem = f"--device {device}: cannot be used; give cpu, or cuda where PyTorch finds a GPU"
+    problem = f"--device {options.device}: cannot be used; give cpu, or cuda where there is a GPU"
     with refusing(problem, RuntimeError, AssertionError, NotImplementedError):
-        if torch.zeros(1, device=device).is_cuda:
-            torch.cuda.set_device(device)
-    options.dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
+        if torch.zeros(1, device=options.device).is_cuda:
+            torch.cuda.set_device(options.device)
+    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
 
 
 def run_script(main, when_stopped="stopped"):

@@ -7,8 +7,9 @@ against:
 
     query i sees key j   iff   j <= i  and  (i - j <= window  or  not evict[j])
 
-Here: the rule (visible), the decision and its two sources, the relaxed attention of training, the
-two losses and the schedule. This file knows nothing of files, pages, kernels or devices.
+Here: the rule (visible) and the dense computation that it defines (masked_attention), the decision
+and its two sources, the relaxed decision of training, the two losses, the schedule, and how a dense
+model becomes a DMS model (start_retrofit). Nothing of files, pages, kernels or devices.
 
 Letters, the same in all files: B batch, T tokens, L layers, Hq query heads, Hkv KV heads (H where
 there is no other), G = Hq / Hkv query heads to a KV head, D head size, C hidden size, V vocabulary.
@@ -29,8 +30,8 @@ class DMSConfig:
     window: int = 512  # tokens behind the query that it always sees, besides its own
     source: str = "adapter"  # of the score s: adapter_score, or "neuron": borrowed_score
     shift: int = 1  # the logit computed at token t decides the fate of token t - shift (0 or 1)
-    scale: float = 100.0
-    offset: float = 5.0
+    scale: float = 100.0  # makes small scores decide: lets an adapter learn at a small rate
+    offset: float = 5.0  # a score of 0, a fresh adapter's, gives z = -5: keep
     per: str = "head"  # or "layer": head 0 decides for all heads of its layer
     tau: float = 0.1  # temperature of the relaxed decision, training only
     target_cr: float = 8.0  # what it was trained for; documentation only
@@ -137,7 +138,7 @@ class RelaxedAttention:
 
     dms: DMSConfig
     lengths: torch.Tensor  # (B,) int64: the real tokens of each row; what follows is padding
-    attend: Callable  # (q, k, v, bias, window), the attention with those scores
+    biased_attention: Callable  # (q, k, v, bias, window): kernels/training_attention.py
 
     def __post_init__(self):
         self.let_go = {}  # layer -> (Hkv,): the fraction of this batch's pairs that it let go
@@ -145,9 +146,11 @@ class RelaxedAttention:
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) float32 -> (B, Hq, T, D)."""
         noisy = self.noisy_decisions(logits)
+        # With recompute=True (model.py) this runs a second time, in backward, and overwrites let_go
+        # with the same values, which does no harm: the loss has been computed by then.
         self.let_go[layer] = self.count_let_go(noisy)
         bias = F.logsigmoid(-noisy).to(q.dtype)  # log(1 - p), (B, Hkv, T)
-        return self.attend(q, k, v, bias, self.dms.window)
+        return self.biased_attention(q, k, v, bias, self.dms.window)
 
     def noisy_decisions(self, logits):
         """(z + g1 - g2) / tau of the token that each decision is about, (B, Hkv, T)."""
@@ -194,7 +197,7 @@ def distillation_loss(
     """KL between next-token distributions, the mean over the tokens kept, a float32 scalar.
 
     student, teacher: final hidden states (B, T, C); *_head: output weights (V, C); keep: (B, T)
-    bool, tokens that count (or slice(None), for all of states (T, C)). Forward KL, the default, is weighted by the teacher's probabilities
+    bool, the tokens that count. Forward KL, the default, is weighted by the teacher's probabilities
     (the paper), reverse KL by the student's (NVIDIA's code). The logits of V words exist for
     slice_size tokens at a time and are computed again in backward.
     """

@@ -85,11 +85,14 @@ class Scheduler:
         sequences = sorted(self.sequences, key=lambda s: s.row is None)  # those with a row first
         groups = itertools.groupby(sequences, key=lambda s: (s.row, s.ids))
         self.waiting = deque(list(group) for _, group in groups)
-        self.blocked_until_one_ends = False
+        self.blocked_until_one_ends = False  # after pages ran out, nothing starts until then
+        for sequence in sequences:
+            held = 0 if sequence.row is None else int(self.cache.seen[sequence.row])
+            require(held == sequence.fed, "the cache does not hold what a sequence has fed")
         new = sum(sequence.row is None for sequence in sequences)
-        rows = len(self.free_rows)
-        fits = rows >= (min(new, 1) if self.release else new)
-        require(fits, f"{new} sequences do not fit {rows} free rows of the cache; release them")
+        # one row that is released can serve them all, one after another
+        fits = len(self.free_rows) >= (min(new, 1) if self.release else new)
+        require(fits, f"{new} sequences cannot all stay in the cache's free rows; release them")
 
     def decode(self):
         """One more token for all that run, [(sequence, token id)]."""
@@ -125,7 +128,8 @@ class Scheduler:
             return False
         cache = self.cache
         pairs = (len(first.ids) - first.fed) / (cache.compression_ratio() or 1)
-        pages = (pairs + cache.page_size) / cache.page_size  # of a head, half a page to spare
+        # of each head; its last page is half empty on average, and half a page is a margin
+        pages = pairs / cache.page_size + 1
         has_room = cache.layers * cache.kv_heads * pages <= int(cache.pool.free_count)
         return has_room or not self.running
 
@@ -143,8 +147,6 @@ class Scheduler:
     def feed(self, group):
         """Feed what a group shares once, and fork it. Returns logits (1, V) of the next token."""
         first = group[0]
-        seen = int(self.cache.seen[first.row])
-        require(seen == first.fed, "the cache does not hold what a sequence has fed; feed it anew")
         ids = torch.tensor([first.ids[first.fed :]], device=self.model.device)
         logits = self.model(ids, cache=self.cache, sequence=first.row, last_only=True)
         if len(group) > 1:
@@ -155,18 +157,22 @@ class Scheduler:
         return logits[:, -1]
 
     def put_back(self, sequences, problem):
-        """For want of pages: they wait to be fed again, first in line, with what they have drawn; a
-        group in two halves. One that does not fit by itself has failed: [(it, None)]."""
+        """They have not found their pages: give up what they have, and wait to be fed again, first
+        in line, with what they have drawn. If nothing is left that could make room, the sequence
+        does not fit by itself, and has failed: [(it, None)], as nothing was drawn."""
         self.take_out(sequences, release=True)
-        half = len(sequences) // 2
         self.blocked_until_one_ends = bool(self.running)
-        if half == 0 and not self.running:
+        holders = [s for group in self.waiting for s in group if s.row is not None]
+        if len(sequences) == 1 and not self.running and not holders:
             sequences[0].over = True
             sequences[0].error = str(problem)
             return [(sequences[0], None)]
-        self.waiting.appendleft(sequences[half:])
-        if half:
-            self.waiting.appendleft(sequences[:half])
+        # half of a group's forks may fit where all of them do not
+        half = (len(sequences) + 1) // 2
+        self.waiting.extendleft(part for part in (sequences[half:], sequences[:half]) if part)
+        # where nobody runs, those that wait with a row and its pages must give them up, too
+        if not self.running:
+            self.take_out(holders, release=True)
         return []
 
     def take_out(self, sequences, release):
@@ -192,9 +198,10 @@ class Scheduler:
 
     def retire(self):
         """Take those that are over out of the batch."""
-        over = [sequence for sequence in self.running if sequence.over]
-        self.take_out(over, self.release)
-        self.blocked_until_one_ends &= not over
+        ended = [sequence for sequence in self.running if sequence.over]
+        self.take_out(ended, self.release)
+        if ended:
+            self.blocked_until_one_ends = False
 
 
 @torch.inference_mode()
@@ -254,10 +261,11 @@ class Stream:
 
     def let_out(self, end):
         """Make decoded[:end] the text, or what comes before a stop string."""
-        places = [self.decoded.find(stop, len(self.text)) for stop in self.stops]
+        places = (self.decoded.find(stop, len(self.text)) for stop in self.stops)
         found = [place for place in places if place >= 0]
         self.stopped = bool(found)
-        certain = self.decoded[: min(found, default=max(end, len(self.text)))]
+        end = min(found) if found else max(end, len(self.text))  # what is out stays out
+        certain = self.decoded[:end]
         if self.show:
             self.show(certain[len(self.text) :])
         self.text = certain
@@ -275,11 +283,6 @@ def final_answer(text):
 
 def show_now(text):
     print(text, end="", flush=True)
-
-
-def vote(texts):
-    """The answer that most texts give, and how many do."""
-    return Counter(map(final_answer, texts)).most_common(1)[0]
 
 
 @dataclass
@@ -318,8 +321,7 @@ class Session:
         self.options = options
         folder = resolve(options.model)
         self.tokenizer = load_tokenizer(folder)
-        dtype = getattr(torch, options.dtype)
-        self.model = load_model(folder, options.device, dtype, options.adapter)
+        self.model = load_model(folder, options.device, getattr(torch, options.dtype), options.adapter)
         if options.compile:
             self.model.compile()
         if options.dense and self.model.config.dms:
@@ -383,15 +385,18 @@ def read_turns():
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        if not line:
-            return
         if line.strip():
             yield {"role": "user", "content": line.rstrip("\n")}
+        elif not line:
+            return
 
 
 def chat(session):
     """Turns over one cache: each feeds only what the template puts after an answer, the new turn
     included. What the model said stays as it was said, thoughts too, as the cache cannot unsay it.
+
+    To get that text, the new turn is rendered behind a made-up exchange whose answer is a mark, and
+    the result is cut at the mark.
     """
     options = session.options
     mark = "@ANSWER@"
@@ -402,9 +407,10 @@ def chat(session):
         turns = [*before, turn] if number else [turn]
         text = session.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         if number:
-            text = text.split(mark, 1)[1]  # from what ends an answer on
+            require(mark in text, "--chat needs a template that repeats the answers; this one does not")
+            text = text.split(mark, 1)[1]
         if number and chain.ids[-1] in session.end_ids:
-            chain.ids.pop()  # drawn, but not fed: the template ends the answer itself
+            chain.ids.pop()  # it was not fed yet, and the text begins with it
         ids = chain.ids + session.tokenizer.encode(text, add_special_tokens=False)
         check_ids(session.model.config, ids, options.max_new_tokens)
         chain = replace(chain, ids=ids, seed=f"{options.seed} {number} 0", new=[], over=False)
@@ -422,14 +428,12 @@ def serve(session):
     out = Path(options.out)
     if world > 1:
         out = out.with_suffix(f".{rank}-of-{world}.jsonl")
-    done = read_lines(out, cut=True) if out.exists() else []
-    done = {row.get("line"): row for row in done}
-    todo = {}  # {chain: (its request, all the request's chains)}
+    done = {row.get("line"): row for row in (read_lines(out, cut=True) if out.exists() else ())}
+    todo = {}  # {chain that is not over: (its request, all chains of that request)}
     for line, request in list(enumerate(read_lines(options.requests), 1))[rank::world]:
         where = f"{options.requests}: line {line}"
         prompt = request.get("messages", request.get("prompt"))
-        needed = f'{where} needs "prompt" (text) or "messages" (a list); fix it'
-        require(isinstance(prompt, (str, list)) and prompt, needed)
+        require(isinstance(prompt, (str, list)) and prompt, f'{where} needs "prompt" or "messages"; add one')
         most = checked(request, "max_new_tokens", int, where) or options.max_new_tokens
         if line not in done:
             ids = session.encode(prompt, most)
@@ -439,6 +443,7 @@ def serve(session):
             is_same = all(done[line].get(key) == value for key, value in request.items())
             require(is_same, f"{out}: its line {line} answers another request; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
+    # as it was, but for a last line that was cut when its writer was stopped
     write_text(out, "".join(json.dumps(row) + "\n" for row in done.values()))
     session.new_cache(min(options.batch, max(len(todo), 1)))
     with open(out, "a") as file, tqdm(total=len(todo), desc="chains", disable=rank > 0) as bar:
@@ -456,12 +461,10 @@ def answer_of(chains):
     """What --out says of a request: its chains' texts, and what most of them answer."""
     texts = [chain.stop.text for chain in chains]
     tokens = [len(chain.new) for chain in chains]
-    answer, votes = vote(texts)
+    answer, votes = Counter(map(final_answer, texts)).most_common(1)[0]
     result = {"texts": texts, "answer": answer, "votes": votes, "tokens": tokens}
-    for chain in chains:
-        if chain.error:
-            result["error"] = chain.error
-    return result
+    errors = [chain.error for chain in chains if chain.error]
+    return {**result, "error": errors[0]} if errors else result
 
 
 def one_prompt(session, prompt, check=None):
@@ -475,12 +478,11 @@ def one_prompt(session, prompt, check=None):
     chains = session.chains(ids, options.max_new_tokens, options.seed, show)
     session.finish(chains, release=not options.show_evictions)
     texts = [chain.stop.text for chain in chains]
-    for i, text in enumerate(texts if options.n > 1 else (), 1):
-        print(f"[{i}] {text}")
-    print(flush=True)
-    answer, votes = vote(texts)
-    verdict = check(texts) if check else f"answer {answer}; {votes} of {options.n} agree"
+    lines = [f"[{i}] {text}\n" for i, text in enumerate(texts, 1)]
+    print("".join(lines) if options.n > 1 else "", flush=True)
+    answer, votes = Counter(map(final_answer, texts)).most_common(1)[0]
     if options.n > 1 or check:
+        verdict = check(texts) if check else f"answer {answer}; {votes} of {options.n} agree"
         print(f"[{verdict}]", file=sys.stderr)
     if options.show_evictions:
         show_evictions(session, chains[0])
@@ -505,8 +507,8 @@ def show_evictions(session, chain):
 def parse(argv=None):
     options = Options(**parse_options(Options, argv))
     check_positive(options, "n", "max_new_tokens", "batch", "memory", "top_p")
-    require((options.temperature or 0) >= 0, "--temperature must be 0 or more")
-    require((options.top_p or 1) <= 1, "--top-p must be at most 1")
+    in_range = (options.temperature or 0) >= 0 and (options.top_p or 1) <= 1
+    require(in_range, "--temperature must be 0 or more, and --top-p at most 1")
     modes = (options.prompt is not None) + options.chat + (options.requests is not None)
     require(modes <= 1, "--prompt, --chat and --requests exclude each other")
     require(not options.chat or options.n == 1, "--chat reads its turns one by one; leave out -n")
@@ -540,11 +542,11 @@ def main(argv=None):
     else:
         one_prompt(session, prompt, check)
     if session.tokens:
-        speed = f"{session.tokens} tokens in {session.seconds:.2f} s, prompts included"
-        stats = session.cache.stats()
-        held = f"{stats['peak_pairs']:,} pairs held, in {stats['peak_page_bytes']:,} bytes"
-        print(f"[{speed}, {session.tokens / session.seconds:.1f} tokens/s; compression "
-              f"{stats['compression_ratio'] or 1:.2f}x; at most {held}]", file=sys.stderr)
+        s = session.cache.stats()
+        print(f"[{session.tokens} tokens in {session.seconds:.2f} s, prompts included, "
+              f"{session.tokens / session.seconds:.1f} tokens/s; compression "
+              f"{s['compression_ratio'] or 1:.2f}x; at most {s['peak_pairs']:,} pairs held, in "
+              f"{s['peak_page_bytes']:,} bytes]", file=sys.stderr)
 
 
 if __name__ == "__main__":

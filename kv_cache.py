@@ -12,9 +12,10 @@ stored, since RoPE is already inside them. Hence the whole trick:
 Nothing is ever moved. Each slot says whose pair it holds, by position, and what was decided about
 it. The ring says in which slot each token of the window lies: token t's at t mod (window + 1).
 
-One token for every sequence and a block of many are the same rule in different code: a decode step
-is kernels/cache_write.py and kernels/decode_attention.py, anything longer is kernels/block.py. The
-tests feed the same tokens both ways. A dense model is the same cache with nothing evicted.
+A decode step, one token for every sequence, is stored by kernels/cache_write.py and then attended
+to by kernels/decode_attention.py. A block of tokens is attended to and then stored, both by
+kernels/block.py, since its first tokens still see what expires within it. The tests feed the same
+tokens both ways. A dense model is the same cache with nothing evicted.
 
 This file knows nothing of training, of tokenizers, or of how a decision was made.
 
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint import refusing, require
+from checkpoint import refusing, require  # InputErrors, of one line
 from kernels.block import append_block
 from kernels.choose import choose_kernels
 from kernels.pages import CacheFull, PagePool, Rows, fork, free_memory
@@ -51,7 +52,7 @@ class Feed:
     @torch.inference_mode()
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D)."""
-        if logits is None:
+        if logits is None:  # a dense model: nothing is evicted
             logits = torch.zeros(k.shape[:3], device=k.device)
         N = len(self.new)
         T, D = k.shape[2:]
@@ -71,10 +72,9 @@ class Feed:
         pool = self.cache.pool
         kernels = self.cache.kernels
         evict = logits[:, 0] > 0
-        k = k[:, 0]
-        v = v[:, 0]
         q = q[:, :, 0]
-        kernels.cache_write(k, v, evict, self.new, rows, pool, self.cache.shift)
+        k = k[:, 0]
+        kernels.cache_write(k, v[:, 0], evict, self.new, rows, pool, self.cache.shift)
         return kernels.decode_attention(q, pool.keys, pool.values, rows.table, rows.length)
 
     def block(self, layer, rows, q, k, v, logits):
@@ -100,20 +100,19 @@ class KVCache:
     """The per-head paged cache of a batch of sequences, each of its own length.
 
         cache = KVCache(model.config, batch_size=B)
-        model(ids, cache=cache)                    # appends T tokens to every sequence
-        model(ids, cache=cache, lengths=lengths)   # ragged: row b brings lengths[b] <= T tokens
+        model(ids, cache=cache)                    # appends T tokens to every sequence, or
+        model(ids, cache=cache, lengths=lengths)   # lengths[b] <= T to sequence b
         model(ids[:1], cache=cache, sequence=2)    # to this one alone
         cache.select([0, 0, 0])                    # three continuations of sequence 0
         cache.release([1])                         # its pages are free again
-        cache.stats(); cache.positions(sequence=0, layer=3, head=1)
     """
 
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None,
                  chunk=None, memory=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page, a power
-        of two. chunk: the most tokens a sequence computes at a time. memory: bytes of the pool;
-        None is what the model's whole context takes without eviction, but at most 80 % of a GPU's
-        free memory, or of the machine's (which gives it as it is written to). Raises InputError."""
+        of two. chunk: the most tokens computed at a time. memory: bytes of the pool; None is what
+        the model's whole context takes without eviction, but at most 80 % of a GPU's free memory,
+        or of the machine's (whose pages take memory once they are written to)."""
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         self.page_size = page_size or (64 if config.head_dim >= 64 else 32)
@@ -140,7 +139,6 @@ class KVCache:
             self.pool = PagePool(pages, self.page_size, config.head_dim, dtype, self.device)
 
         self.certain_steps = 0  # decode steps for which there are pages enough, without a look
-        # what stats() counts
         self.reads = self.rows.seen.new_zeros(self.layers, self.kv_heads)
         self.peak_pairs = self.rows.seen.new_zeros(1)
         self.least_free_pages = self.pool.free_count.clone()
@@ -170,18 +168,20 @@ class KVCache:
         expected = self.batch_size if sequence is None else 1
         lengths = [T] * B if lengths is None else lengths
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
-        fits = (B,) == lengths.shape == (expected,) and bool((lengths.clamp(0, T) == lengths).all())
+        has_shape = B == expected and lengths.shape == (B,)
+        fits = has_shape and bool((lengths.clamp(0, T) == lengths).all())
         require(fits, f"lengths must be {expected} numbers from 0 to {T}, and ids have such rows")
         return lengths
 
     @contextmanager
     def append(self, count, T, sequence=None, reserve=True):
-        """Within it, the Feed that it gives takes T new tokens in every layer, once.
+        """`with cache.append(...) as feed:` gives a Feed, which is to be called once for each layer
+        with T new tokens. When the block ends, they count as seen.
 
-        count: (B,) int64, how many of them are real; sequence: they are this one's alone.
-        reserve=False: the caller has called `reserve`, and nothing waits for the GPU then. Raises
-        CacheFull: for T = 1 before anything has changed; a longer block may be stored in half of
-        the layers by then, so the sequences that were fed are released.
+        count: (B,) int64, how many of the T are real in each sequence; sequence: the tokens are
+        this one's alone. reserve=False: the caller has called `reserve` already. Raises CacheFull:
+        for T = 1 before anything has changed; a longer block may be stored in half of the layers
+        by then, so the sequences that were fed are released.
         """
         sequences = range(self.batch_size) if sequence is None else [sequence]
         rows = slice(sequences[0] * self.kv_heads, (sequences[-1] + 1) * self.kv_heads)
@@ -194,29 +194,34 @@ class KVCache:
         try:
             yield feed
         except CacheFull:
-            self.release(sequences)
+            self.release([b for b, tokens in zip(sequences, count.tolist()) if tokens > 0])
             raise
         with torch.inference_mode():
-            feed.rows.seen += feed.new
-            if T == 1:
+            feed.rows.seen += feed.new  # a view of the cache's own rows
+            if T == 1:  # (Feed.block has counted the reads of a block before it was stored)
                 fed = feed.rows.length * (feed.new > 0)  # (L, N)
                 self.reads += fed.view(self.layers, -1, self.kv_heads).sum(1)
+            # a running maximum and minimum, in place: a captured step goes on counting
             self.peak_pairs.clamp_(min=self.rows.length.sum())
             self.least_free_pages.clamp_(max=self.pool.free_count)
 
     @torch.inference_mode()
     def reserve(self, count, rows=slice(None)):
-        """Make sure that a step of one token, for every sequence whose count (B,) is 1, finds its
-        pages. Looks at the stack, which waits for the GPU, only once in page_size steps if it can.
-        Raises CacheFull."""
+        """Make sure that the next step of one token, for every sequence whose count (B,) is 1, finds
+        its pages. Raises CacheFull, before anything has changed.
+
+        To ask the pool how many pages are free is to wait for the GPU. But a row takes at most one
+        page in page_size steps: if there is one for every row, that many steps need not ask."""
         if self.certain_steps == 0:
-            self.certain_steps = self.page_size  # no row fills more than one page in that many
-            length = self.rows.length[:, rows]
+            steps = self.page_size
             if int(self.pool.free_count) < self.rows.length.numel():
-                self.certain_steps = 1  # there may not be a page for each row: count who needs one
+                length = self.rows.length[:, rows]
                 new = count.repeat_interleave(self.kv_heads)
-                self.pool.check(int(((length % self.page_size == 0) & (new > 0)).sum()))
+                needs_page = (length % self.page_size == 0) & (new > 0)
+                self.pool.check(int(needs_page.sum()))
+                steps = 1
             self.widen_tables(self.page_size)
+            self.certain_steps = steps
         self.certain_steps -= 1
 
     def widen_tables(self, tokens):
@@ -245,6 +250,7 @@ class KVCache:
         is_copy = [b in sequences[:i] for i, b in enumerate(sequences)]
         is_copy = torch.tensor(is_copy, device=self.device).repeat_interleave(self.kv_heads)
         chosen = fork(self.rows, self.rows_of(sequences), is_copy, self.pool)
+        self.least_free_pages.clamp_(max=self.pool.free_count)
         self.count_ended(self.rows_of(dropped))
         if len(sequences) == self.batch_size:
             self.rows.copy_(chosen)  # a captured decode step goes on reading these tensors
@@ -268,11 +274,10 @@ class KVCache:
         return dense_pairs / pairs if pairs else None
 
     def stats(self):
-        """What is counted. tokens: fed to the sequences held now; pairs: held now; dense_pairs:
-        what a dense cache would hold of them; compression_ratio: of all tokens so far; peak_pairs:
-        the most held at once; reads: pairs attended to, summed over steps, a block counting as
-        one; pages, page_bytes, peak_page_bytes: in use, now and at the most; pool_bytes: of all
-        pages; pairs_per_head, reads_per_head: [L][Hkv], of all sequences."""
+        """tokens: fed to the sequences held now; pairs: held now; dense_pairs: what a dense cache
+        would hold; compression_ratio: of all tokens so far; peak_pairs: the most held at once;
+        reads: pairs attended to, summed over steps, a block counting as one; pages, page_bytes,
+        peak_page_bytes: in use, now and at most; pool_bytes: of all pages; *_per_head: [L][Hkv]."""
         tokens = int(self.seen.sum())
         pages = len(self.pool) - int(self.pool.free_count)
         peak_pages = len(self.pool) - int(self.least_free_pages)

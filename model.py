@@ -102,12 +102,13 @@ def yarn_frequencies(config, freq):
     original = original_context(config)
     factor = float(rope.get("factor", config.max_position_embeddings / original))
 
-    def channel_that_turns(rotations):  # so many times over the original context
-        wavelength = original / (rotations * 2 * math.pi)
-        return D * math.log(wavelength) / (2 * math.log(config.rope_theta))
+    def channel_with(rotations):
+        """The channel, a fraction, that makes so many rotations over the original context."""
+        tokens_per_radian = original / (rotations * 2 * math.pi)
+        return D * math.log(tokens_per_radian) / (2 * math.log(config.rope_theta))
 
-    low = max(channel_that_turns(rope.get("beta_fast", 32)), 0)
-    high = min(channel_that_turns(rope.get("beta_slow", 1)), D - 1)
+    low = max(channel_with(rope.get("beta_fast", 32)), 0)
+    high = min(channel_with(rope.get("beta_slow", 1)), D - 1)
     if rope.get("truncate", True):
         low = math.floor(low)
         high = math.ceil(high)
@@ -176,6 +177,7 @@ class Attention(nn.Module):
         """
         config = self.config
         Hkv = config.num_key_value_heads
+        # a borrowed channel is no part of the query, whether anything is evicted or not
         neuron = config.dms is not None and config.dms.source == "neuron"
         q = self.q_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hq, D)
         k = self.k_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hkv, D)
@@ -196,7 +198,9 @@ class Attention(nn.Module):
             q = dms.silence_borrowed(q, Hkv)
         q = apply_rope(q, *rope)
         k = apply_rope(k, *rope)
-        if neuron:  # RoPE turned another channel into the borrowed one
+        if neuron:
+            # RoPE has turned channel D/2 - 1 partly into the silent one. The released models were
+            # trained with it silent in the score, so it is silenced again.
             q = dms.silence_borrowed(q, Hkv)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits
 
@@ -246,7 +250,8 @@ class Model(nn.Module):
         V = config.vocab_size
         C = config.hidden_size
         layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        # nn.Embedding's own normal draw would import sympy or the compiler on "meta"
+        # load_model builds models on the "meta" device and fills them in. There nn.Embedding's own
+        # initialisation would import torch's compiler, which takes seconds: so it is given weights.
         embed_tokens = nn.Embedding(V, C, _weight=torch.rand(V, C))
         norm = nn.RMSNorm(C, config.rms_norm_eps)
         self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
@@ -319,6 +324,7 @@ class Model(nn.Module):
             for piece in ids.split(cache.chunk, dim=1):
                 count = lengths.clamp(0, piece.shape[1])  # real tokens of this piece
                 lengths = lengths - count
+                # the Feed that the cache gives is the `attend` of this piece
                 with cache.append(count, piece.shape[1], sequence) as feed:
                     states.append(self.hidden(piece, feed, feed.start))
         return torch.cat(states, dim=1)

@@ -33,13 +33,11 @@ from checkpoint import (Tokenizer, check_ids, check_positive, choose_device, cop
 from kernels.training_attention import relaxed_attention_plain
 from kv_cache import KVCache
 
+HELD_OUT_ROWS = 32  # of text, on which the KL is measured
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
-TOY_DEFAULTS = dict(
-    data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4, seq_len=512
-)
-TEXT_DEFAULTS = dict(
-    window=256, train="adapters", steps=1000, lr=3e-5, batch_size=8, seq_len=8192
-)
+TOY_DEFAULTS = dict(data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4,
+                    seq_len=512)
+TEXT_DEFAULTS = dict(window=256, train="adapters", steps=1000, lr=3e-5, batch_size=8, seq_len=8192)
 
 
 @dataclass
@@ -141,9 +139,8 @@ def make_data(options):
 
 def learning_rate(step, steps, peak):
     """Linear from 0 over the first 20 steps, constant, linear to 0 over the last 40 %."""
-    warm_up = (step + 1) / 20
     decay = (steps - step) / max(0.4 * steps, 1)
-    return peak * min(1.0, warm_up, decay)
+    return peak * min(1.0, (step + 1) / 20, decay)
 
 
 def train_step(student, teacher, data, optimizer, step, options):
@@ -170,9 +167,10 @@ def train_step(student, teacher, data, optimizer, step, options):
     group["lr"] = learning_rate(step, options.steps, options.lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    actual_cr = 1 / (1 - min(let_go.item(), 1 - 1e-6))
+    held = 1 - min(let_go.item(), 1 - 1e-6)
     return {"step": step + 1, "kl": kl.item(), "compression_loss": compression.item(),
-            "target_cr": round(cr, 4), "cr": actual_cr, "grad_norm": norm.item()}
+            "target_cr": round(cr, 4), "cr": 1 / held,
+            "grad_norm": norm.item()}
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in its state
@@ -251,6 +249,7 @@ def train(options, out):
     if teacher is None:
         save_model(student, out, torch.float32, base=options.model)
     else:
+        # half precision, as published models have it; what was trained is float32
         save_model(student, out, torch.float16 if options.dtype == "float16" else torch.bfloat16)
 
 
@@ -258,29 +257,36 @@ def train(options, out):
 
 
 @torch.inference_mode()
-def measure(model, reference, data, options, desc):
-    """KL to the reference model on held-out text, read through the cache; accuracy where the data
-    brings tasks; and the counts of the cache that answered them, or else has read that text."""
+def kl_on_text(model, reference, data):
+    """(KL to the reference model on held-out text that is read through a cache, that cache)."""
     cache = KVCache(model.config, 1, model.device, model.dtype)
     heads = (model.lm_head.weight, reference.lm_head.weight)
-    ids, lengths = data.held_out(32)
+    ids, lengths = data.held_out(HELD_OUT_ROWS)
     nats = 0.0
     for row, n in zip(ids.to(model.device), lengths.tolist()):
         states = model.states(row[None, :n], cache)[:, :-1]
         target = reference.states(row[None, :n])[:, :-1]
-        kl = dms.distillation_loss(states[0], target[0], *heads, slice(None))
-        nats += kl.item() * (n - 1)
+        every = torch.ones(1, n - 1, dtype=torch.bool)
+        nats += dms.distillation_loss(states, target, *heads, every).item() * (n - 1)
         cache.release([0])
+    return nats / int((lengths - 1).sum()), cache
+
+
+def measure(model, reference, data, options, desc):
+    """KL to the reference model; accuracy, where the data brings tasks; and the counts of the cache
+    that answered these, or of the one that read the held-out text where there are none."""
+    kl, cache = kl_on_text(model, reference, data)
     accuracy = {}
+    sequences = HELD_OUT_ROWS
     if hasattr(data, "answer_tasks"):
         rows = min(options.eval_batch, options.eval_problems)
         cache = KVCache(model.config, rows, model.device, model.dtype)
         accuracy = data.answer_tasks(model, cache, options, desc)
-    stats = cache.stats()
+        sequences = len(accuracy) * options.eval_problems
     counted = ("compression_ratio", "peak_pairs", "reads", "peak_page_bytes")
-    counts = {key: stats[key] for key in counted}
-    counts |= {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs}
-    return {"kl": nats / int((lengths - 1).sum()), "accuracy": accuracy, **counts}
+    counts = {key: cache.stats()[key] for key in counted}
+    counts |= {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs, "sequences": sequences}
+    return {"kl": kl, "accuracy": accuracy, **counts}
 
 
 def evaluate(options, out):
@@ -290,14 +296,14 @@ def evaluate(options, out):
                                  for model in (options.model, out, options.model))
     results = {"dense": measure(dense, dense, data, options, "dense"),
                "DMS": measure(compressed, dense, data, options, "DMS")}
-    # a sliding window is a DMS model that evicts everything; its budget is what DMS held of an
-    # average sequence
-    sequences = len(results["dense"]["accuracy"]) * options.eval_problems or 32
-    tokens = results["dense"]["tokens"] / sequences
-    budget = max(round(tokens / results["DMS"]["compression_ratio"]), 1)
+    # A sliding window is a DMS model that evicts everything (s = 0 from a fresh adapter, so z = 1).
+    # Its budget is what DMS held at the end of an average sequence.
+    held = results["DMS"]["pairs"] / results["DMS"]["sequences"]
+    heads = window.config.num_hidden_layers * window.config.num_key_value_heads
+    budget = max(round(held / heads), 1)
     dms.start_retrofit(window, dms.DMSConfig(window=budget - 1, offset=-1.0))
     title = f"window of {budget}"
-    results["window"] = measure(window.requires_grad_(False), dense, data, options, title)
+    results["window"] = measure(window, dense, data, options, title)
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if options.device != "cpu":
         hardware = torch.cuda.get_device_name()
@@ -341,6 +347,7 @@ def parse(argv=None):
         is_same = key.startswith("eval_") or given.get(key, value) == value
         flag = key.replace("_", "-")
         require(is_same, f"{out}: was started with another --{flag} ({value!r}); resume it as it is")
+    options = Options(**{**saved, **given})
     is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
     defaults = TOY_DEFAULTS if options.data == "toy" or is_teacher else TEXT_DEFAULTS
     options = Options(**{**defaults, **saved, **given})

@@ -1,12 +1,15 @@
-"""The fast paths, a file each: first the plain PyTorch function, then a kernel that equals it.
+"""What the cache is made of, and the fast paths: first the plain PyTorch function, then a kernel
+that equals it.
 
-cache_write.py       one new token into every row: plain, and by Triton
-decode_attention.py  one query for every row: plain, and by Triton
-block.py             many new tokens: plain only
-cpu.py               the first two, and products with few rows, compiled by numba for a CPU
-choose.py            which of them a cache uses
+    pages.py               the pool of pages, and what every row holds in it
+    cache_write.py         new tokens into the rows: plain, and one a row by Triton
+    decode_attention.py    one query a row: plain, and by Triton
+    block.py               many queries a row: plain
+    cpu.py                 one token and one query a row, and small products, by numba for a CPU
+    choose.py              which of them a cache uses
+    decode_step.py         a whole decode step, as one CUDA graph on a GPU
+    training_attention.py  the relaxed attention of training: plain
 """
-
 import os
 
 import torch
@@ -27,7 +30,6 @@ def check_launch(name, *tensors):
     assert all(x.device == device for x in tensors), f"{name}: tensors on several devices"
     assert all(x.is_contiguous() for x in tensors), f"{name}: tensors must be contiguous"
     if device.type == "cuda":
-        is_here = device.index == torch.cuda.current_device()
-        assert is_here, f"{name}: {device} is not the GPU that set_device chose"
-    interpreted = device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
-    assert interpreted, f"{name}: on a CPU it runs under TRITON_INTERPRET=1 only"
+        assert device.index == torch.cuda.current_device(), f"{name}: {device} is not the current GPU"
+    can_run = device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+    assert can_run, f"{name}: on a CPU it runs under TRITON_INTERPRET=1 only"

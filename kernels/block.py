@@ -38,8 +38,8 @@ def attend_block(q, k, v, evict, new, rows, pool, window, scores_at_a_time):
     """Attention of new tokens, none of which is stored yet, to all that the rule lets them see.
 
     q: (N, G, T, D); k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about
-    these tokens; new: (N,) int64, how many of the T are real. Returns (N, G, T, D). Takes as many
-    rows at a time as make that many scores: on a CPU a long row is computed alone.
+    these tokens; new: (N,) int64, how many of the T are real. Returns (N, G, T, D). To bound the
+    memory, rows are taken in groups whose masks have scores_at_a_time entries, or one by one.
     """
     out = torch.zeros_like(q)
     T = q.shape[2]
@@ -47,9 +47,9 @@ def attend_block(q, k, v, evict, new, rows, pool, window, scores_at_a_time):
     rows_at_a_time = scores_at_a_time // (T * columns) + 1
     for begin in range(0, len(q), rows_at_a_time):
         some = slice(begin, begin + rows_at_a_time)
-        T = int(new[some].max())
-        block = (q[some, :, :T], k[some, :T], v[some, :T], evict[some, :T])
-        out[some, :, :T] = attend_rows(*block, rows, pool, window, some)
+        n = int(new[some].max())
+        block = (q[some, :, :n], k[some, :n], v[some, :n], evict[some, :n])
+        out[some, :, :n] = attend_rows(*block, rows, pool, window, some)
     return out
 
 

@@ -39,7 +39,7 @@ def add_pages(rows, pool, length):
     need = -(-length // page_size) - have
     row = torch.arange(len(need), device=need.device).repeat_interleave(need)  # one for each page
     pages = pool.take(len(row))
-    first = (need.cumsum(0) - need)[row]  # of the row's own among them
+    first = (need.cumsum(0) - need)[row]  # the index in `pages` of the first page of that row
     ordinal = torch.arange(len(row), device=need.device) - first
     rows.table[row, have[row] + ordinal] = pages
 
@@ -65,29 +65,34 @@ def held(slots, rows, some=slice(None)):
 
 
 def write_block(k, v, evict, new, rows, pool, window):
-    """Store what a block's last token still sees of its tokens, in slots that it does not see any
-    more, then in new ones; in place, but for `seen`.
+    """Store a block of tokens, and forget what nobody will see any more.
+
+    After the block only what its last token sees is of use. So every pair held that it does not
+    see leaves its slot free; of the block itself what it does not see is never stored; the rest
+    takes the free slots first and is then appended. All of the rows' state is updated but `seen`.
 
     k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
     (N,) int64, how many of the T are real. Pages that are written to must not be shared, and the
-    page tables must have room. Raises CacheFull, before anything of this layer has changed.
+    page tables must have room. Raises CacheFull, before anything has changed.
     """
     N, T = evict.shape
     (position, evicted), in_use = held((pool.position, pool.evicted), rows)
     last = (rows.seen + new - 1)[:, None]
     token = rows.seen[:, None] + torch.arange(T, device=k.device)  # (N, T): positions
-    free = in_use & ~visible(last, position, evicted, window)  # (N, S)
-    survives = visible(last, token, evict, window)  # (N, T); none of the padding does
+    is_free = in_use & ~visible(last, position, evicted, window)  # (N, S)
+    survives = visible(last, token, evict, window)  # (N, T); padding lies after the last: False
 
-    # the r-th survivor of a row takes its r-th free slot, or is appended
-    row, slot = free.nonzero(as_tuple=True)
-    rank = free.cumsum(1)[row, slot] - 1
-    slots = torch.zeros(N, T, dtype=torch.int64, device=k.device)
-    slots[row, rank] = slot
-    frees = free.sum(1, keepdim=True)
-    rank = survives.cumsum(1) - 1
-    slots = slots.gather(1, rank.clamp(min=0))
-    slots = torch.where(rank < frees, slots, rows.length[:, None] + rank - frees)
+    # Every free slot is taken: of the W tokens in the window at most `new` leave it, so at most
+    # min(new, W) slots fall free; and the last min(new, W) tokens of the block are in the new
+    # window, so at least that many survive.
+    frees = is_free.sum(1, keepdim=True)
+    row, slot = is_free.nonzero(as_tuple=True)
+    free_rank = is_free.cumsum(1)[row, slot] - 1
+    free_slots = torch.zeros(N, T, dtype=torch.int64, device=k.device)  # each row's, in order
+    free_slots[row, free_rank] = slot
+    rank = survives.cumsum(1) - 1  # (N, T): a survivor's place among those of its row
+    appended = rows.length[:, None] + rank - frees
+    slots = torch.where(rank < frees, free_slots.gather(1, rank.clamp(min=0)), appended)
 
     length = rows.length + (survives.sum(1) - frees[:, 0]).int()
     add_pages(rows, pool, length)

@@ -15,6 +15,4 @@ def choose_kernels(device, dtype):
     """Triton on a GPU, numba on a CPU, and PyTorch where they are missing."""
     if device.type == "cuda" and triton is not None:
         return TRITON
-    if cpu.can_read(device, dtype):
-        return NUMBA
-    return PLAIN
+    return NUMBA if cpu.can_read(device, dtype) else PLAIN

@@ -1,9 +1,10 @@
 """
 What a decode step does on a CPU, compiled by numba: the cache write, the attention, the products.
 
-PyTorch's products of a page and two query heads leave most of a CPU's bandwidth unused, those of
-16-bit weights and a few rows nearly all. Here a number is read once and converted on the way.
-Without numba PyTorch computes the same.
+A decode step multiplies large things that lie in memory, pages and weights, by a few rows only. Its
+time is the reading, but PyTorch's products are made for many rows, and read at a fraction of what
+memory gives, least where 16-bit numbers are converted first. Here each number is read once and
+converted on the way. Without numba PyTorch computes the same.
 
 Letters: those of decode_attention.py; R rows of x, C inputs and O outputs of a layer.
 """
@@ -28,9 +29,12 @@ def can_read(device, dtype):
 def launch(kernel, *tensors):
     """Run a kernel on tensors as numpy sees them, bfloat16 as 16-bit integers, in as many threads
     as PyTorch uses."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     tensors = [x.view(torch.uint16) if x.dtype == torch.bfloat16 else x for x in tensors]
     kernel(*(x.detach().numpy() for x in tensors))
+    if torch.get_num_threads() != threads:  # numba's first launch sets them for all of OpenMP
+        torch.set_num_threads(threads)
 
 
 def cache_write(k, v, evict, new, rows, pool, shift):
@@ -42,6 +46,7 @@ def cache_write(k, v, evict, new, rows, pool, shift):
 
 def decode_attention(q, k_pages, v_pages, table, length):
     """decode_attention_plain, float32 or bfloat16."""
+    # of each thread's share, see _attend: D sums of values, the sum of weights, the highest score
     query = q.float() * q.shape[2] ** -0.5
     part = F.pad(query.new_zeros(torch.get_num_threads(), *q.shape), (0, 2))
     part[..., -1] = -1e30
@@ -54,11 +59,10 @@ def decode_attention(q, k_pages, v_pages, table, length):
 def linear(x, weight, bias=None):
     """F.linear for x (R, C), weight (O, C) and bias (O,), all float32 or all bfloat16. Made for a
     few rows."""
-    rows = F.pad(x.float(), (0, 0, 0, -len(x) % 4)).contiguous()
+    rows = F.pad(x.float(), (0, 0, 0, -len(x) % 4)).contiguous()  # _linear takes four at a time
     y = torch.empty(len(rows), len(weight))
     launch(_linear, rows, weight, y)
-    y = y[: len(x)]
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y[: len(x)] if bias is None else y[: len(x)] + bias).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -68,9 +72,10 @@ class Linear(nn.Linear):
     def forward(self, x):
         rows = x.shape[:-1].numel()
         has_instructions = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        few = rows <= 32 or x.dtype != torch.float32 and not has_instructions
-        differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if differentiated or rows == 1 or not few or not can_read(x.device, x.dtype):
+        few_or_slow = rows <= 32 or x.dtype != torch.float32 and not has_instructions
+        is_faster = rows > 1 and few_or_slow  # for one row PyTorch is as fast
+        must_be_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if must_be_plain or not is_faster or not can_read(x.device, x.dtype):
             return super().forward(x)
         return linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
 

@@ -5,8 +5,8 @@ A few rows are many times as long as the rest. So the work is cut along the leng
 split) attends to `split` of the row's pairs and leaves their normalised result and its log-sum-exp;
 another kernel merges them. How many splits there are follows from the shapes alone: nothing waits
 for the GPU, and a captured graph stays right while lengths change. The arithmetic is small beside
-the reading, which sets the sizes: a block of keys or values is 16 KiB, and three programs that have
-the next one on its way fit on an H200's multiprocessor.
+the reading, which sets the sizes: a block of keys or values is 16 KiB, so that three programs, each
+with its next block on the way, fit on an H200's multiprocessor.
 
 Letters: N = B * Hkv rows, G query heads per KV head, D head size, P pages of the pool, M columns of
 the table.
@@ -123,8 +123,9 @@ if triton is not None:
 
 
 def tokens_per_split(rows, capacity):
-    """Tokens of a program: 128, and up to 512 (results of 2%, not 6%, of what is read) once there
-    are programs enough."""
+    """How many pairs of a row one program takes. At 128 the results that programs write for the
+    merge are 6 % of what they read, at 512 they are 2 %. But there must be programs enough for the
+    GPU: a split is doubled only while there are more than 8,192 of them."""
     split = 128
     while split < 512 and rows * capacity > 8192 * split:
         split *= 2
@@ -142,8 +143,7 @@ def decode_attention(q, k_pages, v_pages, table, length):
     assert D <= 256 and 1 <= G <= 16, f"decode_attention: D = {D}, G = {G} are not covered"
     assert page_size & (page_size - 1) == 0, f"decode_attention: page_size = {page_size}"
     assert q.dtype in dtypes, f"decode_attention: dtype {q.dtype} is not covered"
-    is_same = q.dtype == k_pages.dtype == v_pages.dtype
-    assert is_same, "decode_attention: q and pages differ in dtype"
+    assert q.dtype == k_pages.dtype == v_pages.dtype, "decode_attention: q and pages differ in dtype"
 
     width = max(triton.next_power_of_2(D), 16)
     capacity = table.shape[1] * page_size

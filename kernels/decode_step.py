@@ -46,7 +46,7 @@ class DecodeStep:
         self.cache = cache
         self.sampling = sampling
         shape = (cache.batch_size, 3)  # of every row: token id, random number, 1 if it runs else 0
-        self.inputs = torch.zeros(shape, dtype=torch.float64, device=cache.device)
+        self.buffer = torch.zeros(shape, dtype=torch.float64, device=cache.device)
         # the plain functions wait for the GPU, so only Triton's can be captured
         self.captures = cache.device.type == "cuda" and triton is not None
         self.graph = None
@@ -56,10 +56,9 @@ class DecodeStep:
     def __call__(self, inputs):
         """inputs: {row: (token id, random number in [0, 1))} for the rows of the batch that run ->
         {row: next token id}. Raises CacheFull, before anything has changed."""
-        rows = range(len(self.inputs))
-        rows = [(*inputs[row], 1) if row in inputs else (0, 0, 0) for row in rows]
-        self.inputs.copy_(torch.tensor(rows, dtype=torch.float64))
-        self.cache.reserve(self.inputs[:, 2].long())
+        values = [(*inputs.get(row, (0, 0.0)), row in inputs) for row in range(len(self.buffer))]
+        self.buffer.copy_(torch.tensor(values, dtype=torch.float64))
+        self.cache.reserve(self.buffer[:, 2].long())
         if not self.captures or self.table is not self.cache.rows.table:
             self.table = self.cache.rows.table
             self.graph = None
@@ -71,7 +70,7 @@ class DecodeStep:
         return {row: drawn[row] for row in inputs}
 
     def run(self):
-        token, uniform, count = self.inputs.unbind(1)
+        token, uniform, count = self.buffer.unbind(1)
         with self.cache.append(count.long(), 1, reserve=False) as feed:
             x = self.model.hidden(token.long()[:, None], feed, feed.start)
         self.next = sample(self.model.lm_head(x)[:, -1], uniform, **self.sampling)

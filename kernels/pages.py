@@ -50,10 +50,12 @@ class PagePool:
             raise CacheFull(f"the cache is full: {pages}; allow more memory or fewer sequences")
 
     def take(self, count):
-        """The numbers of `count` free pages, (count,) int32. Raises CacheFull, taking none."""
+        """The numbers of `count` free pages, (count,) int32, from the top of the stack down. Raises
+        CacheFull, taking none."""
         self.check(count)
+        top = int(self.free_count)
         self.free_count -= count
-        return self.free[self.free_count :][:count].flip(0)
+        return self.free[top - count : top].flip(0)
 
     def free_all_but(self, in_use):
         """Put every page on the stack that is not in `in_use`, an integer tensor."""
@@ -120,35 +122,42 @@ class Rows:
         return self.table[self.is_page(page_size)]
 
     def pages_to_be_written(self, page_size):
-        """Which pages rows may still write to, (L, N, M) bool: those with a slot of the window,
-        which may fall free, and the one that is not full."""
+        """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window,
+        since it may fall free, and the last one, unless it is full."""
         next_slot = self.length[:, :, None]
         entry = torch.arange(self.ring.shape[2], device=self.ring.device)
-        slots = torch.where(entry < self.seen[:, None], self.ring, next_slot)
+        # A row that has seen t < W tokens has set t entries of its ring. The others are replaced by
+        # the next slot, whose page is marked in any case.
+        is_set = entry < self.seen[:, None]
+        slots = torch.where(is_set, self.ring, next_slot)
         column = torch.cat((slots, next_slot), dim=2) // page_size
         L, N, M = self.table.shape
+        # The next slot may belong to a page that the row does not have yet, in column M at most. So
+        # there is one column more than in the table, and marks of such pages are dropped below.
         written = torch.zeros(L, N, M + 1, dtype=torch.bool, device=self.table.device)
-        written.scatter_(2, column.long(), True)  # a page that is not there yet may be column M
+        written.scatter_(2, column.long(), True)
         return written[:, :, :M] & self.is_page(page_size)
 
 
 def fork(rows, index, is_copy, pool):
-    """The Rows that continue rows[index], (n,) int64, those of them for which is_copy, (n,) bool,
-    beside an earlier one that continues the same. Copies share the pages that nobody will write to
-    any more; the others are copied here. Raises CacheFull, before anything has changed, if there
-    would not be pages enough, even with those free that no row of the result has."""
+    """New Rows, of which row i continues rows[index[i]]; what `index` does not name is dropped.
+
+    index: (n,) int64. is_copy: (n,) bool, whether an earlier row continues the same one. A copy
+    gets pages of its own in place of those that may still be written to; the others it shares.
+    Raises CacheFull, before anything has changed, if there are not pages enough for that.
+    """
     page_size = pool.keys.shape[1]
     forked = rows.select(index)
-    written = forked.pages_to_be_written(page_size) & is_copy[:, None]
-    shared = forked.table[written]
+    to_copy = forked.pages_to_be_written(page_size) & is_copy[:, None]
+    originals = forked.table[to_copy]
     left = len(pool) - len(forked.pages_in_use(page_size).unique())
-    if len(shared) > left:
-        pages = f"forks need {len(shared)} pages, and {left} of its {len(pool)} would be free"
+    if len(originals) > left:
+        pages = f"forks need {len(originals)} pages, and {left} of its {len(pool)} would be free"
         raise CacheFull(f"the cache is full: {pages}")
     pool.free_all_but(forked.pages_in_use(page_size))
-    own = pool.take(len(shared))
-    pool.copy(shared, own)
-    forked.table[written] = own
+    own = pool.take(len(originals))
+    pool.copy(originals, own)
+    forked.table[to_copy] = own
     return forked
 
 

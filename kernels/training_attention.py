@@ -34,8 +34,7 @@ def attend_rows(q, k, v, bias, start, window):
     distance = query[:, None] - torch.arange(k.shape[2], device=q.device)  # (n, S)
     mask = torch.where(distance > window, bias[:, :, None], 0)  # (B, Hkv, n, S)
     mask = mask.masked_fill(distance < 0, float("-inf"))
-    scale = q.shape[-1] ** -0.5
-    score = (q.flatten(2, 3) * scale) @ k.transpose(2, 3)  # (B, Hkv, G * n, S)
+    score = (q.flatten(2, 3) * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, Hkv, G * n, S)
     score = score.view(*q.shape[:4], -1) + mask[:, :, None]  # (B, Hkv, G, n, S)
     weight = torch.softmax(score.float(), dim=-1).to(v.dtype)
     return (weight.flatten(2, 3) @ v).view(q.shape)

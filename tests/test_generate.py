@@ -282,32 +282,36 @@ def say(conversation, ids):
 @pytest.mark.parametrize("seed", range(3))
 def test_turns_over_one_cache_equal_whole_histories_alone(seed, sampling):
     """Several conversations, some of which begin with the same words. They keep their rows after
-    the first turn; in the second pages run out and some are put back."""
+    the first turn; in the second, in which one joins them that says at once what another has come
+    to, pages run out and some are put back."""
     rng = random.Random(seed)
     model = small_model(4, DMSConfig(window=3), 0.9)
     words = random_ids(rng, 12)
     beginnings = [words, words, words, words + random_ids(rng, 5)]
     beginnings += [random_ids(rng, rng.randint(1, 20)) for _ in range(4)]
     talks = [Sequence(ids, rng.randint(4, 12), i) for i, ids in enumerate(beginnings)]
-    cache = small_cache(model, 8, 180)
+    cache = small_cache(model, 9, 180)
     put_back = set()
     for turn in range(3):
         if turn > 0:
             for talk in talks:
                 say(talk, words[:turn] + random_ids(rng, rng.randint(1, 15)))
+        if turn == 1:
+            talks.append(Sequence(talks[-1].ids, 8, 8))
         histories = [list(talk.ids) for talk in talks]
         expected = [alone(model, talk, {3, 5}, **sampling) for talk in talks]
         steps = generate(model, cache, talks, {3, 5}, sampling, release=turn > 0)
         for number, _ in enumerate(steps):
             assert number < 1000  # the run ends
             if turn == 1:
-                put_back |= {talk.seed for talk in talks if talk.row is None and not talk.over}
-        assert [talk.error for talk in talks] == [None] * 8
+                gone = [talk for talk in talks[:8] if talk.row is None and not talk.over]
+                put_back |= {talk.seed for talk in gone}
+        assert [talk.error for talk in talks] == [None] * len(talks)
         assert [talk.new for talk in talks] == expected
         assert [talk.ids for talk in talks] == [a + b for a, b in zip(histories, expected)]
         held = {talk.row: talk.fed for talk in talks if talk.row is not None}
         assert len(held) == (8 if turn == 0 else 0)
-        assert cache.seen.tolist() == [held.get(row, 0) for row in range(8)]
+        assert cache.seen.tolist() == [held.get(row, 0) for row in range(9)]
     assert 1 <= len(put_back) < 8
     assert cache.stats()["pages"] == 0
 

@@ -233,11 +233,10 @@ def test_forks_that_do_not_fit_change_nothing():
     state = (*vars(cache.rows).values(), *vars(cache.pool).values())
     before = [x.clone() for x in state]
     stats = cache.stats()
-    free = stats["pool_bytes"] - stats["page_bytes"]
     with pytest.raises(CacheFull, match="of its 450 would be free"):
         cache.select([2] * 50)
-    assert 0 < free < stats["pool_bytes"]
-    assert all(torch.equal(x, y) for x, y in zip(state, before))
+    for x, y in zip(state, before):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)  # unused slots may be NaN
     assert cache.stats() == stats and cache.batch_size == 3
     check_pages(cache)
     with torch.inference_mode():

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROW = re.compile(r"\| .+ \| `([\w/]+\.py)` `([\w.]+)`[:,] `(.+)` \|")
+ROW = re.compile(r"\| .+ \| `([\w/]+\.py)` `([\w.]+)`: `(.+)` \|")
 
 
 def definitions(source):
