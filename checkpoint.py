@@ -279,6 +279,7 @@ def read_settings(folder, raw):
     check_agreement(settings, metadata or {}, folder)
     require(settings.get("per", "head") in ("head", "layer"), f"{folder}: unusable dms_alpha_per")
 
+    # what is stated, in either file, over the defaults of the layout
     stated = {**(metadata or {}), **settings, "source": "adapter" if separate else "neuron"}
     complete = DMSConfig(**(stated if metadata is None else {**METADATA_DEFAULTS, **stated}))
 

@@ -146,8 +146,9 @@ class RelaxedAttention:
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) float32 -> (B, Hq, T, D)."""
         noisy = self.noisy_decisions(logits)
-        # With recompute=True (model.py) this runs a second time, in backward, and overwrites let_go
-        # with the same values, which does no harm: the loss has been computed by then.
+        # With recompute=True (model.py) this runs a second time, in backward. checkpoint restores
+        # the random state, so the noise is the same; and the first run's let_go, with its graph, is
+        # part of the loss by then, so that overwriting it does no harm.
         self.let_go[layer] = self.count_let_go(noisy)
         bias = F.logsigmoid(-noisy).to(q.dtype)  # log(1 - p), (B, Hkv, T)
         return self.biased_attention(q, k, v, bias, self.dms.window)

@@ -119,8 +119,9 @@ class Scheduler:
         return drawn
 
     def may_start(self):
-        """Is there a row for the first that waits, and are there pages for about what it is going
-        to hold, by the compression seen so far?"""
+        """Is there a row for the first that waits, and are there pages for about what it will hold
+        once it is fed, by the compression seen so far? For what it draws later there may be none
+        in the end: then the youngest is put back."""
         if not self.waiting or self.blocked_until_one_ends:
             return False
         first = self.waiting[0][0]
@@ -167,7 +168,8 @@ class Scheduler:
             sequences[0].over = True
             sequences[0].error = str(problem)
             return [(sequences[0], None)]
-        # half of a group's forks may fit where all of them do not
+        # Half of a group's forks may fit where all of them do not: so it waits in two halves, the
+        # first of them at the head of the queue (extendleft reverses).
         half = (len(sequences) + 1) // 2
         self.waiting.extendleft(part for part in (sequences[half:], sequences[:half]) if part)
         # where nobody runs, those that wait with a row and its pages must give them up, too
@@ -190,7 +192,7 @@ class Scheduler:
         """Add what was drawn to the sequences."""
         for sequence, token in drawn:
             if token is not None:
-                sequence.fed = len(sequence.ids)
+                sequence.fed = len(sequence.ids)  # all but the token just drawn is in the cache
                 sequence.ids.append(token)
                 sequence.new.append(token)
                 stops = token in self.end_ids or sequence.stop and sequence.stop(token)

@@ -198,11 +198,11 @@ class KVCache:
             raise
         with torch.inference_mode():
             feed.rows.seen += feed.new  # a view of the cache's own rows
-            if T == 1:  # (Feed.block has counted the reads of a block before it was stored)
+            # a step reads its own tokens, too, and is counted here; a block was, by Feed.block
+            if T == 1:
                 fed = feed.rows.length * (feed.new > 0)  # (L, N)
                 self.reads += fed.view(self.layers, -1, self.kv_heads).sum(1)
-            # a running maximum and minimum, in place: a captured step goes on counting
-            self.peak_pairs.clamp_(min=self.rows.length.sum())
+            self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
             self.least_free_pages.clamp_(max=self.pool.free_count)
 
     @torch.inference_mode()

@@ -335,7 +335,7 @@ def print_table(columns):
 def parse(argv=None):
     """The Options: defaults, for toy data or text, then a resumed run's own, then those given."""
     given = parse_options(Options, argv)
-    options = Options(**given)
+    options = Options(**given)  # enough to find the run's folder
     out = f"out/{Path(options.model).name}-dms-{options.target_cr:g}x"
     out = Path(options.out or out)
     saved = {}
@@ -347,7 +347,7 @@ def parse(argv=None):
         is_same = key.startswith("eval_") or given.get(key, value) == value
         flag = key.replace("_", "-")
         require(is_same, f"{out}: was started with another --{flag} ({value!r}); resume it as it is")
-    options = Options(**{**saved, **given})
+    options = Options(**{**saved, **given})  # enough to know which defaults apply
     is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
     defaults = TOY_DEFAULTS if options.data == "toy" or is_teacher else TEXT_DEFAULTS
     options = Options(**{**defaults, **saved, **given})

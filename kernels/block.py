@@ -67,7 +67,7 @@ def attend_rows(q, k, v, evict, rows, pool, window, some):
     mask[:, :, :S] &= in_use[:, None]  # (n, T, S + T)
 
     unused = ~in_use[:, :, None]
-    keys.masked_fill_(unused, 0)  # a weight of 0 times NaN would be NaN
+    keys.masked_fill_(unused, 0)  # (copies) as a weight of 0 times NaN would be NaN
     values.masked_fill_(unused, 0)
     keys = torch.cat((keys, k), dim=1)[:, None]  # (n, 1, S + T, D)
     values = torch.cat((values, v), dim=1)[:, None]

@@ -54,8 +54,8 @@ def store(k, v, position, evict, row, slot, rows, pool):
 
 
 def held(slots, rows, some=slice(None)):
-    """What some rows' slots (P, page_size, ...) hold, laid end to end, (n, S, ...); and which of
-    them are in use, (n, S) bool. Others may hold anything."""
+    """Copies of what some rows' slots (P, page_size, ...) hold, laid end to end, (n, S, ...); and
+    which of them are in use, (n, S) bool. Others may hold anything."""
     length = rows.length[some, None]
     S = int(length.max())
     page_size = slots[0].shape[1]
@@ -82,9 +82,9 @@ def write_block(k, v, evict, new, rows, pool, window):
     is_free = in_use & ~visible(last, position, evicted, window)  # (N, S)
     survives = visible(last, token, evict, window)  # (N, T); padding lies after the last: False
 
-    # Every free slot is taken: of the W tokens in the window at most `new` leave it, so at most
-    # min(new, W) slots fall free; and the last min(new, W) tokens of the block are in the new
-    # window, so at least that many survive.
+    # No free slot may remain, or there would be a hole below `length`. None does: of the W tokens
+    # in the window at most `new` leave it, so at most min(new, W) slots fall free; and the last
+    # min(new, W) tokens of the block are in the new window, so at least that many survive.
     frees = is_free.sum(1, keepdim=True)
     row, slot = is_free.nonzero(as_tuple=True)
     free_rank = is_free.cumsum(1)[row, slot] - 1
@@ -132,8 +132,8 @@ if triton is not None:
         D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr,
         SHIFT: tl.constexpr,
     ):  # fmt: skip
-        """Program (row,), of a single warp: what it loads of the row's state it loads before it
-        changes any of it."""
+        """Program (row,). A single warp, so that all its threads have loaded the row's state before
+        one of them changes it; more warps would need a barrier."""
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, WIDTH)
         # what needs no other load to be found is asked for at once

@@ -46,8 +46,9 @@ def cache_write(k, v, evict, new, rows, pool, shift):
 
 def decode_attention(q, k_pages, v_pages, table, length):
     """decode_attention_plain, float32 or bfloat16."""
-    # of each thread's share, see _attend: D sums of values, the sum of weights, the highest score
     query = q.float() * q.shape[2] ** -0.5
+    # part (threads, N, G, D + 2): D sums of values, the sum of weights, and the highest score of
+    # each thread's share, see _attend
     part = F.pad(query.new_zeros(torch.get_num_threads(), *q.shape), (0, 2))
     part[..., -1] = -1e30
     launch(_attend, query, k_pages, v_pages, table, length, part)

@@ -5,6 +5,8 @@ A decode step: one token for every sequence, forward pass and sampling, as one l
 
 `run` is the step as PyTorch code. On a GPU it is captured as a CUDA graph the second time that it
 runs on the same tensors, and replayed from then on; nothing in it waits for the GPU.
+
+Here, as in generate.py, a row is a sequence: its place in the cache's batch.
 """
 import math
 
@@ -30,6 +32,7 @@ def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
         drop = p.cumsum(-1) - p >= top_p  # the mass before it suffices...
         drop[:, 0] = False  # ...but never the first
+        # scatter brings all of drop from sorted order back into that of token ids
         logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
     p = logits.softmax(-1)
     p = p.where(p >= min_p * p.amax(-1, keepdim=True), 0)
