@@ -404,7 +404,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         weights = open_weights(weight_files(folder), stack, device)
         if adapter is not None:
             adapter, config.dms, trained_on = find_adapters(adapter)
-            fits = trained_on in (None, fingerprint(weights))
+            fits = trained_on is None or trained_on == fingerprint(weights)
             require(fits, f"{adapter}: trained on other weights than {folder} has (fingerprint differs)")
             adapters = open_weights([adapter], stack, device)
             for name in adapters:

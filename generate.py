@@ -476,8 +476,7 @@ def one_prompt(session, prompt, check=None):
     if check:
         print(f"{prompt}\n", file=sys.stderr)
     session.new_cache(options.n)
-    show = show_now if options.n == 1 else None
-    chains = session.chains(ids, options.max_new_tokens, options.seed, show)
+    chains = session.chains(ids, options.max_new_tokens, options.seed, show_now if options.n == 1 else None)
     session.finish(chains, release=not options.show_evictions)
     texts = [chain.stop.text for chain in chains]
     lines = [f"[{i}] {text}\n" for i, text in enumerate(texts, 1)]

@@ -105,6 +105,10 @@ class TextData:
     batch_size: int
     seed: int
 
+    def __post_init__(self):
+        self.kept_out = self.documents[1::50]
+        del self.documents[1::50]
+
     def pack(self, documents, rng, rows):
         """Documents drawn at random, end to end: token ids (rows, seq_len), lengths (rows,)."""
         ids = []
@@ -118,11 +122,10 @@ class TextData:
 
     def batch(self, step):
         """Token ids (B, T) and real lengths (B,), a function of (seed, step)."""
-        documents = [d for i, d in enumerate(self.documents) if i % 50 != 1]
-        return self.pack(documents, random.Random(f"{self.seed} {step}"), self.batch_size)
+        return self.pack(self.documents, random.Random(f"{self.seed} {step}"), self.batch_size)
 
     def held_out(self, rows):
-        return self.pack(self.documents[1::50], random.Random("held out"), rows)
+        return self.pack(self.kept_out, random.Random("held out"), rows)
 
 
 def make_data(options):
@@ -169,8 +172,7 @@ def train_step(student, teacher, data, optimizer, step, options):
     optimizer.zero_grad(set_to_none=True)
     held = 1 - min(let_go.item(), 1 - 1e-6)
     return {"step": step + 1, "kl": kl.item(), "compression_loss": compression.item(),
-            "target_cr": round(cr, 4), "cr": 1 / held,
-            "grad_norm": norm.item()}
+            "target_cr": round(cr, 4), "cr": 1 / held, "grad_norm": norm.item()}
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in its state

@@ -150,11 +150,11 @@ def fork(rows, index, is_copy, pool):
     forked = rows.select(index)
     to_copy = forked.pages_to_be_written(page_size) & is_copy[:, None]
     originals = forked.table[to_copy]
-    left = len(pool) - len(forked.pages_in_use(page_size).unique())
+    in_use = forked.pages_in_use(page_size)
+    left = len(pool) - len(in_use.unique())
     if len(originals) > left:
-        pages = f"forks need {len(originals)} pages, and {left} of its {len(pool)} would be free"
-        raise CacheFull(f"the cache is full: {pages}")
-    pool.free_all_but(forked.pages_in_use(page_size))
+        raise CacheFull(f"the cache is full: forks need {len(originals)}, {left} of its {len(pool)} would be free")
+    pool.free_all_but(in_use)
     own = pool.take(len(originals))
     pool.copy(originals, own)
     forked.table[to_copy] = own
