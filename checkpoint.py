@@ -18,17 +18,17 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from datetime import datetime
 from pathlib import Path
 from typing import get_args
 
-import jinja2.sandbox
 import tokenizers
 import torch
 import torch.nn as nn
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -49,12 +49,14 @@ class InputError(ValueError):
     """Something the user gave cannot be used. One line: what was wrong, and what to do."""
 
     def __init__(self, message):
-        super().__init__(" ".join(message.split()))  # a path or a library's message has line breaks
+        super().__init__(one_line(message, None))  # it may quote a path, or a library's message
 
 
 def one_line(text, length=120):
-    """The beginning of a text, line breaks made spaces: what an InputError may quote."""
-    return " ".join(str(text).split())[:length]
+    """The beginning of a text as a terminal may show it: line breaks made spaces, and what a
+    terminal would obey, such as escape sequences, spelled out."""
+    text = " ".join(str(text).split())[:length]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def require(condition, problem):
@@ -94,28 +96,30 @@ def parse_object(text, problem):
 def read_json(file):
     """The JSON object in a file. Raises InputError naming the file if it is missing or damaged."""
     problem = f"{file}: not found or not a JSON object; is this a model folder, and a whole one?"
+    is_endless = os.path.exists(file) and not os.path.isfile(file)  # a pipe or a device
+    require(not is_endless, problem)
     return parse_object(read_text(file, problem), problem)
 
 
-def read_lines(file, cut=False):
-    """The JSON objects of a file, one to a line. cut: the last line may have no end, if its writer
-    was interrupted, and does not count then. Raises InputError naming file and line."""
+def read_lines(file):
+    """The JSON objects of a file, one to a line: {number of the line, from 1: object}. Raises
+    InputError naming file and line."""
     lines = read_text(file, f"{file}: not readable as text; give a file of JSON lines").split("\n")
-    lines = lines[:-1] if cut else lines
-    return [parse_object(line, f"{file}: line {number} is not a JSON object; fix it")
-            for number, line in enumerate(lines, 1) if line.strip()]
+    return {number: parse_object(line, f"{file}: line {number} is not a JSON object; fix it")
+            for number, line in enumerate(lines, 1) if line.strip()}
 
 
 def write_atomic(file, write):
     """Call write(temporary path) and move the result to `file` in one step, so that no reader ever
-    sees half of it."""
-    temporary = Path(file).with_name(f".{Path(file).name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    sees half of it. The temporary file of a writer that was killed is overwritten by the next."""
+    temporary = Path(file).with_name(f".{Path(file).name}.tmp")
+    with refusing(f"{file}: not written, what was there is still there", OSError, SafetensorError):
+        try:
+            write(temporary)
+            temporary.chmod(0o644)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(file, text):
@@ -123,20 +127,34 @@ def write_text(file, text):
 
 
 def write_json(file, data):
-    write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(file, json.dumps(data, indent=2) + "\n")
+
+
+@contextmanager
+def locked(file):
+    """Be the only process that writes to a file or folder. Raises InputError where another one does.
+    What is locked is an empty file beside it, which stays."""
+    file = Path(file).resolve()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    problem = f"{file}: another process writes there; wait for it, or choose another --out"
+    with refusing(problem, Timeout), FileLock(f"{file}.lock", blocking=False):
+        yield
 
 
 # ------------------------------------------------------------------------------------- config.json
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads")
-LIMITS = {  # of numbers in JSON files, by their names or kinds
-    int: (1, 2**24), float: (-1e9, 1e9), "head_dim": (1, 2**12), "rope_theta": (1e-9, 1e29),
-    "rms_norm_eps": (0, 1), "max_window_layers": (0, 2**24), "window": (0, 2**20), "shift": (0, 1)}
+LIMITS = {  # of numbers in JSON files and of options, by their names or kinds
+    int: (1, 2**24), float: (-1e9, 1e9), "head_dim": (1, 2**12), "num_hidden_layers": (1, 1000),
+    "rope_theta": (1e-9, 1e29), "rms_norm_eps": (0, 1), "max_window_layers": (0, 2**24),
+    "window": (0, 2**20), "shift": (0, 1), "target_cr": (1, 1e6), "lr": (1e-12, 1e3),
+    "compression_weight": (0, 1e6), "seed": (-(2**40), 2**40), "memory": (1e-6, 1e6),
+    "temperature": (0, 1e3), "top_k": (0, 2**24), "top_p": (1e-9, 1), "min_p": (0, 1)}
 
 
 def checked(raw, key, kind, where, name=None):
-    """The value of a key of a parsed JSON file, None where it is absent or null.
+    """The value of a key of a parsed JSON file, or of options; None where it is absent or null.
 
     Raises InputError if it is not of that kind (int, float, bool or str), or not within its LIMITS.
     name: our name of what the key spells, by which the LIMITS go; None where it is the same.
@@ -145,12 +163,13 @@ def checked(raw, key, kind, where, name=None):
     if value is None:
         return None
     is_right = type(value) is kind
+    wanted = f"of type {kind.__name__}"
     if kind in (int, float):
         least, most = LIMITS.get(name or key, LIMITS[kind])
         is_right = type(value) in (int, float)
         is_right = is_right and least <= value <= most and kind(value) == value
-    wanted = f"of type {kind.__name__} and in range"
-    require(is_right, f"{where}: {key} = {value!r:.80} is not {wanted}; fix that file")
+        wanted += f" and in range, {least} to {most}"
+    require(is_right, f"{where}: {key} = {value!r:.80} is not {wanted}; change it")
     return kind(value)
 
 
@@ -276,7 +295,10 @@ def read_settings(folder, raw):
     settings = read_fields(DMSConfig, raw, NVIDIA_KEYS, folder)
     separate = checked(raw, SEPARATE, bool, folder)
     require(metadata is None or not separate, f"{folder}: adapter in config.json, borrowed in dms_metadata.json")
-    check_agreement(settings, metadata or {}, folder)
+    both = settings.keys() & (metadata or {}).keys()
+    clashes = [f"config.json says {NVIDIA_KEYS[name]} = {settings[name]} and dms_metadata.json "
+               f"{metadata[name]}" for name in both if settings[name] != metadata[name]]
+    require(not clashes, f"{folder}: {'; '.join(clashes)}; remove one")
     require(settings.get("per", "head") in ("head", "layer"), f"{folder}: unusable dms_alpha_per")
 
     # what is stated, in either file, over the defaults of the layout
@@ -286,15 +308,8 @@ def read_settings(folder, raw):
     assumed = sorted({"window", "scale", "offset", "shift"} - stated.keys())
     if assumed:
         assumed = ", ".join(f"{name} = {getattr(complete, name)}" for name in assumed)
-        print(f"{folder}: not stated by the checkpoint, so assumed: {assumed}", file=sys.stderr)
+        print(one_line(f"{folder}: not stated by the checkpoint, so assumed: {assumed}", None), file=sys.stderr)
     return complete
-
-
-def check_agreement(settings, metadata, folder):
-    for name in settings.keys() & metadata.keys():
-        first = f"config.json says {NVIDIA_KEYS[name]} = {settings[name]}"
-        second = f"dms_metadata.json {metadata[name]}"
-        require(settings[name] == metadata[name], f"{folder}: {first} and {second}; remove one")
 
 
 def settings_to_dict(settings):
@@ -344,6 +359,7 @@ def open_weights(files, stack, device="cpu"):
     weights = {}
     for file in files:
         problem = f"{file}: truncated or damaged safetensors file; download it again"
+        require(os.path.isfile(file), problem)
         with refusing(problem, SafetensorError, OSError, ValueError):
             handle = stack.enter_context(safe_open(file, framework="pt", device=str(device)))
             names = dict.fromkeys(handle.keys(), handle)
@@ -402,6 +418,10 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
     config.dms = read_settings(folder, raw)
     with ExitStack() as stack:
         weights = open_weights(weight_files(folder), stack, device)
+        # before anything is made of a damaged config.json's many layers, or of as many tensors
+        layers = config.num_hidden_layers
+        fits = layers <= len(weights) <= 30 * (layers + 1)
+        require(fits, f"{folder}: {len(weights)} tensors cannot be those of {layers} layers")
         if adapter is not None:
             adapter, config.dms, trained_on = find_adapters(adapter)
             fits = trained_on is None or trained_on == fingerprint(weights)
@@ -410,8 +430,6 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
             for name in adapters:
                 require("dms_proj_alpha" in name, f"{adapter}: {one_line(name)} is not an adapter's; remove it")
             weights |= adapters
-        # before Model builds as many layers as a damaged config.json asks for
-        require(config.num_hidden_layers <= len(weights), f"{folder}: fewer tensors than num_hidden_layers")
         with torch.device("meta"):
             model = Model(config)
         check_weights(weights, model, folder)
@@ -473,20 +491,27 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None):
 
 
 def copy_tokenizer(source, folder):
-    """Put the files of a model folder that make its tokenizer and defaults beside other weights."""
+    """Put the files of a model folder that make its tokenizer and defaults beside other weights. A
+    link may lead within that folder or the hub's cache: else we might publish a private file."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    places = (source.resolve(), Path(HF_HUB_CACHE).resolve())
     for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            write_atomic(folder / name, functools.partial(shutil.copyfile, source / name))
+        file = (source / name).resolve()
+        if file.is_file():
+            is_its_own = any(file.is_relative_to(place) for place in places)
+            require(is_its_own, f"{source / name}: links to a file elsewhere; put a copy there")
+            write_atomic(folder / name, functools.partial(shutil.copyfile, file))
 
 
 class Tokenizer:
     """The tokenizer of a model folder or hub id: tokenizer.json, run by `tokenizers`, and the chat
-    template, run in jinja2's sandbox."""
+    template, run by chat_template.py."""
 
     def __init__(self, path_or_hub_id):
         folder = resolve(path_or_hub_id)
         file = folder / "tokenizer.json"
-        require(file.exists(), f"{file}: not found; only tokenizers in this format are read")
+        require(file.is_file(), f"{file}: not found; only tokenizers in this format are read")
         # `tokenizers` raises bare Exceptions, and panics of its Rust code, which are not even that
         with refusing(f"{file}: not a usable tokenizer, download it again", BaseException):
             self.fast = tokenizers.Tokenizer.from_file(str(file))
@@ -499,7 +524,7 @@ class Tokenizer:
     def read_template(self, file):
         """The chat template's text: the file, or in tokenizer_config.json a string or the one of
         several that is named "default". None where there is none."""
-        if file.exists():
+        if file.is_file():
             return read_text(file, f"{file}: not readable, download it again")
         template = self.settings.get("chat_template")
         if isinstance(template, list):
@@ -540,35 +565,41 @@ class Tokenizer:
         """[{"role": ..., "content": ...}, ...] -> the text the model expects, to be encoded with
         add_special_tokens=False. variables: what else the template knows, as enable_thinking."""
         require(self.template, "this tokenizer has no chat template; give a plain prompt instead")
+        is_chat = all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
+        require(is_chat, 'a message is an object with "role" and "content", both texts')
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             if self.special(name) is not None:
                 variables.setdefault(name, self.special(name))
-        # a template is a stranger's program: it may raise anything
-        with refusing("the chat template failed on these messages", Exception):
-            return compile_template(self.template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-                documents=None, **variables)  # fmt: skip
+        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables |= {"tools": None, "documents": None}
+        return render(self.template, variables)
 
 
 load_tokenizer = Tokenizer
 
 
-@functools.lru_cache
-def compile_template(text):
-    """A chat template as transformers runs it, in jinja2's sandbox."""
+@functools.cache
+def template_process(pid):
+    """chat_template.py at work, for the process `pid`, which is ours."""
+    command = [sys.executable, Path(__file__).with_name("chat_template.py")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
 
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
 
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    sandbox.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    sandbox.globals["raise_exception"] = raise_exception
-    # {% generation %} marks what a trainer takes as the answer: here it is just its contents
-    text = re.sub(r"({%[-+]?\s*)generation(?=\s*[-+]?%})", r"\1if true", text)
-    text = re.sub(r"({%[-+]?\s*)endgeneration(?=\s*[-+]?%})", r"\1endif", text)
-    return sandbox.from_string(text)
+def render(template, variables):
+    """The text that a chat template makes of its variables, all of which JSON can express."""
+    problem = "the chat template failed on these messages"
+    process = template_process(os.getpid())
+    with refusing(problem, OSError, TypeError, ValueError):
+        process.stdin.write(json.dumps({"template": template, "variables": variables}) + "\n")
+        process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        template_process.cache_clear()
+    require(answer, f"{problem}: it took more time or memory than a template may")
+    answer = json.loads(answer)
+    require("text" in answer, f"{problem} ({one_line(answer.get('error'))})")
+    return answer["text"]
 
 
 def check_ids(config, ids, new_tokens=0):
@@ -586,6 +617,13 @@ def check_ids(config, ids, new_tokens=0):
 # ----------------------------------------------------------------------- What the scripts share
 
 
+def place(text):
+    """What an option takes for a path or a hub id: the absolute path of a file or model folder that
+    is there, any other text as it is."""
+    is_there = os.path.isfile(text) or os.path.isfile(Path(text) / "config.json")
+    return os.path.abspath(text) if is_there else text
+
+
 def parse_options(options, argv=None):
     """{field: value} of what the command line gives of a dataclass of options: --NAME VALUE for a
     field, --NAME alone for a bool. The comment behind a field is its help."""
@@ -599,15 +637,30 @@ def parse_options(options, argv=None):
             how = dict(action="store_true" if field.type is bool else "append")
         flag = ("-" if len(field.name) == 1 else "--") + field.name.replace("_", "-")
         parser.add_argument(flag, **how, help=comments.get(field.name))
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    check_options(options, given, "the command line")
+    return given
 
 
-def check_positive(options, *names):
-    """Raise InputError unless those of the options that are given are at least 1, or above 0."""
-    for name in names:
-        value = getattr(options, name)
-        least = "at least 1" if type(value) is int else "above 0"
-        require(value is None or value > 0, f"--{name.replace('_', '-')} must be {least}")
+def check_options(options, values, where):
+    """Raise InputError unless values, {field: value}, can be those of a dataclass of options."""
+    kinds = options.__annotations__
+    for name, value in values.items():
+        kind = kinds.get(name)
+        choices = get_args(kind) or (value,)
+        require(kind and value in choices, f"{where}: {name} = {value!r:.80} is no such option; change it")
+        if kind in (int, float, bool, str):
+            checked(values, name, kind, where)
+
+
+def torchrun_place():
+    """This process's number among those that torchrun started, and how many they are: 0 and 1
+    without torchrun. Raises InputError."""
+    with refusing("RANK and WORLD_SIZE must be numbers, as torchrun sets them", ValueError):
+        rank = int(os.environ.get("RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+    require(0 <= rank < world, f"RANK is {rank} of WORLD_SIZE {world}; let torchrun set both")
+    return rank, world
 
 
 def choose_device(options):
@@ -623,11 +676,19 @@ def choose_device(options):
 
 
 def run_script(main, when_stopped="stopped"):
-    """Run a script's main(). An InputError ends it with its one line and exit code 2, an
-    interruption with 130."""
+    """Run a script's main(). What is not our own fault ends it with one line: an InputError, and
+    what the system refuses, with exit code 2, an interruption with 130."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed before we began
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may not know every character
     try:
         main()
-    except (InputError, KeyboardInterrupt) as e:
-        is_input = isinstance(e, InputError)
-        print(f"error: {e}" if is_input else f"\n{when_stopped}", file=sys.stderr)
-        sys.exit(2 if is_input else 130)
+        sys.stdout.flush()
+    except (InputError, OSError, KeyboardInterrupt) as e:
+        was_stopped = isinstance(e, KeyboardInterrupt)
+        if not isinstance(e, BrokenPipeError):  # who reads the output may have enough of it
+            said = f"\n{when_stopped}" if was_stopped else f"error: {one_line(e, None)}"
+            print(said, file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more is written to standard output
+        sys.exit(130 if was_stopped else 2)

@@ -29,9 +29,9 @@ import torch
 from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
-from checkpoint import (check_ids, check_positive, checked, choose_device, load_model, load_tokenizer,
-                        parse_options, read_json, read_lines, require, resolve, run_script,
-                        write_text)
+from checkpoint import (InputError, check_ids, checked, choose_device, load_model, load_tokenizer,
+                        locked, parse_object, parse_options, read_json, read_lines, read_text,
+                        refusing, require, resolve, run_script, torchrun_place)
 from kernels.decode_step import DecodeStep, sample
 from kv_cache import CacheFull, KVCache
 from model import Model
@@ -86,6 +86,9 @@ class Scheduler:
         groups = itertools.groupby(sequences, key=lambda s: (s.row, s.ids))
         self.waiting = deque(list(group) for _, group in groups)
         self.blocked_until_one_ends = False  # after pages ran out, nothing starts until then
+        self.cache.check_model(self.model)
+        can_run = all(s.ids and s.max_new_tokens > 0 for s in sequences)
+        require(can_run, "a sequence needs at least one token, and max_new_tokens of at least 1")
         for sequence in sequences:
             held = 0 if sequence.row is None else int(self.cache.seen[sequence.row])
             require(held == sequence.fed, "the cache does not hold what a sequence has fed")
@@ -335,11 +338,12 @@ class Session:
         self.end_ids = {end for end in (*ends, self.tokenizer.end_id) if isinstance(end, int)}
         if stated.get("do_sample") is False:
             stated["temperature"] = 0.0
+        kinds = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
+        stated = {key: checked(stated, key, kind, file) for key, kind in kinds.items()}
         self.sampling = {"temperature": 1.0}
-        for key in ("temperature", "top_k", "top_p", "min_p"):
-            for source in (stated, vars(options)):
-                if source.get(key) is not None:
-                    self.sampling[key] = source[key]
+        for source in (stated, vars(options)):
+            given = {key: source[key] for key in kinds if source[key] is not None}
+            self.sampling.update(given)
         self.tokens = 0
         self.seconds = 0.0
 
@@ -386,7 +390,8 @@ def read_turns():
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        with refusing("standard input is not text", ValueError):
+            line = sys.stdin.readline()
         if line.strip():
             yield {"role": "user", "content": line.rstrip("\n")}
         elif not line:
@@ -421,52 +426,91 @@ def chat(session):
         print(flush=True)
 
 
+ROW = '{"generated": {"line": '  # how each row of --out begins
+
+
+def lines_answered(out, requests):
+    """The lines of --requests, {line: request}, that a file has answers for. A last row that was cut
+    as it was written is cut off. Raises InputError if the file holds anything else."""
+    if not out.exists():
+        return set()
+    problem = f"{out}: holds something else than answers to these requests; give another --out"
+    require(out.is_file(), problem)
+    *rows, cut = read_text(out, problem).split("\n")
+    is_ours = all(row.startswith(ROW) for row in rows)
+    require(is_ours and (cut.startswith(ROW) or ROW.startswith(cut)), problem)
+    answered = set()
+    for row in rows:
+        row = parse_object(row, problem)
+        line = row.pop("generated")["line"]
+        # as texts, since NaN is not equal to itself
+        is_answer = line in requests and json.dumps(row) == json.dumps(requests[line])
+        require(is_answer, problem)
+        answered.add(line)
+    os.truncate(out, out.stat().st_size - len(cut.encode()))
+    return answered
+
+
+def chains_of(session, where, request, seed):
+    """The chains that answer a request. Raises InputError beginning with `where`."""
+    require("generated" not in request, f'{where}: "generated" is the key of answers; rename it')
+    prompt = request.get("messages") or request.get("prompt")
+    require(isinstance(prompt, (str, list)) and prompt, f'{where} needs "prompt" or "messages"; add one')
+    most = checked(request, "max_new_tokens", int, where) or session.options.max_new_tokens
+    try:
+        ids = session.encode(prompt, most)
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from e
+    return session.chains(ids, most, seed)
+
+
 def serve(session):
-    """Answer every line of --requests, many side by side, and append the results to --out as they
+    """Answer every line of --requests, many side by side, and append the answers to --out as they
     are finished. What is there already is not done again."""
     options = session.options
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = torchrun_place()
+    requests = dict(list(read_lines(options.requests).items())[rank::world])
     out = Path(options.out)
     if world > 1:
         out = out.with_suffix(f".{rank}-of-{world}.jsonl")
-    done = {row.get("line"): row for row in (read_lines(out, cut=True) if out.exists() else ())}
-    todo = {}  # {chain that is not over: (its request, all chains of that request)}
-    for line, request in list(enumerate(read_lines(options.requests), 1))[rank::world]:
-        where = f"{options.requests}: line {line}"
-        prompt = request.get("messages", request.get("prompt"))
-        require(isinstance(prompt, (str, list)) and prompt, f'{where} needs "prompt" or "messages"; add one')
-        most = checked(request, "max_new_tokens", int, where) or options.max_new_tokens
-        if line not in done:
-            ids = session.encode(prompt, most)
-            chains = session.chains(ids, most, f"{options.seed} {line}")
-            todo |= dict.fromkeys(chains, ({**request, "line": line}, chains))
-        else:
-            is_same = all(done[line].get(key) == value for key, value in request.items())
-            require(is_same, f"{out}: its line {line} answers another request; give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # as it was, but for a last line that was cut when its writer was stopped
-    write_text(out, "".join(json.dumps(row) + "\n" for row in done.values()))
-    session.new_cache(min(options.batch, max(len(todo), 1)))
-    with open(out, "a") as file, tqdm(total=len(todo), desc="chains", disable=rank > 0) as bar:
+    with locked(out):
+        answered = lines_answered(out, requests)
+        todo = {}  # {chain that is not over: (line of its request, all chains of that request)}
+        for line, request in requests.items():
+            if line not in answered:
+                where = f"{options.requests}: line {line}"
+                chains = chains_of(session, where, request, f"{options.seed} {line}")
+                todo |= dict.fromkeys(chains, (line, chains))
+        failed = run_requests(session, requests, todo, out)
+    why = "; ".join(f"line {line}: {why}" for line, why in list(failed.items())[:3])
+    require(not failed, f"{len(failed)} requests are not answered, run again with more --memory ({why})")
+
+
+def run_requests(session, requests, todo, out):
+    """Run all chains of `todo`, which becomes empty. Returns {line: why} of requests that failed."""
+    session.new_cache(min(session.options.batch, max(len(todo), 1)))
+    failed = {}
+    with open(out, "a") as file, tqdm(total=len(todo), desc=out.name) as bar:
         for over in session.run(list(todo)):
             for chain in over:
-                request, chains = todo.pop(chain)
-                if not any(other in todo for other in chains):
-                    file.write(json.dumps({**request, **answer_of(chains)}) + "\n")
+                line, chains = todo.pop(chain)
+                if chain.error:
+                    failed[line] = chain.error
+                elif line not in failed and not any(other in todo for other in chains):
+                    row = {"generated": {"line": line, **answer_of(chains)}, **requests[line]}
+                    file.write(json.dumps(row) + "\n")
                     file.flush()
             bar.update(len(over))
             bar.set_postfix_str(f"{session.tokens / session.seconds:.1f} tokens/s", refresh=False)
+    return failed
 
 
 def answer_of(chains):
     """What --out says of a request: its chains' texts, and what most of them answer."""
     texts = [chain.stop.text for chain in chains]
-    tokens = [len(chain.new) for chain in chains]
     answer, votes = Counter(map(final_answer, texts)).most_common(1)[0]
-    result = {"texts": texts, "answer": answer, "votes": votes, "tokens": tokens}
-    errors = [chain.error for chain in chains if chain.error]
-    return {**result, "error": errors[0]} if errors else result
+    tokens = [len(chain.new) for chain in chains]
+    return {"texts": texts, "answer": answer, "votes": votes, "tokens": tokens}
 
 
 def one_prompt(session, prompt, check=None):
@@ -478,12 +522,12 @@ def one_prompt(session, prompt, check=None):
     session.new_cache(options.n)
     chains = session.chains(ids, options.max_new_tokens, options.seed, show_now if options.n == 1 else None)
     session.finish(chains, release=not options.show_evictions)
-    texts = [chain.stop.text for chain in chains]
-    lines = [f"[{i}] {text}\n" for i, text in enumerate(texts, 1)]
+    said = answer_of(chains)
+    lines = [f"[{i}] {text}\n" for i, text in enumerate(said["texts"], 1)]
     print("".join(lines) if options.n > 1 else "", flush=True)
-    answer, votes = Counter(map(final_answer, texts)).most_common(1)[0]
     if options.n > 1 or check:
-        verdict = check(texts) if check else f"answer {answer}; {votes} of {options.n} agree"
+        verdict = f"answer {said['answer']}; {said['votes']} of {options.n} agree"
+        verdict = check(said["texts"]) if check else verdict
         print(f"[{verdict}]", file=sys.stderr)
     if options.show_evictions:
         show_evictions(session, chains[0])
@@ -507,9 +551,6 @@ def show_evictions(session, chain):
 
 def parse(argv=None):
     options = Options(**parse_options(Options, argv))
-    check_positive(options, "n", "max_new_tokens", "batch", "memory", "top_p")
-    in_range = (options.temperature or 0) >= 0 and (options.top_p or 1) <= 1
-    require(in_range, "--temperature must be 0 or more, and --top-p at most 1")
     modes = (options.prompt is not None) + options.chat + (options.requests is not None)
     require(modes <= 1, "--prompt, --chat and --requests exclude each other")
     require(not options.chat or options.n == 1, "--chat reads its turns one by one; leave out -n")
@@ -526,7 +567,8 @@ def main(argv=None):
     options = parse(argv)
     check = None
     if options.prompt == "-":
-        options.prompt = sys.stdin.read()
+        with refusing("standard input is not text", ValueError):
+            options.prompt = sys.stdin.read()
     elif options.prompt is None and not options.chat and not options.requests:
         from toy.tasks import question
 

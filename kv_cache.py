@@ -23,13 +23,14 @@ Letters: those of dms.py, and N = B * Hkv rows of a layer, of which row b * Hkv 
 sequence b; P pages in the pool; M columns of the page table; W = window + 1 entries of the ring.
 """
 
+import copy
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from checkpoint import refusing, require  # InputErrors, of one line
+from checkpoint import one_line, refusing, require  # InputErrors, of one line
 from kernels.block import append_block
 from kernels.choose import choose_kernels
 from kernels.pages import CacheFull, PagePool, Rows, fork, free_memory
@@ -115,11 +116,15 @@ class KVCache:
         or of the machine's (whose pages take memory once they are written to)."""
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
-        self.page_size = page_size or (64 if config.head_dim >= 64 else 32)
-        self.chunk = chunk or (2048 if on_gpu else 512)
+        default_page = 64 if config.head_dim >= 64 else 32
+        self.page_size = default_page if page_size is None else page_size
+        default_chunk = 2048 if on_gpu else 512
+        self.chunk = default_chunk if chunk is None else chunk
         is_power = self.page_size > 0 and math.log2(self.page_size).is_integer()
         require(is_power, "page_size must be a power of two")
-        require(min(batch_size, self.chunk) > 0, "batch_size and chunk must be at least 1")
+        least = min(batch_size, self.chunk, 1 if memory is None else memory)
+        require(least > 0, "batch_size and chunk must be at least 1, memory above 0")
+        self.config = copy.deepcopy(config)
         self.scores_at_a_time = 2**26 if on_gpu else 2**19  # of a block's attention
         self.layers = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
@@ -128,13 +133,13 @@ class KVCache:
         self.kernels = choose_kernels(self.device, dtype)
 
         N = batch_size * self.kv_heads
-        self.rows = Rows.empty(self.layers, N, self.window + 1, self.device)
         self.page_bytes = PagePool.page_bytes(self.page_size, config.head_dim, dtype)
         if memory is None:
             pages = self.layers * N * self.pages_for(config.max_position_embeddings)
             memory = min(pages * self.page_bytes, 0.8 * free_memory(self.device))
         problem = f"no memory for a cache of {memory / 1e9:.1f} GB; allow it less"
         with refusing(problem, RuntimeError, OverflowError, ValueError):
+            self.rows = Rows.empty(self.layers, N, self.window + 1, self.device)
             pages = max(int(memory / self.page_bytes), 1)
             self.pool = PagePool(pages, self.page_size, config.head_dim, dtype, self.device)
 
@@ -162,9 +167,23 @@ class KVCache:
         rows = [b * self.kv_heads + head for b in sequences for head in range(self.kv_heads)]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
+    def check_model(self, model):
+        """Raise InputError unless it was made for such a model, as that is configured now."""
+        is_same = self.config == model.config
+        require(is_same, "the cache was made for another config, or this one before it changed; make a new one")
+        problem = f"the cache stores {self.pool.keys.dtype}, the model gives {model.dtype}"
+        require(self.pool.keys.dtype == model.dtype, f"{problem}; make it with dtype=model.dtype")
+
+    def check_sequences(self, sequences):
+        """Raise InputError unless these are indices of sequences."""
+        are_there = set(sequences) <= set(range(self.batch_size))
+        known = f"the cache has sequences of indices below {self.batch_size}"
+        require(are_there, f"{known}, not all of {one_line(list(sequences))}")
+
     def check_lengths(self, B, T, lengths=None, sequence=None):
         """The real tokens in each row of ids (B, T), (B,) int64 on the cache's device. Raises
-        InputError where ids or lengths do not fit the cache."""
+        InputError where ids, lengths or the one sequence do not fit the cache."""
+        self.check_sequences([] if sequence is None else [sequence])
         expected = self.batch_size if sequence is None else 1
         lengths = [T] * B if lengths is None else lengths
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
@@ -231,7 +250,9 @@ class KVCache:
 
     @torch.inference_mode()
     def release(self, sequences):
-        """End sequences (their indices): their pages are free again, and their rows empty."""
+        """End sequences (their indices): their pages are free again, and their rows empty. Raises
+        InputError for an index that is none."""
+        self.check_sequences(sequences)
         rows = self.rows_of(set(sequences))
         self.count_ended(rows)
         self.rows.seen[rows] = 0
@@ -244,8 +265,8 @@ class KVCache:
         """Sequence i of the cache continues what sequences[i] has fed: name one several times to
         fork it, do not name it to drop it. Forks share the pages that they will not write to.
         Raises InputError, or CacheFull, before anything has changed."""
-        are_there = sequences and set(sequences) <= set(range(self.batch_size))
-        require(are_there, f"select at least one sequence, by indices below {self.batch_size}")
+        require(len(sequences) > 0, "select at least one sequence")
+        self.check_sequences(sequences)
         dropped = set(range(self.batch_size)) - set(sequences)
         is_copy = [b in sequences[:i] for i, b in enumerate(sequences)]
         is_copy = torch.tensor(is_copy, device=self.device).repeat_interleave(self.kv_heads)
@@ -260,6 +281,7 @@ class KVCache:
 
     def positions(self, sequence, layer, head):
         """The positions of the tokens whose pairs a KV head holds, ascending, (n,) int32."""
+        self.check_sequences([sequence])
         return self.rows.positions(layer, sequence * self.kv_heads + head, self.pool)
 
     def count_ended(self, rows):

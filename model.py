@@ -240,6 +240,15 @@ class Block(nn.Module):
         return self.after(x, attend(*self.before(x, rope)))
 
 
+def check_ids(ids, V):
+    """Raise ValueError unless ids (B, T) are token ids of a vocabulary of V words, one at least."""
+    is_integer = ids.dtype in (torch.int32, torch.int64)
+    has_shape = ids.dim() == 2 and ids.numel() > 0
+    problem = f"ids must be integers (B, T), at least one, from 0 to {V - 1}"
+    if not (is_integer and has_shape) or ids.min() < 0 or ids.max() >= V:
+        raise ValueError(problem)
+
+
 class Model(nn.Module):
     """A causal language model. `model(ids)` is the dense computation, masked by hard decisions for
     a DMS model; `model(ids, cache=cache)` appends ids to what a KVCache holds."""
@@ -314,10 +323,13 @@ class Model(nn.Module):
         cache: a KVCache, to which ids are appended, in pieces of at most cache.chunk tokens;
         nothing is differentiated through it. With a cache, lengths (B,) int64: row b brings
         ids[b, :lengths[b]], the rest is padding and never stored; and sequence: ids (1, T) are
-        this one sequence's, the others rest.
+        this one sequence's, the others rest. Raises ValueError for ids that are none, and InputError
+        (checkpoint.py) where they or the model do not fit the cache.
         """
+        check_ids(ids, self.config.vocab_size)
         if cache is None:
             return self.hidden(ids, dms.masked_attention(self.config))
+        cache.check_model(self)
         lengths = cache.check_lengths(*ids.shape, lengths, sequence)
         states = []
         with torch.inference_mode():

@@ -13,9 +13,10 @@ checker, KL, compression, reads, bytes.
     python retrofit.py --resume --out out/teacher-dms-8x   # after any interruption
 """
 import json
-import os
+import math
 import platform
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import dms
-from checkpoint import (Tokenizer, check_ids, check_positive, choose_device, copy_tokenizer, load_model,
-                        load_tokenizer, parse_options, read_json, read_lines, read_text, refusing,
-                        require, resolve, run_script, save_model, write_atomic, write_json, write_text)
+from checkpoint import (InputError, Tokenizer, check_ids, check_options, choose_device, copy_tokenizer,
+                        load_model, load_tokenizer, locked, parse_config, parse_options, place,
+                        read_json, read_lines, read_settings, read_text, refusing, require, resolve,
+                        run_script, save_model, write_atomic, write_json, write_text)
+from kernels.pages import free_memory
 from kernels.training_attention import relaxed_attention_plain
 from kv_cache import KVCache
 
@@ -44,8 +47,8 @@ TEXT_DEFAULTS = dict(window=256, train="adapters", steps=1000, lr=3e-5, batch_si
 class Options:
     """Of the command line: --batch-size 8 for batch_size."""
 
-    model: str = os.path.relpath(TEACHER)  # folder or hub id (default: the toy teacher)
-    data: str = None  # toy, or a .txt or .jsonl file (default: toy, for the toy teacher)
+    model: place = str(TEACHER)  # folder or hub id (default: the toy teacher)
+    data: place = None  # toy, or a .txt or .jsonl file (default: toy, for the toy teacher)
     out: str = None  # folder for the checkpoint (default: out/NAME-dms-CRx)
     resume: bool = False  # continue the interrupted run in --out
     target_cr: float = 8.0  # compression ratio to reach
@@ -82,47 +85,66 @@ class Options:
 
 
 def read_documents(file):
-    """The documents of a .txt file, parted by blank lines, or of a .jsonl file, each a "text" or
-    the "messages" of a chat. Raises InputError."""
+    """{where it stands: document} of a .txt file, parted by blank lines, or of a .jsonl file, each
+    a "text" or the "messages" of a chat. Raises InputError."""
     if str(file).endswith(".jsonl"):
-        documents = [row.get("messages") or row.get("text") for row in read_lines(file)]
+        found = {f"{file}: line {number}": row.get("messages") or row.get("text")
+                 for number, row in read_lines(file).items()}
     else:
         text = read_text(file, f"{file}: not readable as text; give a .txt or .jsonl file")
-        documents = text.split("\n\n")
-    documents = [d for d in documents if d and str(d).strip()]
-    found = f"{len(documents)} usable documents"
-    require(len(documents) >= 2, f"{file}: has {found}, parted by blank lines or as JSON lines")
-    return documents
+        found = {f"{file}: paragraph {number}": document
+                 for number, document in enumerate(text.split("\n\n"), 1)}
+    found = {where: document for where, document in found.items() if str(document or "").strip()}
+    count = f"{len(found)} usable documents"
+    require(len(found) >= 2, f"{file}: has {count}, parted by blank lines or as JSON lines")
+    return found
 
 
 @dataclass
 class TextData:
-    """Documents packed to full sequences. Every 50th is held out."""
+    """Documents packed to full sequences. Every 50th is held out. One that cannot be used, since the
+    chat template or the model does not know it, is skipped whenever it is drawn."""
 
-    documents: list
+    documents: dict  # {where it stands: text or messages}
+    vocab_size: int
     tokenizer: Tokenizer
     seq_len: int
     batch_size: int
     seed: int
 
     def __post_init__(self):
-        self.kept_out = self.documents[1::50]
-        del self.documents[1::50]
+        places = list(self.documents)
+        self.kept_out = places[1::50]
+        del places[1::50]
+        self.places = places
+        self.skipped = set()
 
-    def pack(self, documents, rng, rows):
+    def encode(self, where):
+        """The token ids of a document with an end token; none if it is skipped, which is said once."""
+        try:
+            ids = self.tokenizer.encode(self.documents[where])
+            is_known = max(ids, default=0) < self.vocab_size
+            require(is_known, "it has a token that the model does not know")
+        except InputError as e:
+            if where not in self.skipped:
+                tqdm.write(f"{where} is skipped: {e}", file=sys.stderr)
+            self.skipped.add(where)
+            too_many = 2 * len(self.skipped) > len(self.documents)
+            require(not too_many, "more than half of the documents cannot be used, as said above")
+            return []
+        return ids if self.tokenizer.end_id is None else [*ids, self.tokenizer.end_id]
+
+    def pack(self, places, rng, rows):
         """Documents drawn at random, end to end: token ids (rows, seq_len), lengths (rows,)."""
         ids = []
         while len(ids) < rows * self.seq_len:
-            ids += self.tokenizer.encode(rng.choice(documents))
-            if self.tokenizer.end_id is not None:
-                ids.append(self.tokenizer.end_id)
-            require(ids, "the data gives no tokens; check the file and the tokenizer")
+            ids += self.encode(rng.choice(places))
         ids = torch.tensor(ids[: rows * self.seq_len]).view(rows, -1)
         return ids, torch.full((rows,), self.seq_len)
 
     def batch(self, step):
         """Token ids (B, T) and real lengths (B,), a function of (seed, step)."""
-        return self.pack(self.documents, random.Random(f"{self.seed} {step}"), self.batch_size)
+        return self.pack(self.places, random.Random(f"{self.seed} {step}"), self.batch_size)
 
     def held_out(self, rows):
         return self.pack(self.kept_out, random.Random("held out"), rows)
@@ -134,7 +156,12 @@ def make_data(options):
         from toy.data import ToyData
 
         return ToyData(*sizes)
-    return TextData(read_documents(options.data), *sizes)
+    return TextData(read_documents(options.data), config_of(options.model).vocab_size, *sizes)
+
+
+def config_of(model):
+    file = resolve(model) / "config.json"
+    return parse_config(read_json(file), file)
 
 
 # ---------------------------------------------------------------------------------------- Training
@@ -178,23 +205,36 @@ def train_step(student, teacher, data, optimizer, step, options):
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in its state
 
 
-def save_state(file, parameters, optimizer, step):
+def hardware(device):
+    """What the last bits of a result depend on, and its time."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def save_state(file, parameters, optimizer, step, hardware):
     """Weights in training and AdamW's moments, one safetensors file, replaced atomically.
-    parameters: {name: parameter}."""
+    parameters: {name: parameter}; hardware: what trained them."""
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
         for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
-    write_atomic(file, lambda temporary: save_file(tensors, temporary, {"step": str(step)}))
+    stated = {"step": str(step), "hardware": hardware}
+    write_atomic(file, lambda temporary: save_file(tensors, temporary, stated))
 
 
-def load_state(file, parameters, optimizer):
-    """The inverse of save_state; returns the number of steps done."""
+def load_state(file, parameters, optimizer, hardware):
+    """The inverse of save_state; returns the number of steps done. Says so if the hardware is not
+    what trained them."""
     problem = f"{file}: does not belong to this run; start anew in another --out"
     with (refusing(problem, SafetensorError, OSError, ValueError, KeyError, RuntimeError),
           safe_open(file, "pt") as saved):
         step = int(saved.metadata()["step"])
+        before = saved.metadata()["hardware"]
+        if before != hardware:
+            changed = f"was trained on {before}, goes on with {hardware}"
+            print(f"{file}: {changed}; the result will differ in its last bits", file=sys.stderr)
         for name, parameter in parameters.items():
             parameter.data.copy_(saved.get_tensor(f"weight.{name}"))
             state = {key: saved.get_tensor(f"{key}.{name}").to(parameter.device) for key in MOMENTS}
@@ -222,32 +262,35 @@ def train(options, out):
     """Run the steps that are still to do and write the checkpoint into `out`. Nothing is written
     before the model and the data have been loaded and checked."""
     data = make_data(options)
+    check_sizes(options, config_of(options.model))
     student, teacher = load_pair(options)
-    context = student.config.max_position_embeddings
-    fits = options.seq_len <= context
-    require(fits, f"--seq-len is longer than the model's context of {context}; shorten it")
-    for row in data.batch(0)[0].tolist():
-        check_ids(student.config, row)
+    for ids, _ in (data.batch(0), data.held_out(HELD_OUT_ROWS)):
+        for row in ids.tolist():
+            check_ids(student.config, row)
     parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
     out.mkdir(parents=True, exist_ok=True)
+    copy_tokenizer(resolve(options.model), out)
     write_json(out / "settings.json", options.settings())
     state = out / "state.safetensors"
     metrics = out / "metrics.jsonl"
-    done = load_state(state, parameters, optimizer) if state.exists() else 0
-    lines = metrics.read_text().splitlines(keepends=True) if done else []
+    trainer = hardware(options.device)
+    done = load_state(state, parameters, optimizer, trainer) if state.exists() else 0
+    problem = f"{metrics}: not readable; put an empty file in its place to go on"
+    lines = read_text(metrics, problem).splitlines(keepends=True) if done else []
     write_text(metrics, "".join(lines[:done]))
     bar = tqdm(range(done, options.steps), initial=done, total=options.steps, desc="retrofit")
     with open(metrics, "a") as log:
         for step in bar:
             row = train_step(student, teacher, data, optimizer, step, options)
+            is_finite = math.isfinite(row["kl"] + row["grad_norm"])
+            require(is_finite, f"step {step + 1} gave no finite loss; begin anew with a lower --lr")
             log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"KL {row['kl']:.4f}, target {row['target_cr']:.2f}x, "
                                 f"actual {row['cr']:.2f}x")
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 log.flush()
-                save_state(state, parameters, optimizer, step + 1)
-    copy_tokenizer(resolve(options.model), out)
+                save_state(state, parameters, optimizer, step + 1, trainer)
     if teacher is None:
         save_model(student, out, torch.float32, base=options.model)
     else:
@@ -306,11 +349,9 @@ def evaluate(options, out):
     dms.start_retrofit(window, dms.DMSConfig(window=budget - 1, offset=-1.0))
     title = f"window of {budget}"
     results["window"] = measure(window, dense, data, options, title)
-    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    if options.device != "cpu":
-        hardware = torch.cuda.get_device_name()
+    settings = {**options.settings(), "model": Path(options.model).name}
     write_json(out / "results.json", {
-        "settings": options.settings(), "hardware": hardware, "torch": torch.__version__,
+        "settings": settings, "hardware": hardware(options.device), "torch": torch.__version__,
         "window_tokens": budget, "results": results})  # fmt: skip
     titles = ("dense", f"DMS {options.target_cr:g}x", title)
     print_table(dict(zip(titles, results.values())))
@@ -345,6 +386,7 @@ def parse(argv=None):
         file = out / "settings.json"
         require(file.exists(), f"{out}: holds no run to resume; name its folder with --out")
         saved = read_json(file)
+        check_options(Options, saved, file)
     for key, value in saved.items():
         is_same = key.startswith("eval_") or given.get(key, value) == value
         flag = key.replace("_", "-")
@@ -361,13 +403,13 @@ def parse(argv=None):
 def check(options):
     """What can be known to be wrong before anything is loaded."""
     folder = resolve(options.model)
-    is_dense = not any(key.startswith("dms_") for key in read_json(folder / "config.json"))
+    is_dense = read_settings(folder, read_json(folder / "config.json")) is None
     require(is_dense, f"{folder}: is already a DMS checkpoint; give the model that it came from")
     require(options.data is not None, "--data is missing; give a .txt or .jsonl file")
-    check_target(options.target_cr, options.window, options.seq_len)
-    check_positive(options, "steps", "lr", "batch_size", "seq_len", "save_every", "eval_problems",
-                   "eval_batch", "eval_tokens")
-    require(options.window >= 0, "--window must be 0 or more")
+    least = (options.window + 1) * options.target_cr
+    require(least <= options.seq_len, f"target CR {options.target_cr:g} is impossible: the window alone "
+            f"holds {options.window + 1} of {options.seq_len} tokens; use a smaller --window or "
+            "--target-cr, or longer sequences")
     can_train = options.decision == "adapter" or options.train == "all"
     require(can_train, "--decision neuron has no adapters to train; add --train all")
     out = Path(options.out)
@@ -376,12 +418,18 @@ def check(options):
     require(is_new or options.resume, f"{out}: already holds something; {remedy}")
 
 
-def check_target(target_cr, window, length):
-    """Refuse what sequences of this many tokens cannot reach: the window alone is too much."""
-    require(target_cr >= 1, f"target CR {target_cr} is not a compression; give 1 or more")
-    require((window + 1) * target_cr <= length, f"target CR {target_cr:g} is impossible: the "
-            f"window alone holds {window + 1} of {length} tokens; use a smaller --window or "
-            f"--target-cr, or longer sequences")
+def check_sizes(options, config):
+    """Refuse sequences that the model has no positions for, or a step that has no room."""
+    context = config.max_position_embeddings
+    fits = options.seq_len <= context
+    require(fits, f"--seq-len is longer than the model's context of {context}; shorten it")
+    # of each layer at least its input is kept for the backward pass, and the MLP's inner tensors
+    numbers = config.hidden_size + (0 if options.recompute else 4 * config.intermediate_size)
+    tokens = options.batch_size * options.seq_len
+    size = tokens * config.num_hidden_layers * numbers * options.torch_dtype.itemsize
+    problem = f"a step needs more than {size / 1e9:.0f} GB, which are not there"
+    fits = size <= free_memory(torch.device(options.device))
+    require(fits, f"{problem}; lower --batch-size or --seq-len, or add --recompute")
 
 
 def main(argv=None):
@@ -389,10 +437,11 @@ def main(argv=None):
     check(options)
     out = Path(options.out)
     begin = time.time()
-    if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
-        train(options, out)
-        print(f"{out}: checkpoint written, {time.time() - begin:.0f} s")
-    evaluate(options, out)
+    with locked(out):
+        if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
+            train(options, out)
+            print(f"{out}: checkpoint written, {time.time() - begin:.0f} s")
+        evaluate(options, out)
     print(f"\n{out / 'results.json'}: written, {time.time() - begin:.0f} s in all")
 
 

@@ -73,8 +73,8 @@ class Linear(nn.Linear):
     def forward(self, x):
         rows = x.shape[:-1].numel()
         has_instructions = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        few_or_slow = rows <= 32 or x.dtype != torch.float32 and not has_instructions
-        is_faster = rows > 1 and few_or_slow  # for one row PyTorch is as fast
+        is_slow = x.dtype != torch.float32 and not has_instructions
+        is_faster = rows > 1 and (rows <= 32 or is_slow)  # for one row PyTorch is as fast
         must_be_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if must_be_plain or not is_faster or not can_read(x.device, x.dtype):
             return super().forward(x)
@@ -101,16 +101,19 @@ if numba is not None:
         # 16 bits of a bfloat16, which is the upper half of a float32
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
 
+    try:
+        keep = dict(cache=True)  # what is compiled, for the next process
+        numba.njit(can_read, **keep)
+    except RuntimeError:  # there is no folder that can be written to
+        keep = {}
     # sums in any order, so that they are made side by side; NaN and infinity stay what they are
     fast = {"reassoc", "contract", "nsz", "arcp"}
-    compiled = numba.njit(parallel=True, cache=True, fastmath=fast)
+    compiled = numba.njit(parallel=True, fastmath=fast, **keep)
 
-    @numba.njit(cache=True)
+    @numba.njit(**keep)
     def _write(
-        k, v, evict, new,
-        seen, length, table, ring,
-        keys, values, position, evicted,
-        free, free_count, shift,
+        k, v, evict, new, seen, length, table, ring,
+        keys, values, position, evicted, free, free_count, shift,
     ):  # fmt: skip
         """One row after another, the rule as it is written in cache_write.py."""
         page_size = keys.shape[1]
@@ -132,12 +135,11 @@ if numba is not None:
                 if slot % page_size == 0:
                     free_count[0] -= 1
                     table[row, slot // page_size] = free[free_count[0]]
-            page = table[row, slot // page_size]
-            place = slot % page_size
-            keys[page, place] = k[row]
-            values[page, place] = v[row]
-            position[page, place] = t
-            evicted[page, place] = evict[row] and shift[0] == 0
+            place = table[row, slot // page_size], slot % page_size
+            keys[place] = k[row]
+            values[place] = v[row]
+            position[place] = t
+            evicted[place] = evict[row] and shift[0] == 0
             ring[row, t % W] = slot
 
     @compiled
@@ -159,7 +161,7 @@ if numba is not None:
                     for g in range(G):
                         attend_page(q[row, g], keys, values, weight, part[share, row, g])
 
-    @numba.njit(cache=True, fastmath=fast)
+    @numba.njit(fastmath=fast, **keep)
     def attend_page(q, keys, values, weight, out):
         """Add one page's part to out (D + 2,): see _attend."""
         D = len(q)
@@ -193,7 +195,7 @@ if numba is not None:
                         x[r : r + 4], weight[m], weight[n], y[r : r + 4, m], y[r : r + 4, n]
                     )
 
-    @numba.njit(cache=True, fastmath=fast)
+    @numba.njit(fastmath=fast, **keep)
     def products_2x4(x, wm, wn, ym, yn):
         m0 = m1 = m2 = m3 = np.float32(0)
         n0 = n1 = n2 = n3 = np.float32(0)

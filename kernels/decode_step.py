@@ -18,11 +18,11 @@ from kernels import triton
 def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
     """Draw one token per row: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64.
 
-    At temperature 0 the likeliest. Otherwise the distribution is cut to the top_k likeliest tokens
+    At a temperature below 1e-5 the likeliest. Otherwise the distribution is cut to the top_k likeliest tokens
     (0: all), then to the fewest that hold top_p of the mass, then to those at least min_p times as
     likely as the first; the token is where the sum of what is left passes `uniform`.
     """
-    if temperature == 0:
+    if temperature < 1e-5:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as InTurn
 
+import checkpoint
 import dms
 from checkpoint import (
     ADAPTER_FILE,
@@ -132,7 +133,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
         temporary.write_text("{")
         raise OSError("no space left")
 
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="results.json: not written.*no space left"):
         write_atomic(file, write_half)
     assert read_json(file) == {"é": 1}
     assert list(tmp_path.iterdir()) == [file]
@@ -143,9 +144,8 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
 def test_lines_are_read_one_object_each_and_a_bad_one_is_named(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1}\n\n{"b": 2}\n')
-    assert read_lines(file) == [{"a": 1}, {"b": 2}]
+    assert read_lines(file) == {1: {"a": 1}, 3: {"b": 2}}
     file.write_text('{"a": 1}\n{"b": 2}\n{"c"')
-    assert read_lines(file, cut=True) == [{"a": 1}, {"b": 2}]  # its writer was interrupted
     with pytest.raises(InputError, match=r"rows\.jsonl: line 3 is not a JSON object"):
         read_lines(file)
     file.write_text('{"a": 1}\n[2]\n')
@@ -1250,6 +1250,7 @@ def test_a_tokenizer_without_a_template_says_so(tmp_path):
 def test_a_template_that_breaks_out_or_breaks_down_is_refused(template, tmp_path, monkeypatch):
     make_tokenizer(tmp_path, "qwen", chat_template=template)
     monkeypatch.chdir(tmp_path)
+    checkpoint.template_process.cache_clear()  # one that starts here
     tokenizer = load_tokenizer(tmp_path)
     messages = [dict(message) for message in CHAT]
     with pytest.raises(InputError) as e:

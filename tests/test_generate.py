@@ -1,6 +1,7 @@
 """Sampling, continuous batching, stopping, streaming, and the script as a user runs it."""
 import io
 import json
+import math
 import os
 import random
 import subprocess
@@ -520,9 +521,9 @@ def test_a_chat_turn_equals_the_whole_conversation_at_once(monkeypatch):
         (["--prompt", ""], "prompt is empty"),
         (["--prompt", "river " * 2000], "context is 1024"),
         (["--model", "/no/such/folder"], "no such folder"),
-        (["--max-new-tokens", "0"], "at least 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens = 0 is not"),
         (["--chat", "-n", "2"], "--chat reads its turns"),
-        (["--top-p", "0"], "--top-p"),
+        (["--top-p", "0"], "top_p = 0.0 is not"),
         (["--device", "gpu"], "--device gpu: cannot be used"),
     ],
 )
@@ -565,7 +566,11 @@ def write_requests(folder, count, **more):
 
 
 def answers_in(file):
-    return {row["line"]: row for row in map(json.loads, file.read_text().splitlines())}
+    """{line: row} of an answer file, in which each line is answered once."""
+    rows = [json.loads(text) for text in file.read_text().splitlines()]
+    answers = {row["generated"]["line"]: row for row in rows}
+    assert len(answers) == len(rows)
+    return answers
 
 
 def test_requests(tmp_path):
@@ -581,7 +586,8 @@ def test_requests(tmp_path):
     whole = answers_in(out)
     assert sorted(whole) == list(range(1, 13))
     assert all(row["id"] == f"p{line - 1}" for line, row in whole.items())
-    right = [tasks.is_correct(p, whole[i]["texts"][0]) for i, p in enumerate(made, 1)]
+    texts = {line: row["generated"]["texts"][0] for line, row in whole.items()}
+    right = [tasks.is_correct(p, texts[line]) for line, p in enumerate(made, 1)]
     assert sum(right) >= 10
 
     # another batch, and a cache that holds about two of them; the first half of an earlier run is
@@ -602,26 +608,26 @@ def test_requests(tmp_path):
     assert halves == whole
 
 
-def test_requests_vote_and_report_what_does_not_fit(tmp_path):
+def test_chains_vote_and_what_does_not_fit_is_asked_again_with_more_memory(tmp_path):
     write_requests(tmp_path, 2, max_new_tokens=100)
     out = tmp_path / "out.jsonl"
-    tiny = tmp_path / "tiny.jsonl"
-    arguments = ("--requests", str(tmp_path / "in.jsonl"), "--out")
-    done = run(*arguments, str(out), "-n", "3", cwd=tmp_path)
+    arguments = ("--requests", str(tmp_path / "in.jsonl"), "--out", str(out), "-n", "3")
+    done = run(*arguments, "--memory", "0.0001", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "2 requests are not answered" in done.stderr
+    assert "line 1: the cache is full" in done.stderr
+    assert out.read_text() == ""
+    done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = answers_in(out)
     assert sorted(rows) == [1, 2]
     for row in rows.values():
-        assert len(row["texts"]) == 3
-        assert 1 <= row["votes"] <= 3
-        assert row["answer"]
-        same = [script.final_answer(text) == row["answer"] for text in row["texts"]]
-        assert sum(same) == row["votes"]
-    done = run(*arguments, str(tiny), "--memory", "0.0001", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = answers_in(tiny)
-    assert sorted(rows) == [1, 2]
-    assert all("cache is full" in row["error"] for row in rows.values())
+        said = row["generated"]
+        assert len(said["texts"]) == 3
+        assert 1 <= said["votes"] <= 3
+        assert said["answer"]
+        same = [script.final_answer(text) == said["answer"] for text in said["texts"]]
+        assert sum(same) == said["votes"]
 
 
 @pytest.mark.parametrize(
@@ -630,7 +636,9 @@ def test_requests_vote_and_report_what_does_not_fit(tmp_path):
         ('{"text": "x"}\n', "line 1 needs"),
         ("[1]\n", "line 1 is not a JSON"),
         ('{"prompt": "x", "max_new_tokens": 0}\n', "line 1: max_new_tokens = 0 is not"),
-        ('{"prompt": "x"}\n{"prompt": "' + "river " * 2000 + '"}\n', "context is 1024"),
+        ('{"prompt": "x"}\n\n{"prompt": "' + "river " * 2000 + '"}\n', "line 3: 2"),
+        ('{"prompt": "x"}\n{"messages": ["y"]}\n', "line 2: a message is an object"),
+        ('{"prompt": "x"}\n{"prompt": "x", "generated": 1}\n', 'line 2: "generated" is the key'),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(lines, message, tmp_path):
@@ -641,13 +649,65 @@ def test_bad_requests_are_refused_before_any_work(lines, message, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_an_answer_file_of_other_requests_is_refused(tmp_path):
+ANSWER = '{"generated": {"line": 1, "texts": ["y"]}, "prompt": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"prompt": "x"}\n',  # the requests themselves
+        '{"prompt": "x"}',
+        ANSWER.replace('"x"', '"y"'),  # of another request
+        ANSWER.replace("1", "2"),
+        '{"prompt": "x", "generated": {"line": 1}}\n',
+        ANSWER + "notes",
+        ANSWER + "\n",
+        "notes",
+        "\n",
+    ],
+)
+def test_a_file_of_other_content_is_never_written_to(content, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
-    (tmp_path / "out.jsonl").write_text('{"prompt": "y", "line": 1}\n')
-    done = run("--requests", "in.jsonl", "--out", "out.jsonl", cwd=tmp_path)
+    for name in ("out.jsonl", "elsewhere.jsonl"):
+        (tmp_path / name).write_text(content)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    for name in ("out.jsonl", "link.jsonl"):
+        done = run("--requests", "in.jsonl", "--out", name, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "holds something else" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert (tmp_path / name).read_text() == content
+    assert (tmp_path / "link.jsonl").is_symlink()
+
+
+def test_requests_as_their_own_answers_are_refused(tmp_path):
+    write_requests(tmp_path, 2)
+    before = (tmp_path / "in.jsonl").read_text()
+    done = run("--requests", "in.jsonl", "--out", "in.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and "holds something else" in done.stderr
+    assert (tmp_path / "in.jsonl").read_text() == before
+    assert run("--requests", "in.jsonl", "--out", "/dev/null", cwd=tmp_path).returncode == 2
+    assert not Path("/dev/null").is_file()
+
+
+def test_keys_of_a_request_stay_what_they_are(tmp_path):
+    """Whatever their names are, and NaN; a second run finds them answered."""
+    request = {"prompt": "x", "answer": "42", "texts": 1, "votes": None, "line": 7, "score": math.nan}
+    (tmp_path / "in.jsonl").write_text("\n" + json.dumps(request) + "\n")
+    arguments = ("--requests", "in.jsonl", "--out", "sub/out.jsonl", "--max-new-tokens", "3")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "sub" / "out.jsonl").read_text()
+    row = json.loads(text)
+    said = row.pop("generated")
+    assert json.dumps(row) == json.dumps(request)
+    assert said["line"] == 2  # of the file
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sub" / "out.jsonl").read_text() == text
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x", "generated": 1}\n')
+    done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert "answers another request" in done.stderr
-    assert (tmp_path / "out.jsonl").read_text() == '{"prompt": "y", "line": 1}\n'
 
 
 @pytest.mark.parametrize(

@@ -221,9 +221,11 @@ def test_select_forks_drops_and_reorders():
         for row, b in enumerate(chosen):
             check_last(model, logits[row], ids[b], more[row])
     check_pages(cache)
-    for wrong in ([], [4], [-1]):
+    for wrong in ([4], [-1], [0, 0.7]):
         with pytest.raises(InputError, match="indices below 4"):
             cache.select(wrong)
+    with pytest.raises(InputError, match="at least one"):
+        cache.select([])
 
 
 def test_forks_that_do_not_fit_change_nothing():

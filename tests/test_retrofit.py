@@ -260,16 +260,21 @@ def test_compression_is_learned():
     assert last["kl"] < 0.25 * kl_of_a_window(4, ids, lengths)
 
 
-def test_impossible_targets_are_refused():
-    retrofit.check_target(8, 16, 512)
-    retrofit.check_target(8, 511, 4096)
-    with pytest.raises(InputError, match="window alone holds 513"):
-        retrofit.check_target(8, 512, 4096)
-    retrofit.check_target(1, 16, 512)
-    with pytest.raises(InputError, match="not a compression"):
-        retrofit.check_target(0.5, 16, 512)
-    with pytest.raises(InputError, match="not a compression"):
-        retrofit.check_target(float("nan"), 16, 512)
+def target(cr, window, length, teacher, out):
+    """Check the options of a run with such a target."""
+    sizes = ["--target-cr", str(cr), "--window", str(window), "--seq-len", str(length)]
+    retrofit.check(retrofit.parse(arguments(teacher, "toy", out, *sizes)))
+
+
+def test_impossible_targets_are_refused(small_teacher, tmp_path):
+    target(8, 16, 512, small_teacher, tmp_path)
+    target(8, 63, 512, small_teacher, tmp_path)
+    target(1, 16, 512, small_teacher, tmp_path)
+    with pytest.raises(InputError, match="window alone holds 65"):
+        target(8, 64, 512, small_teacher, tmp_path)
+    for cr in ("0.5", "nan"):
+        with pytest.raises(InputError, match=f"target_cr = {cr} is not"):
+            target(cr, 16, 512, small_teacher, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +282,7 @@ def test_impossible_targets_are_refused():
     [
         (["--target-cr", "64"], "impossible"),
         (["--decision", "neuron", "--train", "adapters"], "neuron has no adapters"),
-        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "0"], "steps = 0 is not"),
         (["--model", "/no/such"], "no such folder"),
         (["--data", "/no/such.txt"], "not readable"),
         (["--data", "{empty}"], "usable documents"),

@@ -1,0 +1,71 @@
+"""
+A chat template at work, in a process of its own: it is a stranger's program, and may run wild.
+
+checkpoint.py starts this file, and writes a line of JSON for each text it wants:
+{"template": ..., "variables": {...}}. The answer is a line, too: {"text": ...} or {"error": ...}.
+A rendering that takes more than SECONDS of processor time ends the process; one that takes more
+than MEMORY bytes ends it, or fails. (Windows has no such limits.) This file knows nothing else of
+the project, so that it starts at once: no torch.
+"""
+import contextlib
+import functools
+import json
+import re
+import sys
+from datetime import datetime
+
+import jinja2.sandbox
+
+try:
+    import resource
+except ImportError:
+    resource = None
+
+SECONDS = 5
+MEMORY = 2**30
+
+
+@functools.lru_cache
+def compile_template(text):
+    """A chat template as transformers runs it, in jinja2's sandbox."""
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    sandbox.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    sandbox.globals["raise_exception"] = raise_exception
+    # {% generation %} marks what a trainer takes as the answer: here it is just its contents
+    text = re.sub(r"({%[-+]?\s*)generation(?=\s*[-+]?%})", r"\1if true", text)
+    text = re.sub(r"({%[-+]?\s*)endgeneration(?=\s*[-+]?%})", r"\1endif", text)
+    return sandbox.from_string(text)
+
+
+def limit(what, most):
+    """Lower a limit of this process, where the system has it and lets us."""
+    with contextlib.suppress(ValueError, OSError):
+        hard = resource.getrlimit(what)[1]
+        resource.setrlimit(what, (most, hard))
+
+
+def main():
+    if resource:
+        limit(resource.RLIMIT_AS, MEMORY)
+        limit(resource.RLIMIT_CORE, 0)
+    for line in sys.stdin:
+        if resource:
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+            limit(resource.RLIMIT_CPU, int(used) + SECONDS)
+        try:
+            request = json.loads(line)
+            template = compile_template(request["template"])
+            answer = {"text": template.render(request["variables"])}
+        except Exception as e:  # a template may raise anything
+            answer = {"error": f"{type(e).__name__}: {e}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
