@@ -4,8 +4,8 @@ A chat template at work, in a process of its own: it is a stranger's program, an
 checkpoint.py starts this file, and writes a line of JSON for each text it wants:
 {"template": ..., "variables": {...}}. The answer is a line, too: {"text": ...} or {"error": ...}.
 A rendering that takes more than SECONDS of processor time ends the process; one that takes more
-than MEMORY bytes ends it, or fails. (Windows has no such limits.) This file knows nothing else of
-the project, so that it starts at once: no torch.
+than MEMORY bytes ends it, or fails, as one longer than LENGTH does. (Windows has no limits of time
+and memory.) This file knows nothing else of the project, so that it starts at once: no torch.
 """
 import contextlib
 import functools
@@ -23,6 +23,7 @@ except ImportError:
 
 SECONDS = 5
 MEMORY = 2**30
+LENGTH = 2**20  # of a text, in characters, besides four times that of its request
 
 
 @functools.lru_cache
@@ -54,17 +55,21 @@ def main():
     if resource:
         limit(resource.RLIMIT_AS, MEMORY)
         limit(resource.RLIMIT_CORE, 0)
+    for pipe in (sys.stdin, sys.stdout):
+        pipe.reconfigure(encoding="utf-8", errors="surrogatepass")
     for line in sys.stdin:
         if resource:
             used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
             limit(resource.RLIMIT_CPU, int(used) + SECONDS)
         try:
             request = json.loads(line)
-            template = compile_template(request["template"])
-            answer = {"text": template.render(request["variables"])}
+            text = compile_template(request["template"]).render(request["variables"])
+            if len(text) > LENGTH + 4 * len(line):
+                raise ValueError("its text is too long")
+            answer = {"text": text}
         except Exception as e:  # a template may raise anything
             answer = {"error": f"{type(e).__name__}: {e}"}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":

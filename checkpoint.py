@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -72,6 +73,8 @@ def refusing(problem, *exceptions):
     try:
         yield
     except exceptions as e:
+        if InputError in exceptions and isinstance(e, InputError):
+            raise InputError(f"{problem}: {e}") from e
         if isinstance(e, (InputError, KeyboardInterrupt, SystemExit)):
             raise
         raise InputError(f"{problem} ({type(e).__name__}: {one_line(e)})") from e
@@ -81,7 +84,7 @@ def refusing(problem, *exceptions):
 
 
 def read_text(file, problem):
-    with refusing(problem, OSError, ValueError):
+    with refusing(problem, OSError, ValueError, MemoryError):
         return Path(file).read_text(encoding="utf-8")
 
 
@@ -133,11 +136,12 @@ def write_json(file, data):
 @contextmanager
 def locked(file):
     """Be the only process that writes to a file or folder. Raises InputError where another one does.
-    What is locked is an empty file beside it, which stays."""
-    file = Path(file).resolve()
+    What is locked is an empty file beside it, or in a folder beside which none can be; it stays."""
+    file = Path(os.path.realpath(file))
     file.parent.mkdir(parents=True, exist_ok=True)
+    lock = f"{file}.lock" if os.access(file.parent, os.W_OK) else file / ".lock"
     problem = f"{file}: another process writes there; wait for it, or choose another --out"
-    with refusing(problem, Timeout), FileLock(f"{file}.lock", blocking=False):
+    with refusing(problem, Timeout), FileLock(lock, blocking=False):
         yield
 
 
@@ -149,7 +153,7 @@ LIMITS = {  # of numbers in JSON files and of options, by their names or kinds
     int: (1, 2**24), float: (-1e9, 1e9), "head_dim": (1, 2**12), "num_hidden_layers": (1, 1000),
     "rope_theta": (1e-9, 1e29), "rms_norm_eps": (0, 1), "max_window_layers": (0, 2**24),
     "window": (0, 2**20), "shift": (0, 1), "target_cr": (1, 1e6), "lr": (1e-12, 1e3),
-    "compression_weight": (0, 1e6), "seed": (-(2**40), 2**40), "memory": (1e-6, 1e6),
+    "compression_weight": (0, 1e6), "seed": (-(2**40), 2**40), "n": (1, 2**16), "memory": (1e-6, 1e6),
     "temperature": (0, 1e3), "top_k": (0, 2**24), "top_p": (1e-9, 1), "min_p": (0, 1)}
 
 
@@ -212,6 +216,8 @@ def parse_config(raw, where="config.json"):
     # what saving would not write by itself (config.extra is empty yet) is kept, to be written back
     unknown = raw.keys() - config_to_dict(config).keys() - rewritten
     config.extra = {key: raw[key] for key in unknown if not key.startswith("dms_")}
+    with refusing(f"{where}: is nested too deeply", RecursionError):
+        json.dumps(config.extra, indent=2)  # as it will be written
     return config
 
 
@@ -482,7 +488,8 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None):
             weights = open_weights(weight_files(resolve(base)), stack)
             raw["dms_base_fingerprint"] = fingerprint(weights)
         is_local = os.path.isdir(base)
-        raw["dms_base_model"] = os.path.relpath(base, folder) if is_local else str(base)
+        relative = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
+        raw["dms_base_model"] = relative if is_local else str(base)
     write_atomic(folder / file, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
     write_json(folder / "config.json", raw)
 
@@ -495,11 +502,11 @@ def copy_tokenizer(source, folder):
     link may lead within that folder or the hub's cache: else we might publish a private file."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    places = (source.resolve(), Path(HF_HUB_CACHE).resolve())
+    places = [os.path.join(os.path.realpath(place), "") for place in (source, HF_HUB_CACHE)]
     for name in TOKENIZER_FILES:
-        file = (source / name).resolve()
-        if file.is_file():
-            is_its_own = any(file.is_relative_to(place) for place in places)
+        file = os.path.realpath(source / name)
+        if os.path.isfile(file):
+            is_its_own = any(file.startswith(place) for place in places)
             require(is_its_own, f"{source / name}: links to a file elsewhere; put a copy there")
             write_atomic(folder / name, functools.partial(shutil.copyfile, file))
 
@@ -578,28 +585,36 @@ class Tokenizer:
 load_tokenizer = Tokenizer
 
 
-@functools.cache
-def template_process(pid):
-    """chat_template.py at work, for the process `pid`, which is ours."""
-    command = [sys.executable, Path(__file__).with_name("chat_template.py")]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    return subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
+PROCESSES = {}  # {our process's id: the one in which its chat templates run}
+RENDERING = threading.Lock()
 
 
 def render(template, variables):
     """The text that a chat template makes of its variables, all of which JSON can express."""
     problem = "the chat template failed on these messages"
-    process = template_process(os.getpid())
-    with refusing(problem, OSError, TypeError, ValueError):
-        process.stdin.write(json.dumps({"template": template, "variables": variables}) + "\n")
-        process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        template_process.cache_clear()
+    with refusing(problem, TypeError, ValueError):
+        request = json.dumps({"template": template, "variables": variables}, ensure_ascii=False)
+    with RENDERING, refusing(problem, OSError, UnicodeError):
+        process = PROCESSES.get(os.getpid())
+        if process is None or process.poll() is not None:
+            process = PROCESSES[os.getpid()] = start_template_process()
+        try:
+            print(request, file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+        except BaseException:  # what it answers later is no answer to the next request
+            process.kill()
+            process.wait()
+            raise
     require(answer, f"{problem}: it took more time or memory than a template may")
     answer = json.loads(answer)
     require("text" in answer, f"{problem} ({one_line(answer.get('error'))})")
     return answer["text"]
+
+
+def start_template_process():
+    command = [sys.executable, Path(__file__).with_name("chat_template.py")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, encoding="utf-8", errors="surrogatepass", **pipes)
 
 
 def check_ids(config, ids, new_tokens=0):
@@ -646,9 +661,10 @@ def check_options(options, values, where):
     """Raise InputError unless values, {field: value}, can be those of a dataclass of options."""
     kinds = options.__annotations__
     for name, value in values.items():
-        kind = kinds.get(name)
+        kind = str if kinds.get(name) is place else kinds.get(name)
         choices = get_args(kind) or (value,)
-        require(kind and value in choices, f"{where}: {name} = {value!r:.80} is no such option; change it")
+        is_option = kind and value is not None and value in choices
+        require(is_option, f"{where}: {name} = {value!r:.80} is no such option; change it")
         if kind in (int, float, bool, str):
             checked(values, name, kind, where)
 
@@ -657,8 +673,8 @@ def torchrun_place():
     """This process's number among those that torchrun started, and how many they are: 0 and 1
     without torchrun. Raises InputError."""
     with refusing("RANK and WORLD_SIZE must be numbers, as torchrun sets them", ValueError):
-        rank = int(os.environ.get("RANK", 0))
         world = int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0 if world == 1 else -1))
     require(0 <= rank < world, f"RANK is {rank} of WORLD_SIZE {world}; let torchrun set both")
     return rank, world
 
@@ -683,8 +699,10 @@ def run_script(main, when_stopped="stopped"):
             setattr(sys, name, open(os.devnull, mode))
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may not know every character
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except (InputError, OSError, KeyboardInterrupt) as e:
         was_stopped = isinstance(e, KeyboardInterrupt)
         if not isinstance(e, BrokenPipeError):  # who reads the output may have enough of it

@@ -21,6 +21,7 @@ import re
 import sys
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -66,6 +67,12 @@ class Sequence:
         return int(hashlib.blake2b(place, digest_size=3).hexdigest(), 16) / 2**24
 
 
+def check_sampling(sampling, where):
+    """Raise InputError unless these can be arguments of `sample`."""
+    for key in sampling:
+        checked(sampling, key, int if key == "top_k" else float, where)
+
+
 @dataclass
 class Scheduler:
     """Which sequence runs in which row of the cache, and which wait."""
@@ -87,8 +94,12 @@ class Scheduler:
         self.waiting = deque(list(group) for _, group in groups)
         self.blocked_until_one_ends = False  # after pages ran out, nothing starts until then
         self.cache.check_model(self.model)
-        can_run = all(s.ids and s.max_new_tokens > 0 for s in sequences)
-        require(can_run, "a sequence needs at least one token, and max_new_tokens of at least 1")
+        check_sampling(self.sampling, "sampling")
+        rows = [s.row for s in sequences if s.row is not None]
+        is_once = len(set(sequences)) == len(sequences) and len(set(rows)) == len(rows)
+        require(is_once, "a sequence, or the row of one, is given twice")
+        for sequence in sequences:
+            check_ids(self.model.config, sequence.ids, sequence.max_new_tokens - len(sequence.new))
         for sequence in sequences:
             held = 0 if sequence.row is None else int(self.cache.seen[sequence.row])
             require(held == sequence.fed, "the cache does not hold what a sequence has fed")
@@ -338,12 +349,12 @@ class Session:
         self.end_ids = {end for end in (*ends, self.tokenizer.end_id) if isinstance(end, int)}
         if stated.get("do_sample") is False:
             stated["temperature"] = 0.0
-        kinds = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
-        stated = {key: checked(stated, key, kind, file) for key, kind in kinds.items()}
         self.sampling = {"temperature": 1.0}
         for source in (stated, vars(options)):
-            given = {key: source[key] for key in kinds if source[key] is not None}
-            self.sampling.update(given)
+            for key in ("temperature", "top_k", "top_p", "min_p"):
+                if source.get(key) is not None:
+                    self.sampling[key] = source[key]
+        check_sampling(self.sampling, file)
         self.tokens = 0
         self.seconds = 0.0
 
@@ -387,15 +398,12 @@ class Session:
 
 def read_turns():
     """Turns of a conversation from standard input, a line each."""
-    while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        with refusing("standard input is not text", ValueError):
-            line = sys.stdin.readline()
-        if line.strip():
-            yield {"role": "user", "content": line.rstrip("\n")}
-        elif not line:
-            return
+    prompt = "> " if sys.stdin.isatty() else ""
+    with suppress(EOFError), refusing("standard input is not text", ValueError):
+        while True:
+            line = input(prompt)
+            if line.strip():
+                yield {"role": "user", "content": line}
 
 
 def chat(session):
@@ -429,77 +437,76 @@ def chat(session):
 ROW = '{"generated": {"line": '  # how each row of --out begins
 
 
-def lines_answered(out, requests):
+def answered_lines(out, requests):
     """The lines of --requests, {line: request}, that a file has answers for. A last row that was cut
     as it was written is cut off. Raises InputError if the file holds anything else."""
-    if not out.exists():
-        return set()
     problem = f"{out}: holds something else than answers to these requests; give another --out"
-    require(out.is_file(), problem)
     *rows, cut = read_text(out, problem).split("\n")
-    is_ours = all(row.startswith(ROW) for row in rows)
-    require(is_ours and (cut.startswith(ROW) or ROW.startswith(cut)), problem)
-    answered = set()
-    for row in rows:
-        row = parse_object(row, problem)
-        line = row.pop("generated")["line"]
-        # as texts, since NaN is not equal to itself
-        is_answer = line in requests and json.dumps(row) == json.dumps(requests[line])
-        require(is_answer, problem)
-        answered.add(line)
-    os.truncate(out, out.stat().st_size - len(cut.encode()))
-    return answered
+    require(cut.startswith(ROW) or ROW.startswith(cut), problem)
+    with suppress(InputError):
+        parse_object(cut, "")
+        rows.append(cut)  # of which just the end of its line was cut
+    lines = set()
+    for text in rows:
+        require(text.startswith(ROW), problem)
+        request = parse_object(text, problem)
+        line = request.pop("generated")["line"]
+        # compared as texts, since NaN is not equal to itself
+        require(json.dumps(request) == json.dumps(requests.get(line)), problem)
+        lines.add(line)
+    with open(out, "r+") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - len(cut))
+        file.write(f"{cut}\n" if cut in rows else "")
+    return lines
 
 
-def chains_of(session, where, request, seed):
-    """The chains that answer a request. Raises InputError beginning with `where`."""
+def chains_of_request(session, request, line):
+    """The chains that answer a request. Raises InputError naming its line."""
+    where = f"{session.options.requests}: line {line}"
     require("generated" not in request, f'{where}: "generated" is the key of answers; rename it')
     prompt = request.get("messages") or request.get("prompt")
     require(isinstance(prompt, (str, list)) and prompt, f'{where} needs "prompt" or "messages"; add one')
     most = checked(request, "max_new_tokens", int, where) or session.options.max_new_tokens
-    try:
+    with refusing(where, InputError):
         ids = session.encode(prompt, most)
-    except InputError as e:
-        raise InputError(f"{where}: {e}") from e
-    return session.chains(ids, most, seed)
+    return session.chains(ids, most, f"{session.options.seed} {line}")
 
 
 def serve(session):
     """Answer every line of --requests, many side by side, and append the answers to --out as they
     are finished. What is there already is not done again."""
-    options = session.options
     rank, world = torchrun_place()
-    requests = dict(list(read_lines(options.requests).items())[rank::world])
-    out = Path(options.out)
+    requests = dict(list(read_lines(session.options.requests).items())[rank::world])
+    out = Path(session.options.out)
     if world > 1:
-        out = out.with_suffix(f".{rank}-of-{world}.jsonl")
+        out = Path(str(out).removesuffix(".jsonl") + f".{rank}-of-{world}.jsonl")
+    require(out.is_file() or not out.exists(), f"{out}: is no file; give another --out")
     with locked(out):
-        answered = lines_answered(out, requests)
-        todo = {}  # {chain that is not over: (line of its request, all chains of that request)}
-        for line, request in requests.items():
-            if line not in answered:
-                where = f"{options.requests}: line {line}"
-                chains = chains_of(session, where, request, f"{options.seed} {line}")
-                todo |= dict.fromkeys(chains, (line, chains))
-        failed = run_requests(session, requests, todo, out)
+        done = answered_lines(out, requests) if out.exists() else ()
+        chains = {line: chains_of_request(session, request, line)
+                  for line, request in requests.items() if line not in done}
+        session.new_cache(min(session.options.batch, max(len(chains) * session.options.n, 1)))
+        failed = answer(session, chains, requests, out)
     why = "; ".join(f"line {line}: {why}" for line, why in list(failed.items())[:3])
     require(not failed, f"{len(failed)} requests are not answered, run again with more --memory ({why})")
 
 
-def run_requests(session, requests, todo, out):
-    """Run all chains of `todo`, which becomes empty. Returns {line: why} of requests that failed."""
-    session.new_cache(min(session.options.batch, max(len(todo), 1)))
+def answer(session, chains, requests, out):
+    """Run chains, {line: those of its request}, to their ends. Returns {line: error} of requests
+    that could not be answered."""
+    line_of = {chain: line for line, group in chains.items() for chain in group}
+    left = Counter(line_of.values())
     failed = {}
-    with open(out, "a") as file, tqdm(total=len(todo), desc=out.name) as bar:
-        for over in session.run(list(todo)):
+    with open(out, "a") as file, tqdm(total=len(line_of), desc=out.name) as bar:
+        for over in session.run(list(line_of)):
             for chain in over:
-                line, chains = todo.pop(chain)
+                line = line_of[chain]
+                left[line] -= 1
                 if chain.error:
                     failed[line] = chain.error
-                elif line not in failed and not any(other in todo for other in chains):
-                    row = {"generated": {"line": line, **answer_of(chains)}, **requests[line]}
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
+                if left[line] == 0 and line not in failed:
+                    row = {"generated": {"line": line, **answer_of(chains[line])}, **requests[line]}
+                    print(json.dumps(row), file=file, flush=True)
             bar.update(len(over))
             bar.set_postfix_str(f"{session.tokens / session.seconds:.1f} tokens/s", refresh=False)
     return failed

@@ -26,14 +26,15 @@ sequence b; P pages in the pool; M columns of the page table; W = window + 1 ent
 import copy
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from checkpoint import one_line, refusing, require  # InputErrors, of one line
 from kernels.block import append_block
 from kernels.choose import choose_kernels
-from kernels.pages import CacheFull, PagePool, Rows, fork, free_memory
+from kernels.pages import CacheFull as CacheFull  # for those who import it from here
+from kernels.pages import PagePool, Rows, fork, free_memory
 
 
 @dataclass
@@ -58,14 +59,10 @@ class Feed:
         N = len(self.new)
         T, D = k.shape[2:]
         feed = self.one_token if T == 1 else self.block
-        y = feed(
-            layer,
-            self.rows.layer(layer),
-            q.reshape(N, -1, T, D),
-            k.reshape(N, T, D),
-            v.reshape(N, T, D),
-            logits.reshape(N, T),
-        )
+        rows = self.rows.layer(layer)
+        k = k.reshape(N, T, D)
+        v = v.reshape(N, T, D)
+        y = feed(layer, rows, q.reshape(N, -1, T, D), k, v, logits.reshape(N, T))
         return y.view(q.shape)
 
     def one_token(self, layer, rows, q, k, v, logits):
@@ -83,18 +80,8 @@ class Feed:
         cache = self.cache
         reads = (rows.length + self.new) * (self.new > 0)
         cache.reads[layer] += reads.view(-1, cache.kv_heads).sum(0)
-        return append_block(
-            q,
-            k,
-            v,
-            logits,
-            self.new,
-            rows,
-            cache.pool,
-            cache.window,
-            cache.shift,
-            cache.scores_at_a_time,
-        )
+        settings = (cache.window, cache.shift, cache.scores_at_a_time)
+        return append_block(q, k, v, logits, self.new, rows, cache.pool, *settings)
 
 
 class KVCache:
@@ -116,15 +103,13 @@ class KVCache:
         or of the machine's (whose pages take memory once they are written to)."""
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
-        default_page = 64 if config.head_dim >= 64 else 32
-        self.page_size = default_page if page_size is None else page_size
-        default_chunk = 2048 if on_gpu else 512
-        self.chunk = default_chunk if chunk is None else chunk
+        self.page_size = page_size or (64 if config.head_dim >= 64 else 32)
+        self.chunk = chunk or (2048 if on_gpu else 512)
         is_power = self.page_size > 0 and math.log2(self.page_size).is_integer()
         require(is_power, "page_size must be a power of two")
         least = min(batch_size, self.chunk, 1 if memory is None else memory)
         require(least > 0, "batch_size and chunk must be at least 1, memory above 0")
-        self.config = copy.deepcopy(config)
+        self.config = replace(config, dms=copy.copy(config.dms))  # as it is now
         self.scores_at_a_time = 2**26 if on_gpu else 2**19  # of a block's attention
         self.layers = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
@@ -193,14 +178,15 @@ class KVCache:
         return lengths
 
     @contextmanager
-    def append(self, count, T, sequence=None, reserve=True):
+    def append(self, count, T, sequence=None, reserve=True, of=None):
         """`with cache.append(...) as feed:` gives a Feed, which is to be called once for each layer
         with T new tokens. When the block ends, they count as seen.
 
         count: (B,) int64, how many of the T are real in each sequence; sequence: the tokens are
-        this one's alone. reserve=False: the caller has called `reserve` already. Raises CacheFull:
-        for T = 1 before anything has changed; a longer block may be stored in half of the layers
-        by then, so the sequences that were fed are released.
+        this one's alone. reserve=False: the caller has called `reserve` already. of: (B,) int64, the
+        tokens of a longer input, of which these are a piece. Raises CacheFull: for T = 1, which may
+        only be the first piece, before anything has changed. Whatever else is raised, or later,
+        finds the piece stored in half of the layers: all sequences of the input are released.
         """
         sequences = range(self.batch_size) if sequence is None else [sequence]
         rows = slice(sequences[0] * self.kv_heads, (sequences[-1] + 1) * self.kv_heads)
@@ -212,8 +198,9 @@ class KVCache:
         feed = Feed(self, self.rows.select(rows), count)
         try:
             yield feed
-        except CacheFull:
-            self.release([b for b, tokens in zip(sequences, count.tolist()) if tokens > 0])
+        except BaseException:
+            fed = count if of is None else of
+            self.release([b for b, tokens in zip(sequences, fed.tolist()) if tokens > 0])
             raise
         with torch.inference_mode():
             feed.rows.seen += feed.new  # a view of the cache's own rows
@@ -252,8 +239,9 @@ class KVCache:
     def release(self, sequences):
         """End sequences (their indices): their pages are free again, and their rows empty. Raises
         InputError for an index that is none."""
+        sequences = set(sequences)
         self.check_sequences(sequences)
-        rows = self.rows_of(set(sequences))
+        rows = self.rows_of(sequences)
         self.count_ended(rows)
         self.rows.seen[rows] = 0
         self.rows.length[:, rows] = 0
@@ -282,6 +270,8 @@ class KVCache:
     def positions(self, sequence, layer, head):
         """The positions of the tokens whose pairs a KV head holds, ascending, (n,) int32."""
         self.check_sequences([sequence])
+        is_there = 0 <= layer < self.layers and 0 <= head < self.kv_heads
+        require(is_there, f"there are {self.layers} layers of {self.kv_heads} KV heads, from 0")
         return self.rows.positions(layer, sequence * self.kv_heads + head, self.pool)
 
     def count_ended(self, rows):

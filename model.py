@@ -49,7 +49,7 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     dms: DMSConfig | None = None  # None: a dense model
-    extra: dict = field(default_factory=dict)  # unused keys of config.json, to be written back
+    extra: dict = field(default_factory=dict, compare=False)  # what config.json has beside it
 
     @property
     def eviction(self):
@@ -332,12 +332,15 @@ class Model(nn.Module):
         cache.check_model(self)
         lengths = cache.check_lengths(*ids.shape, lengths, sequence)
         states = []
+        left = lengths
+        # the first piece is the odd one: cache.append says why
+        whole, odd = divmod(ids.shape[1] - 1, cache.chunk)
         with torch.inference_mode():
-            for piece in ids.split(cache.chunk, dim=1):
-                count = lengths.clamp(0, piece.shape[1])  # real tokens of this piece
-                lengths = lengths - count
+            for piece in ids.split([odd + 1, *[cache.chunk] * whole], dim=1):
+                count = left.clamp(0, piece.shape[1])  # real tokens of this piece
+                left = left - count
                 # the Feed that the cache gives is the `attend` of this piece
-                with cache.append(count, piece.shape[1], sequence) as feed:
+                with cache.append(count, piece.shape[1], sequence, of=lengths) as feed:
                     states.append(self.hidden(piece, feed, feed.start))
         return torch.cat(states, dim=1)
 

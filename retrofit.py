@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import dms
-from checkpoint import (InputError, Tokenizer, check_ids, check_options, choose_device, copy_tokenizer,
-                        load_model, load_tokenizer, locked, parse_config, parse_options, place,
+from checkpoint import (InputError, Tokenizer, check_options, choose_device, copy_tokenizer,
+                        load_model, load_tokenizer, locked, one_line, parse_config, parse_object, parse_options, place,
                         read_json, read_lines, read_settings, read_text, refusing, require, resolve,
                         run_script, save_model, write_atomic, write_json, write_text)
 from kernels.pages import free_memory
@@ -93,8 +93,7 @@ def read_documents(file):
     else:
         text = read_text(file, f"{file}: not readable as text; give a .txt or .jsonl file")
         found = {f"{file}: paragraph {number}": document
-                 for number, document in enumerate(text.split("\n\n"), 1)}
-    found = {where: document for where, document in found.items() if str(document or "").strip()}
+                 for number, document in enumerate(text.split("\n\n"), 1) if document.strip()}
     count = f"{len(found)} usable documents"
     require(len(found) >= 2, f"{file}: has {count}, parted by blank lines or as JSON lines")
     return found
@@ -127,18 +126,20 @@ class TextData:
             require(is_known, "it has a token that the model does not know")
         except InputError as e:
             if where not in self.skipped:
-                tqdm.write(f"{where} is skipped: {e}", file=sys.stderr)
+                tqdm.write(one_line(f"{where} is skipped: {e}", None), file=sys.stderr)
             self.skipped.add(where)
-            too_many = 2 * len(self.skipped) > len(self.documents)
-            require(not too_many, "more than half of the documents cannot be used, as said above")
             return []
         return ids if self.tokenizer.end_id is None else [*ids, self.tokenizer.end_id]
 
     def pack(self, places, rng, rows):
         """Documents drawn at random, end to end: token ids (rows, seq_len), lengths (rows,)."""
         ids = []
+        misses = 0
         while len(ids) < rows * self.seq_len:
-            ids += self.encode(rng.choice(places))
+            found = self.encode(rng.choice(places))
+            misses = 0 if found else misses + 1
+            require(misses < 1000, "too much of the data gives no tokens; check it and the tokenizer")
+            ids += found
         ids = torch.tensor(ids[: rows * self.seq_len]).view(rows, -1)
         return ids, torch.full((rows,), self.seq_len)
 
@@ -205,41 +206,29 @@ def train_step(student, teacher, data, optimizer, step, options):
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in its state
 
 
-def hardware(device):
-    """What the last bits of a result depend on, and its time."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in its state
 
 
-def save_state(file, parameters, optimizer, step, hardware):
-    """Weights in training and AdamW's moments, one safetensors file, replaced atomically.
-    parameters: {name: parameter}; hardware: what trained them."""
+def save_state(file, parameters, optimizer, step):
+    """Weights in training and AdamW's state, one safetensors file, replaced atomically.
+    parameters: {name: parameter}."""
     tensors = {}
     for name, parameter in parameters.items():
-        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
-        for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
-    stated = {"step": str(step), "hardware": hardware}
-    write_atomic(file, lambda temporary: save_file(tensors, temporary, stated))
+        for key, tensor in {"weight": parameter, **optimizer.state[parameter]}.items():
+            tensors[f"{key}.{name}"] = tensor.detach().cpu().contiguous()
+    write_atomic(file, lambda temporary: save_file(tensors, temporary, {"step": str(step)}))
 
 
-def load_state(file, parameters, optimizer, hardware):
-    """The inverse of save_state; returns the number of steps done. Says so if the hardware is not
-    what trained them."""
+def load_state(file, parameters, optimizer):
+    """The inverse of save_state; returns the number of steps done."""
     problem = f"{file}: does not belong to this run; start anew in another --out"
     with (refusing(problem, SafetensorError, OSError, ValueError, KeyError, RuntimeError),
           safe_open(file, "pt") as saved):
-        step = int(saved.metadata()["step"])
-        before = saved.metadata()["hardware"]
-        if before != hardware:
-            changed = f"was trained on {before}, goes on with {hardware}"
-            print(f"{file}: {changed}; the result will differ in its last bits", file=sys.stderr)
         for name, parameter in parameters.items():
             parameter.data.copy_(saved.get_tensor(f"weight.{name}"))
-            state = {key: saved.get_tensor(f"{key}.{name}").to(parameter.device) for key in MOMENTS}
-            optimizer.state[parameter] = {**state, "step": torch.tensor(float(step))}
-    return step
+            moments = {key: saved.get_tensor(f"{key}.{name}").to(parameter.device) for key in MOMENTS}
+            optimizer.state[parameter] = {**moments, "step": saved.get_tensor(f"step.{name}")}
+        return int(saved.metadata()["step"])
 
 
 def load_pair(options):
@@ -264,21 +253,24 @@ def train(options, out):
     data = make_data(options)
     check_sizes(options, config_of(options.model))
     student, teacher = load_pair(options)
-    for ids, _ in (data.batch(0), data.held_out(HELD_OUT_ROWS)):
-        for row in ids.tolist():
-            check_ids(student.config, row)
+    last_id = int(data.held_out(HELD_OUT_ROWS)[0].max())
+    require(last_id < student.config.vocab_size, f"the model has no token {last_id}, the data has")
     parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
     out.mkdir(parents=True, exist_ok=True)
-    copy_tokenizer(resolve(options.model), out)
     write_json(out / "settings.json", options.settings())
+    copy_tokenizer(resolve(options.model), out)
     state = out / "state.safetensors"
     metrics = out / "metrics.jsonl"
-    trainer = hardware(options.device)
-    done = load_state(state, parameters, optimizer, trainer) if state.exists() else 0
+    done = load_state(state, parameters, optimizer) if state.exists() else 0
     problem = f"{metrics}: not readable; put an empty file in its place to go on"
-    lines = read_text(metrics, problem).splitlines(keepends=True) if done else []
-    write_text(metrics, "".join(lines[:done]))
+    lines = read_text(metrics, problem).splitlines(keepends=True)[:done] if done else []
+    for line in lines:
+        parse_object(line, problem)
+    write_text(metrics, "".join(lines))
+    if done:
+        threads = f"as many threads as before, now {torch.get_num_threads()}"
+        print(f"{out}: goes on after step {done}; the same bit for bit with {threads}")
     bar = tqdm(range(done, options.steps), initial=done, total=options.steps, desc="retrofit")
     with open(metrics, "a") as log:
         for step in bar:
@@ -290,7 +282,7 @@ def train(options, out):
                                 f"actual {row['cr']:.2f}x")
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 log.flush()
-                save_state(state, parameters, optimizer, step + 1, trainer)
+                save_state(state, parameters, optimizer, step + 1)
     if teacher is None:
         save_model(student, out, torch.float32, base=options.model)
     else:
@@ -313,6 +305,8 @@ def kl_on_text(model, reference, data):
         target = reference.states(row[None, :n])[:, :-1]
         every = torch.ones(1, n - 1, dtype=torch.bool)
         nats += dms.distillation_loss(states, target, *heads, every).item() * (n - 1)
+        require(math.isfinite(nats), "a model gives no finite numbers: the teacher in this --dtype, or "
+                "the student; begin anew with another --dtype or a lower --lr")
         cache.release([0])
     return nats / int((lengths - 1).sum()), cache
 
@@ -349,9 +343,12 @@ def evaluate(options, out):
     dms.start_retrofit(window, dms.DMSConfig(window=budget - 1, offset=-1.0))
     title = f"window of {budget}"
     results["window"] = measure(window, dense, data, options, title)
+    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if options.device != "cpu":
+        hardware = torch.cuda.get_device_name()
     settings = {**options.settings(), "model": Path(options.model).name}
     write_json(out / "results.json", {
-        "settings": settings, "hardware": hardware(options.device), "torch": torch.__version__,
+        "settings": settings, "hardware": hardware, "torch": torch.__version__,
         "window_tokens": budget, "results": results})  # fmt: skip
     titles = ("dense", f"DMS {options.target_cr:g}x", title)
     print_table(dict(zip(titles, results.values())))
@@ -413,7 +410,7 @@ def check(options):
     can_train = options.decision == "adapter" or options.train == "all"
     require(can_train, "--decision neuron has no adapters to train; add --train all")
     out = Path(options.out)
-    is_new = not out.exists() or out.is_dir() and not any(out.iterdir())
+    is_new = not out.exists() or out.is_dir() and not [*out.glob("[!.]*")]  # but for the lock
     remedy = "continue it with --resume, or choose another --out"
     require(is_new or options.resume, f"{out}: already holds something; {remedy}")
 

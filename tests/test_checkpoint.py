@@ -1250,7 +1250,7 @@ def test_a_tokenizer_without_a_template_says_so(tmp_path):
 def test_a_template_that_breaks_out_or_breaks_down_is_refused(template, tmp_path, monkeypatch):
     make_tokenizer(tmp_path, "qwen", chat_template=template)
     monkeypatch.chdir(tmp_path)
-    checkpoint.template_process.cache_clear()  # one that starts here
+    checkpoint.PROCESSES.clear()  # one that starts here
     tokenizer = load_tokenizer(tmp_path)
     messages = [dict(message) for message in CHAT]
     with pytest.raises(InputError) as e:

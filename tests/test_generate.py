@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from conftest import small_model
 
 import generate as script
-from checkpoint import InputError, check_ids, load_tokenizer
+from checkpoint import InputError, check_ids, load_tokenizer, locked
 from dms import DMSConfig
 from generate import DecodeStep, Sequence, generate, sample
 from kernels import choose
@@ -486,6 +487,117 @@ def test_chat_remembers_earlier_turns(tmp_path):
     assert done.returncode == 0, done.stderr
     answers = ["ann is 31.", "tom is 52, ann is 31.", "tom is 52."]
     assert done.stdout.splitlines() == answers
+
+
+def shell(command, folder, **environment):
+    """Run a shell's command line, in which generate.py is $RUN."""
+    command = f"set -o pipefail; {command}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        cwd=folder,
+        env={
+            **os.environ,
+            "OMP_WAIT_POLICY": "passive",
+            "STRICT": "env PYTHONIOENCODING=utf-8:strict",
+            "RUN": f"{sys.executable} {ROOT / 'generate.py'} --device cpu --max-new-tokens 8",
+            **environment,
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    "command, code, message",
+    [
+        ("$RUN --help | true", None, b""),
+        ("$RUN | true", 2, b""),
+        ("$RUN >&-", 0, b"tokens/s"),
+        ("$RUN > /dev/full", 2, b"No space left"),
+        ("$RUN --prompt - <&-", 2, b"prompt is empty"),
+        ("$RUN --chat <&-", 0, b""),
+        (r"printf '\xff\xfe' | $STRICT $RUN --prompt -", 2, b"standard input is not text"),
+        (r"printf '\xff\xfe\n' | $STRICT $RUN --chat", 2, b"standard input is not text"),
+        ("$RUN --out out.jsonl --requests in.jsonl", 2, b"in.jsonl: not readable"),
+        ("touch a; echo '{\"prompt\": \"x\"}' > in; $RUN --requests in --out a/b", 2, b"a"),
+    ],
+)
+def test_an_odd_shell_gets_no_traceback(command, code, message, tmp_path):
+    done = shell(command, tmp_path)
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr, done.stderr
+    assert code is None or done.returncode == code, done.stderr
+    assert message in done.stderr
+
+
+def test_a_console_that_lacks_a_character_gets_its_number(tmp_path):
+    command = "import checkpoint; checkpoint.run_script(lambda: print('a \\u2603'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    out = subprocess.check_output([sys.executable, "-c", command], cwd=ROOT, env=environment)
+    assert out == b"a \\u2603\n"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--temperature nan", "temperature = nan"),
+        ("--temperature inf", "temperature = inf"),
+        ("--temperature -1", "temperature = -1"),
+        ("--top-p 1.5", "top_p = 1.5"),
+        ("--top-k -1", "top_k = -1"),
+        ("--min-p nan", "min_p = nan"),
+        ("--memory inf", "memory = inf"),
+        ("--memory -1", "memory = -1"),
+        ("--memory 0", "memory = 0"),
+        ("--seed 99999999999999999999999", "seed = 9999"),
+        ("-n 1000000000", "n = 1000000000"),
+        ("--batch 0", "batch = 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        script.parse(options.split())
+
+
+def test_the_smallest_temperature_is_greedy():
+    logits = torch.randn(5, 30)
+    assert torch.equal(sample(logits, torch.rand(5), temperature=1e-300), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "stated, message",
+    [
+        ({"temperature": "hot"}, "temperature = 'hot'"),
+        ({"top_k": [1]}, r"top_k = \[1\]"),
+        ({"top_p": math.nan}, "top_p = nan"),
+        ({"min_p": -1}, "min_p = -1"),
+    ],
+)
+def test_generation_config_is_checked(stated, message, tmp_path):
+    folder = shutil.copytree(TEACHER, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+    with pytest.raises(InputError, match=f"generation_config.json: {message}"):
+        script.Session(script.parse(["--model", str(folder), "--prompt", "x"]))
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RANK": "x"}, {"RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1"}]
+)
+def test_an_odd_rank_is_refused(environment, tmp_path):
+    write_requests(tmp_path, 2)
+    done = run("--requests", "in.jsonl", "--out", "out.jsonl", cwd=tmp_path, **environment)
+    assert done.returncode == 2 and "RANK" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_two_processes_do_not_write_to_one_file(tmp_path):
+    write_requests(tmp_path, 2)
+    arguments = ("--requests", "in.jsonl", "--out", "out.jsonl", "--max-new-tokens", "3")
+    with locked(tmp_path / "out.jsonl"):
+        done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and "another process writes there" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+    assert run(*arguments, cwd=tmp_path).returncode == 0
+    assert len(answers_in(tmp_path / "out.jsonl")) == 2
 
 
 def test_a_chat_turn_equals_the_whole_conversation_at_once(monkeypatch):

@@ -1,5 +1,6 @@
 """The retrofit as a script: it learns, survives being killed, and refuses what cannot work."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from safetensors import safe_open
 
 import dms
 import retrofit
-from checkpoint import InputError, load_model, save_model
+from checkpoint import InputError, load_model, locked, save_model
 from dms import DMSConfig
 from model import Model
 
@@ -277,6 +278,145 @@ def test_impossible_targets_are_refused(small_teacher, tmp_path):
             target(cr, 16, 512, small_teacher, tmp_path)
 
 
+def rows_of(file, *rows):
+    """A .jsonl file of these rows, and of some that are sound."""
+    sound = [{"text": f"The river {i} passes the old stone."} for i in range(120)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *sound)))
+    return file
+
+
+def test_rows_that_cannot_be_used_are_skipped_and_named(small_teacher, tmp_path, capsys):
+    """Wherever they are: among those that are held out, too (line 2)."""
+    unknown = "\ud800"  # half a character
+    bad = [{"text": 5}, {"messages": [{"role": "user", "content": None}]}, {"messages": ["x"]}]
+    bad += [{"text": unknown}, {"messages": [{"role": "user", "content": unknown}]}]
+    data = rows_of(tmp_path / "rows.jsonl", *bad)
+    out = tmp_path / "out"
+    retrofit.main(arguments(small_teacher, data, out, "--steps", "6"))
+    said = capsys.readouterr().err
+    for line in range(1, 6):
+        assert said.count(f"rows.jsonl: line {line} is skipped") <= 2  # training, then measuring
+    assert "line 2 is skipped" in said
+    assert results_in(out)["results"]["DMS"]["kl"] >= 0
+
+
+def test_data_without_a_usable_row_to_hold_out_ends_before_training(small_teacher, tmp_path):
+    data = rows_of(tmp_path / "rows.jsonl", {"text": "a"}, {"text": 5})
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:40]))
+    with pytest.raises(InputError, match="gives no tokens"):
+        retrofit.main(arguments(small_teacher, data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_the_model_lacks_are_found_before_training(tmp_path):
+    torch.manual_seed(0)
+    model = Model(small_config(vocab_size=100))  # the tokenizer has more
+    save_model(model, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((TEACHER / name).read_bytes())
+    data = rows_of(tmp_path / "rows.jsonl")
+    with pytest.raises(InputError, match="gives no tokens"):
+        retrofit.main(arguments(tmp_path / "model", data, tmp_path / "out"))
+    with pytest.raises(InputError, match="the model has no token"):
+        retrofit.main(arguments(tmp_path / "model", "toy", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_state(
+    small_teacher, text_file, tmp_path, monkeypatch
+):
+    step = retrofit.train_step
+
+    def diverge(*given):
+        row = step(*given)
+        return {**row, "kl": math.nan} if row["step"] == 8 else row
+
+    monkeypatch.setattr(retrofit, "train_step", diverge)
+    with pytest.raises(InputError, match="step 8 gave no finite loss"):
+        retrofit.main(arguments(small_teacher, text_file, tmp_path / "out"))
+    assert saved_step(tmp_path / "out") == 6
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_two_runs_do_not_share_a_folder(small_teacher, text_file, tmp_path):
+    given = arguments(small_teacher, text_file, tmp_path / "out")
+    with locked(tmp_path / "out"):
+        with pytest.raises(InputError, match="another process writes there"):
+            retrofit.main(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_from_another_folder(small_teacher, text_file, tmp_path, monkeypatch, capsys):
+    """With the model and the data that it was started with, though these were relative paths."""
+    monkeypatch.chdir(small_teacher)
+    given = arguments(".", os.path.relpath(text_file), tmp_path / "out", "--steps", "4")
+    monkeypatch.setattr(retrofit, "evaluate", lambda *_: None)
+    retrofit.main(given)
+    (tmp_path / "out" / "config.json").unlink()  # as if it was stopped just before its end
+    monkeypatch.chdir(tmp_path)
+    retrofit.main(["--resume", "--out", "out", "--device", "cpu"])
+    assert (tmp_path / "out" / "config.json").exists()
+    assert "goes on after step 4; the same bit for bit with as many threads" in capsys.readouterr().out
+
+
+def test_a_full_disk_says_so_and_loses_nothing(small_teacher, text_file, tmp_path):
+    """The limit is on the size of files: a state does not fit, then it does."""
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
+    given = ["--train", "all", "--steps", "6"]
+    run(arguments(small_teacher, text_file, whole, *given))
+    size = (whole / "state.safetensors").stat().st_size
+    command = [sys.executable, str(ROOT / "retrofit.py")]
+    command += arguments(small_teacher, text_file, out, *given)
+    limited = ["bash", "-c", f'ulimit -f {size // 2048}; exec "$@"', "bash", *command]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "state.safetensors: not written" in last
+    left = {file.name for file in out.iterdir()}
+    assert "settings.json" in left and not any(name.endswith(".tmp") for name in left)
+    (out / ".state.safetensors.tmp").write_bytes(b"left by a writer that was killed")
+    run(arguments(small_teacher, text_file, out, *given, "--resume"))
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not list(out.glob(".*"))
+
+
+def test_an_out_that_cannot_be_made_ends_before_any_training(small_teacher, text_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    process = start(arguments(small_teacher, text_file, tmp_path / "file" / "out"))
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("settings.json", b"{", "settings.json: not found or not"),
+        ("settings.json", b'{"dtype": "int8"}', "dtype = 'int8' is no such"),
+        ("settings.json", b'{"steps": "many"}', "steps = 'many'"),
+        ("settings.json", b'{"colour": 1}', "colour = 1 is no such"),
+        ("settings.json", b'{"lr": Infinity}', "lr = inf"),
+        ("metrics.jsonl", b"\xff\n", "metrics.jsonl: not readable"),
+        ("state.safetensors", b"{", "state.safetensors: does not belong"),
+    ],
+)
+def test_a_garbled_file_of_a_run_is_named_and_kept(
+    small_teacher, text_file, tmp_path, name, content, message, monkeypatch
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr(retrofit, "evaluate", lambda *_: None)
+    retrofit.main(arguments(small_teacher, text_file, out, "--steps", "4"))
+    (out / "config.json").unlink()
+    (out / name).write_bytes(content)
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.name != "settings.json"}
+    with pytest.raises(InputError, match=message):
+        retrofit.main(["--resume", "--out", str(out), "--device", "cpu"])
+    assert (out / name).read_bytes() == content
+    assert all((out / name).read_bytes() == was for name, was in before.items())
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -288,6 +428,11 @@ def test_impossible_targets_are_refused(small_teacher, tmp_path):
         (["--data", "{empty}"], "usable documents"),
         (["--data", "{broken}"], "line 2 is not a JSON object"),
         (["--seq-len", "5000"], "longer than the model's context"),
+        (["--batch-size", "10000000"], "a step needs more than"),
+        (["--lr", "inf"], "lr = inf"),
+        (["--lr", "1e300"], "lr = 1e+300"),
+        (["--seed", "18446744073709551616"], "seed = 1844"),
+        (["--compression-weight", "nan"], "compression_weight = nan"),
         (["--resume"], "holds no run"),
     ],
 )
