@@ -601,11 +601,11 @@ def render(template, variables):
         try:
             print(request, file=process.stdin, flush=True)
             answer = process.stdout.readline()
-        except BaseException:  # what it answers later is no answer to the next request
+            require(answer, f"{problem}: it took more time or memory than a template may")
+        except BaseException:  # what it answers later would be taken for the next answer
             process.kill()
             process.wait()
             raise
-    require(answer, f"{problem}: it took more time or memory than a template may")
     answer = json.loads(answer)
     require("text" in answer, f"{problem} ({one_line(answer.get('error'))})")
     return answer["text"]

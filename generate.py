@@ -85,6 +85,15 @@ class Scheduler:
     release: bool
 
     def __post_init__(self):
+        self.cache.check_model(self.model)
+        check_sampling(self.sampling, "sampling")
+        rows = [s.row for s in self.sequences if s.row is not None]
+        is_once = len(set(self.sequences)) == len(self.sequences) and len(set(rows)) == len(rows)
+        require(is_once, "a sequence, or the row of one, is given twice")
+        for sequence in self.sequences:
+            new = sequence.max_new_tokens - len(sequence.new)
+            require(new > 0, "max_new_tokens leaves a sequence no new token; allow at least one")
+            check_ids(self.model.config, sequence.ids, new)
         self.step = DecodeStep(self.model, self.cache, self.sampling)
         self.free_rows = [row for row, seen in enumerate(self.cache.seen.tolist()) if seen == 0]
         self.running = []  # the youngest last
@@ -93,13 +102,6 @@ class Scheduler:
         groups = itertools.groupby(sequences, key=lambda s: (s.row, s.ids))
         self.waiting = deque(list(group) for _, group in groups)
         self.blocked_until_one_ends = False  # after pages ran out, nothing starts until then
-        self.cache.check_model(self.model)
-        check_sampling(self.sampling, "sampling")
-        rows = [s.row for s in sequences if s.row is not None]
-        is_once = len(set(sequences)) == len(sequences) and len(set(rows)) == len(rows)
-        require(is_once, "a sequence, or the row of one, is given twice")
-        for sequence in sequences:
-            check_ids(self.model.config, sequence.ids, sequence.max_new_tokens - len(sequence.new))
         for sequence in sequences:
             held = 0 if sequence.row is None else int(self.cache.seen[sequence.row])
             require(held == sequence.fed, "the cache does not hold what a sequence has fed")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,10 @@ from checkpoint import (
     ADAPTER_FILE,
     InputError,
     config_to_dict,
+    copy_tokenizer,
     load_model,
     load_tokenizer,
+    one_line,
     parse_config,
     read_json,
     read_lines,
@@ -1259,3 +1262,147 @@ def test_a_template_that_breaks_out_or_breaks_down_is_refused(template, tmp_path
     assert "chat template" in str(e.value)
     assert messages == CHAT
     assert not (tmp_path / "executed").exists()
+
+
+BURNING = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 2 ** (2 ** 40) }}",
+    "{{ 3 ** (2 ** 27) }}",
+    "{{ 'x' * 10 ** 11 }}",
+    "{{ 'x'|center(10 ** 11) }}",
+    "{{ '%99999999999d' % 1 }}",
+    "{% set ns = namespace(s='xx') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% macro m(n) %}{% for i in range(99) %}{{ m(n - 1) if n }}{% endfor %}{% endmacro %}{{ m(9) }}",
+    "{{ 'a b ' * 5000000 }}",  # within the limits of the process, but what would read it?
+]
+
+
+@pytest.mark.parametrize("template", BURNING)
+def test_a_template_that_burns_time_or_memory_is_stopped(template, tmp_path):
+    make_tokenizer(tmp_path, "qwen", chat_template=template)
+    begin = time.time()
+    with pytest.raises(InputError, match="chat template"):
+        load_tokenizer(tmp_path).apply_chat_template(CHAT)
+    assert time.time() - begin < 60  # 5 seconds of processor time, which others may want, too
+    assert checkpoint.render("{{ a }}", {"a": "well"}) == "well"
+
+
+def test_templates_of_several_threads_are_not_mixed_up():
+    def render_many(number):
+        for i in range(200):
+            assert checkpoint.render("{{ a }}", {"a": f"{number} {i}"}) == f"{number} {i}"
+        return number
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(render_many, range(4))) == [0, 1, 2, 3]
+
+
+def test_a_template_process_that_died_or_was_left_is_replaced(monkeypatch):
+    assert checkpoint.render("{{ a }}", {"a": 1}) == "1"
+    process = checkpoint.PROCESSES[os.getpid()]
+    process.kill()
+    process.wait()
+    assert checkpoint.render("{{ a }}", {"a": 2}) == "2"
+
+    class Stdout:
+        def readline(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.PROCESSES[os.getpid()], "stdout", Stdout())
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.render("{{ a }}", {"a": 3})
+    assert checkpoint.render("{{ a }}", {"a": 4}) == "4"
+
+
+@pytest.mark.parametrize("text", ["naïve ☃ \u2028 \x85 \\ \" \n\t", "half \ud83d a character", ""])
+def test_every_text_passes_through_a_template(text):
+    assert checkpoint.render("[{{ a }}]", {"a": text}) == f"[{text}]"
+
+
+# ------------------------------------------------------------------------------- Odd model folders
+
+
+def test_what_an_error_quotes_cannot_steer_a_terminal(tmp_path):
+    evil = "\x1b]0;owned\x07\x1b[31m\u202e\r"
+    folder = saved(tmp_path)[1]
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, f"model.{evil}": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"x1b\]0;owned") as e:
+        load_model(folder)
+    assert str(e.value).isprintable()
+    with pytest.raises(InputError) as e:
+        load_model(f"no/such{evil}")
+    assert str(e.value).isprintable()
+
+
+def test_pipes_and_devices_in_a_model_folder_are_not_read(tmp_path):
+    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    folder = saved(tmp_path / "sound")[1]
+    make_tokenizer(folder, "qwen")
+    for number, name in enumerate(names):
+        odd = shutil.copytree(folder, tmp_path / str(number))
+        (odd / name).unlink()
+        os.mkfifo(odd / name)
+        with pytest.raises(InputError):
+            load_model(odd)
+            load_tokenizer(odd)
+
+
+def test_layers_and_tensors_beyond_reason_are_refused_at_once(tmp_path):
+    folder = saved(tmp_path)[1]
+    begin = time.time()
+    edit(folder / "config.json", lambda raw: raw.update(num_hidden_layers=10**6))
+    with pytest.raises(InputError, match="num_hidden_layers = 1000000"):
+        load_model(folder)
+    edit(folder / "config.json", lambda raw: raw.update(num_hidden_layers=1000, layer_types=None))
+    save_file({f"t{i}": torch.zeros(0) for i in range(40000)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="40000 tensors cannot be those of 1000 layers"):
+        load_model(folder)
+    assert time.time() - begin < 30
+
+
+def test_links_of_a_tokenizer_are_followed_within_its_folder_or_the_hubs_cache(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    make_tokenizer(source, "qwen")
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (source / "real.json").write_text('{"a": 1}')
+    (source / "special_tokens_map.json").unlink(missing_ok=True)
+    (source / "special_tokens_map.json").symlink_to("real.json")
+    out = tmp_path / "out"
+    out.mkdir()
+    copy_tokenizer(source, out)
+    assert (out / "special_tokens_map.json").read_text() == '{"a": 1}'
+    (source / "generation_config.json").symlink_to(secret)
+    with pytest.raises(InputError, match="generation_config.json: links to a file elsewhere"):
+        copy_tokenizer(source, out)
+    assert not (out / "generation_config.json").exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    copy_tokenizer(source, out)
+    assert (out / "generation_config.json").read_text() == "{}"
+
+
+def test_keys_of_config_json_that_could_not_be_written_again(tmp_path):
+    """Half a character can; what is nested too deeply is refused when it is read."""
+    model, folder = saved(tmp_path)
+    edit(folder / "config.json", lambda raw: raw.update(odd="\ud800 ☃"))
+    save_model(load_model(folder), tmp_path / "again")
+    assert read_json(tmp_path / "again" / "config.json")["odd"] == "\ud800 ☃"
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"odd":', '"deep": ' + "[" * 990 + "]" * 990 + ', "odd":'))
+    with pytest.raises(InputError):
+        load_model(folder)
+
+
+def test_adapters_name_their_base_through_links(tmp_path):
+    folder = saved(tmp_path / "base")[1]
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    model = dms.start_retrofit(load_model(folder), DMSConfig(window=3))
+    save_model(model, tmp_path / "link" / "out", torch.float32, base=folder)
+    load_model(tmp_path / "link" / "out")
+
+
+def test_the_smallest_errors_of_options():
+    assert one_line("a\x1b\n b\u202e") == "a\\x1b b\\u202e"
+    assert one_line("x" * 200) == "x" * 120

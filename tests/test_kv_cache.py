@@ -1,5 +1,8 @@
 """The cache against the dense masked model: any cut of the input, any raggedness, any window."""
+import copy
+import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from conftest import Life, check_pages, held_by, random_dms, small_config, small
 import dms
 from checkpoint import InputError
 from dms import DMSConfig, decisions, visible
+from generate import Sequence, generate
 from kernels import choose
 from kv_cache import CacheFull, KVCache
 
@@ -399,3 +403,127 @@ def test_wrong_calls_say_what_is_wrong():
         model(ids, cache=cache, sequence=1)
     with pytest.raises(InputError, match="full: of its 8 pages 8 are free and 32 needed"):
         model(torch.zeros(2, 30, dtype=torch.int64), cache=cache)
+
+
+# ---------------------------------------------------------------------------- Misuse and accidents
+
+
+def test_a_cache_of_another_config_is_refused():
+    model = small_model(0, DMSConfig(window=3), 0.5)
+    ids = torch.tensor([[1, 2, 3]])
+    for change in (dict(window=4), dict(shift=0), dict(disable_eviction=True), dict(offset=1.0)):
+        cache = KVCache(model.config, 1)
+        model(ids, cache=cache)
+        before = copy.deepcopy(model.config.dms)
+        model.config.dms = replace(before, **change)
+        with pytest.raises(InputError, match="another config"):
+            model(ids, cache=cache)
+        with pytest.raises(InputError, match="another config"):
+            next(generate(model, cache, [Sequence([1], 2)]))
+        model.config.dms = before
+        model(ids, cache=cache)
+        assert cache.seen.tolist() == [6]
+    dense = small_model(0)
+    with pytest.raises(InputError, match="another config"):
+        dense(ids, cache=KVCache(model.config, 1))
+    with pytest.raises(InputError, match="stores torch.float32, the model gives torch.bfloat16"):
+        dense.bfloat16()(ids, cache=KVCache(dense.config, 1))
+
+
+@pytest.mark.parametrize(
+    "misuse, message",
+    [
+        (lambda model, cache: model(torch.tensor([[1.0]]), cache=cache), "ids must be"),
+        (lambda model, cache: model(torch.tensor([[67]]), cache=cache), "ids must be"),
+        (lambda model, cache: model(torch.tensor([[-1]])), "ids must be"),
+        (lambda model, cache: model(torch.zeros(2, 0).long(), cache=cache), "ids must be"),
+        (lambda model, cache: model(torch.tensor([1, 2]), cache=cache), "ids must be"),
+        (lambda model, cache: model(torch.tensor([[1]]), cache=cache), "lengths must be"),
+        (lambda model, cache: model(torch.tensor([[1]]), cache=cache, sequence=2), "indices below 2"),
+        (lambda model, cache: model(torch.tensor([[1]]), cache=cache, sequence=-1), "indices below 2"),
+        (lambda model, cache: cache.release([-1]), "indices below 2"),
+        (lambda model, cache: cache.release([0.7]), "indices below 2"),
+        (lambda model, cache: cache.positions(2, 0, 0), "indices below 2"),
+        (lambda model, cache: cache.positions(0, 0, 2), "2 layers of 2 KV heads"),
+        (lambda model, cache: cache.positions(0, -1, 0), "2 layers of 2 KV heads"),
+        (lambda model, cache: KVCache(model.config, 1, memory=-5), "memory above 0"),
+        (lambda model, cache: KVCache(model.config, 1, memory=math.nan), "memory"),
+        (lambda model, cache: KVCache(model.config, 1, memory=math.inf), "no memory"),
+        (lambda model, cache: KVCache(model.config, 0), "at least 1"),
+        (lambda model, cache: next(generate(model, cache, [Sequence([1], 0)])), "new"),
+        (lambda model, cache: next(generate(model, cache, [Sequence([], 1)])), "empty"),
+        (lambda model, cache: next(generate(model, cache, [Sequence([67], 1)])), "token id 67"),
+        (lambda model, cache: next(generate(model, cache, [Sequence([1], 600)])), "context"),
+        (lambda model, cache: next(generate(model, cache, [Sequence([1], 2)] * 2)), "given twice"),
+        (
+            lambda model, cache: next(
+                generate(model, cache, [Sequence([1], 2)], sampling=dict(temperature=math.nan))
+            ),
+            "temperature = nan",
+        ),
+    ],
+)
+def test_misuse_gets_one_clear_error_and_changes_nothing(misuse, message):
+    model = small_model(0, DMSConfig(window=3), 0.5)
+    cache = KVCache(model.config, 2)
+    model(torch.tensor([[1, 2], [3, 4]]), cache=cache)
+    stats = cache.stats()
+    with pytest.raises(ValueError, match=message):
+        misuse(model, cache)
+    assert cache.stats() == stats
+
+
+def test_release_takes_any_iterable():
+    model = small_model(0)
+    cache = KVCache(model.config, 2)
+    model(torch.tensor([[1, 2], [3, 4]]), cache=cache)
+    cache.release(b for b in [1])
+    assert cache.seen.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("T", [1, 5, 9, 17])  # a step, a piece, and pieces of which one is a token
+def test_whatever_is_raised_on_the_way_leaves_no_half_of_an_input(T):
+    """Sequences that were being fed are released; the others are as they were."""
+    model = small_model(0, DMSConfig(window=3), 0.5)
+    cache = KVCache(model.config, 3, chunk=8, page_size=4)
+    for layer in range(2):
+        cache.release(range(3))
+        model(torch.randint(0, 67, (3, 7)), cache=cache)
+        others = [cache.positions(1, i, h).tolist() for i in range(2) for h in range(2)]
+        mlp = model.model.layers[layer].mlp
+        forward = mlp.forward
+        calls = []
+
+        def interrupt(x):
+            calls.append(x)
+            if len(calls) * 8 >= T:
+                raise KeyboardInterrupt
+            return forward(x)
+
+        mlp.forward = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.randint(0, 67, (3, T)), cache=cache, lengths=[T, 0, min(T, 2)])
+        mlp.forward = forward
+        assert cache.seen.tolist() == [0, 7, 0]
+        assert others == [cache.positions(1, i, h).tolist() for i in range(2) for h in range(2)]
+        check_pages(cache)
+        ids = torch.randint(0, 67, (1, 20))
+        logits = model(ids, cache=cache, sequence=0)
+        torch.testing.assert_close(logits, model(ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("T", [8, 9, 10, 16, 17])
+def test_an_input_that_does_not_fit_is_held_wholly_or_not_at_all(T):
+    model = small_model(0)
+    cache = KVCache(model.config, 2, chunk=8, page_size=2)
+    memory = 40 * cache.page_bytes
+    cache = KVCache(model.config, 2, chunk=8, page_size=2, memory=memory)
+    model(torch.randint(0, 67, (1, 12)), cache=cache, sequence=1)
+    ids = torch.randint(0, 67, (1, T))
+    if T > 8:
+        with pytest.raises(CacheFull):
+            model(ids, cache=cache, sequence=0)
+        assert cache.seen.tolist() == [0, 12]
+        cache.release([1])
+    logits = model(ids, cache=cache, sequence=0)
+    torch.testing.assert_close(logits, model(ids), atol=1e-4, rtol=1e-4)
