@@ -117,7 +117,7 @@ class Scheduler:
             drawn = self.step(inputs) if inputs else {}
         except CacheFull as e:
             return self.put_back(self.running[-1:], e)
-        return [(sequence, drawn[sequence.row]) for sequence in self.running]
+        return self.record([(sequence, drawn[sequence.row]) for sequence in self.running])
 
     def admit(self):
         """Start groups while there is room; the first token of each, [(sequence, token id)]."""
@@ -131,7 +131,7 @@ class Scheduler:
                 return drawn + self.put_back(group, e)
             uniform = torch.tensor([s.uniform() for s in group], device=logits.device)
             tokens = sample(logits.expand(len(group), -1), uniform, **self.sampling)
-            drawn += zip(group, tokens.tolist())
+            drawn += self.record(list(zip(group, tokens.tolist())))
         return drawn
 
     def may_start(self):
@@ -205,14 +205,14 @@ class Scheduler:
                 sequence.fed = 0
 
     def record(self, drawn):
-        """Add what was drawn to the sequences."""
+        """Add what was drawn, [(sequence, token id)], to the sequences. Returns it."""
         for sequence, token in drawn:
-            if token is not None:
-                sequence.fed = len(sequence.ids)  # all but the token just drawn is in the cache
-                sequence.ids.append(token)
-                sequence.new.append(token)
-                stops = token in self.end_ids or sequence.stop and sequence.stop(token)
-                sequence.over = bool(stops) or len(sequence.new) >= sequence.max_new_tokens
+            sequence.fed = len(sequence.ids)  # all but the token just drawn is in the cache
+            sequence.ids.append(token)
+            sequence.new.append(token)
+            stops = token in self.end_ids or sequence.stop and sequence.stop(token)
+            sequence.over = bool(stops) or len(sequence.new) >= sequence.max_new_tokens
+        return drawn
 
     def retire(self):
         """Take those that are over out of the batch."""
@@ -237,7 +237,6 @@ def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
     try:
         while scheduler.waiting or scheduler.running:
             drawn = scheduler.decode() + scheduler.admit()
-            scheduler.record(drawn)
             scheduler.retire()
             yield drawn
     finally:  # the caller may leave early: nothing of what runs stays behind
