@@ -1,7 +1,7 @@
 """
 A chat template at work, in a process of its own: it is a stranger's program, and may run wild.
 
-checkpoint.py starts this file, and writes a line of JSON for each text it wants:
+render() starts this file as a process, and writes a line of JSON for each text it wants:
 {"template": ..., "variables": {...}}. The answer is a line, too: {"text": ...} or {"error": ...}.
 A rendering that takes more than SECONDS of processor time ends the process; one that takes more
 than MEMORY bytes ends it, or fails, as one longer than LENGTH does. (Windows has no limits of time
@@ -10,8 +10,11 @@ and memory.) This file knows nothing else of the project, so that it starts at o
 import contextlib
 import functools
 import json
+import os
 import re
+import subprocess
 import sys
+import threading
 from datetime import datetime
 
 import jinja2.sandbox
@@ -24,6 +27,44 @@ except ImportError:
 SECONDS = 5
 MEMORY = 2**30
 LENGTH = 2**20  # of a text, in characters, besides four times that of its request
+
+
+# ------------------------------------------------------------------------------------ Who asks
+
+PROCESSES = {}  # {our process's id: the one in which its templates run}
+ONE_AT_A_TIME = threading.Lock()
+
+
+def render(template, variables):
+    """The text that a chat template makes of its variables, all of which JSON can express. Raises
+    ValueError if it fails or takes too much, TypeError or OSError if it cannot be asked."""
+    request = json.dumps({"template": template, "variables": variables}, ensure_ascii=False)
+    with ONE_AT_A_TIME:
+        process = PROCESSES.get(os.getpid())
+        if process is None or process.poll() is not None:
+            process = PROCESSES[os.getpid()] = start_process()
+        try:
+            print(request, file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            if not answer:
+                raise ValueError("it took more time or memory than a template may")
+        except BaseException:  # what it answers later would be taken for the next answer
+            process.kill()
+            process.wait()
+            raise
+    answer = json.loads(answer)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["text"]
+
+
+def start_process():
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    command = [sys.executable, os.path.abspath(__file__)]
+    return subprocess.Popen(command, encoding="utf-8", errors="surrogatepass", **pipes)
+
+
+# ---------------------------------------------------------------------------------- Who is asked
 
 
 @functools.lru_cache

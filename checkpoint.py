@@ -18,9 +18,7 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
-import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +31,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from chat_template import render
 from dms import DMSConfig
 from kernels.cpu import use_compiled_products
 from model import ROPE_KINDS, Model, ModelConfig, rope_frequencies
@@ -99,8 +98,7 @@ def parse_object(text, problem):
 def read_json(file):
     """The JSON object in a file. Raises InputError naming the file if it is missing or damaged."""
     problem = f"{file}: not found or not a JSON object; is this a model folder, and a whole one?"
-    is_endless = os.path.exists(file) and not os.path.isfile(file)  # a pipe or a device
-    require(not is_endless, problem)
+    require(os.path.isfile(file) or not os.path.exists(file), problem)  # a pipe may have no end
     return parse_object(read_text(file, problem), problem)
 
 
@@ -229,14 +227,13 @@ def check_supported(raw, where):
         require(condition, f"{where}: {what} not supported; {remedy}")
 
     family = raw.get("model_type")
-    is_known = isinstance(family, str) and family in ARCHITECTURES
-    support(is_known, f"model_type {family!r:.80} is")
+    support(isinstance(family, str) and family in ARCHITECTURES, f"model_type {family!r:.80} is")
     support(not raw.get("quantization_config"), "quantized weights are")
     activation = raw.get("hidden_act")
     support(activation in (None, "silu"), f"hidden_act {activation!r:.80} is")
     layer_types = raw.get("layer_types") or []
-    is_full = isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"}
-    support(is_full, f"layer_types {layer_types!r:.80} other than full_attention are")
+    support(isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"},
+            f"layer_types {layer_types!r:.80} other than full_attention are")
     if not layer_types and raw.get("use_sliding_window") and raw.get("sliding_window", 4096):
         full = checked(raw, "max_window_layers", int, where)
         full = 28 if full is None else full  # as in transformers
@@ -247,13 +244,13 @@ def check_supported(raw, where):
 def read_rope(raw, where):
     """{"rope_type": ..., its parameters and perhaps rope_theta}, from either spelling."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    is_flat = isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values())
-    require(is_flat, f"{where}: rope parameters {rope!r:.80} are not one flat object")
+    require(isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()),
+            f"{where}: rope parameters {rope!r:.80} are not one flat object")
     rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
     for place in (rope, raw):
-        is_whole = place.get("partial_rotary_factor") in (None, 1.0)
-        require(is_whole, f"{where}: partial rotary embeddings are not supported")
+        require(place.get("partial_rotary_factor") in (None, 1.0),
+                f"{where}: partial rotary embeddings are not supported")
     require(kind in ROPE_KINDS, f"{where}: RoPE kind {kind!r:.80} is none of {ROPE_KINDS}")
     return rope
 
@@ -275,9 +272,8 @@ NVIDIA_KEYS = {
     "window": "dms_window_size", "scale": "dms_alpha_scale", "offset": "dms_initial_alpha_offset",
     "target_cr": "dms_cr", "per": "dms_alpha_per", "tau": "dms_tau", "shift": "dms_shift",
     "disable_eviction": "dms_disable_eviction"}
-METADATA_KEYS = {
-    "window": "window_size", "scale": "alpha_scale", "offset": "alpha_offset",
-    "target_cr": "target_cr", "shift": "shift"}
+METADATA_KEYS = {"window": "window_size", "scale": "alpha_scale", "offset": "alpha_offset",
+                 "target_cr": "target_cr", "shift": "shift"}
 METADATA_DEFAULTS = {"window": 256, "shift": 0}  # where they differ from DMSConfig's
 SEPARATE = "dms_separate_alpha"  # true: adapters decide; false or absent: the borrowed neuron
 
@@ -353,8 +349,8 @@ def weight_files(folder):
         require(isinstance(weight_map, dict) and weight_map, f"{index}: has no usable weight_map")
         names = dict.fromkeys(map(str, weight_map.values()))
     for name in names:
-        is_safe = re.fullmatch(r"[^/\\]+\.safetensors", name)
-        require(is_safe, f"{index}: unsafe shard name {name[:80]!r}; shards lie beside it")
+        require(re.fullmatch(r"[^/\\]+\.safetensors", name),
+                f"{index}: unsafe shard name {name[:80]!r}; shards lie beside it")
         missing = f"{index.with_name(one_line(name))}: missing; pickled weights are never read"
         require(os.path.isfile(index.with_name(name)), missing)
     return [index.with_name(name) for name in names]
@@ -368,10 +364,9 @@ def open_weights(files, stack, device="cpu"):
         require(os.path.isfile(file), problem)
         with refusing(problem, SafetensorError, OSError, ValueError):
             handle = stack.enter_context(safe_open(file, framework="pt", device=str(device)))
-            names = dict.fromkeys(handle.keys(), handle)
-        for name in names:
+        for name in handle.keys():
             require(name not in weights, f"{file}: tensor {one_line(name)} is in another shard, too")
-        weights |= names
+            weights[name] = handle
     return weights
 
 
@@ -393,9 +388,7 @@ def find_adapters(path):
     """(file, DMSConfig, fingerprint of the base if it is known) of DMS adapter tensors: a
     safetensors file, or a folder with just one, with the settings that lie beside it if any do."""
     path = Path(path)
-    files = [path]
-    if not os.path.isfile(path):
-        files = list(path.glob("*.safetensors")) if os.path.isdir(path) else []
+    files = list(path.glob("*.safetensors")) if os.path.isdir(path) else [path]
     require(len(files) == 1, f"{path}: {len(files)} safetensors files there; name the adapters'")
     config = files[0].with_name("config.json")
     raw = read_json(config) if config.exists() else {}
@@ -426,12 +419,12 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         weights = open_weights(weight_files(folder), stack, device)
         # before anything is made of a damaged config.json's many layers, or of as many tensors
         layers = config.num_hidden_layers
-        fits = layers <= len(weights) <= 30 * (layers + 1)
-        require(fits, f"{folder}: {len(weights)} tensors cannot be those of {layers} layers")
+        require(layers <= len(weights) <= 30 * (layers + 1),
+                f"{folder}: {len(weights)} tensors cannot be those of {layers} layers")
         if adapter is not None:
             adapter, config.dms, trained_on = find_adapters(adapter)
-            fits = trained_on is None or trained_on == fingerprint(weights)
-            require(fits, f"{adapter}: trained on other weights than {folder} has (fingerprint differs)")
+            require(trained_on is None or trained_on == fingerprint(weights),
+                    f"{adapter}: trained on other weights than {folder} has (fingerprint differs)")
             adapters = open_weights([adapter], stack, device)
             for name in adapters:
                 require("dms_proj_alpha" in name, f"{adapter}: {one_line(name)} is not an adapter's; remove it")
@@ -502,12 +495,12 @@ def copy_tokenizer(source, folder):
     link may lead within that folder or the hub's cache: else we might publish a private file."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    places = [os.path.join(os.path.realpath(place), "") for place in (source, HF_HUB_CACHE)]
+    places = tuple(os.path.realpath(place) + os.sep for place in (source, HF_HUB_CACHE))
     for name in TOKENIZER_FILES:
         file = os.path.realpath(source / name)
         if os.path.isfile(file):
-            is_its_own = any(file.startswith(place) for place in places)
-            require(is_its_own, f"{source / name}: links to a file elsewhere; put a copy there")
+            require(file.startswith(places),
+                    f"{source / name}: links to a file elsewhere; put a copy there")
             write_atomic(folder / name, functools.partial(shutil.copyfile, file))
 
 
@@ -572,61 +565,31 @@ class Tokenizer:
         """[{"role": ..., "content": ...}, ...] -> the text the model expects, to be encoded with
         add_special_tokens=False. variables: what else the template knows, as enable_thinking."""
         require(self.template, "this tokenizer has no chat template; give a plain prompt instead")
-        is_chat = all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
-        require(is_chat, 'a message is an object with "role" and "content", both texts')
+        require(all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages),
+                'a message is an object with "role" and "content", both texts')
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             if self.special(name) is not None:
                 variables.setdefault(name, self.special(name))
-        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        variables |= {"tools": None, "documents": None}
-        return render(self.template, variables)
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        given = {"tools": None, "documents": None, **variables, **given}
+        with refusing("the chat template failed on these messages", ValueError, TypeError, OSError):
+            return render(self.template, given)
 
 
 load_tokenizer = Tokenizer
 
 
-PROCESSES = {}  # {our process's id: the one in which its chat templates run}
-RENDERING = threading.Lock()
-
-
-def render(template, variables):
-    """The text that a chat template makes of its variables, all of which JSON can express."""
-    problem = "the chat template failed on these messages"
-    with refusing(problem, TypeError, ValueError):
-        request = json.dumps({"template": template, "variables": variables}, ensure_ascii=False)
-    with RENDERING, refusing(problem, OSError, UnicodeError):
-        process = PROCESSES.get(os.getpid())
-        if process is None or process.poll() is not None:
-            process = PROCESSES[os.getpid()] = start_template_process()
-        try:
-            print(request, file=process.stdin, flush=True)
-            answer = process.stdout.readline()
-            require(answer, f"{problem}: it took more time or memory than a template may")
-        except BaseException:  # what it answers later would be taken for the next answer
-            process.kill()
-            process.wait()
-            raise
-    answer = json.loads(answer)
-    require("text" in answer, f"{problem} ({one_line(answer.get('error'))})")
-    return answer["text"]
-
-
-def start_template_process():
-    command = [sys.executable, Path(__file__).with_name("chat_template.py")]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    return subprocess.Popen(command, encoding="utf-8", errors="surrogatepass", **pipes)
-
-
-def check_ids(config, ids, new_tokens=0):
-    """Raise InputError unless a list of token ids can be fed and followed by new_tokens more."""
-    context = config.max_position_embeddings
+def check_ids(config, ids, new_tokens=None):
+    """Raise InputError unless a list of token ids can be fed, and is followed by new_tokens more
+    within the model's context, if that is asked for."""
     require(ids, "the prompt is empty; give at least one token")
-    wanted = f"{len(ids)} tokens in the prompt and {new_tokens} to come"
-    fits = len(ids) + new_tokens <= context
-    require(fits, f"{wanted}, but the model's context is {context}; shorten it or ask for less")
     for token in (min(ids), max(ids)):
-        is_known = 0 <= token < config.vocab_size
-        require(is_known, f"token id {token} is not in the model's vocabulary of {config.vocab_size}")
+        require(0 <= token < config.vocab_size,
+                f"token id {token} is not in the model's vocabulary of {config.vocab_size}")
+    context = config.max_position_embeddings
+    require(new_tokens is None or len(ids) + new_tokens <= context,
+            f"{len(ids)} tokens in the prompt and {new_tokens} to come, but the model's context is "
+            f"{context}; shorten it or ask for less")
 
 
 # ----------------------------------------------------------------------- What the scripts share
@@ -663,8 +626,8 @@ def check_options(options, values, where):
     for name, value in values.items():
         kind = str if kinds.get(name) is place else kinds.get(name)
         choices = get_args(kind) or (value,)
-        is_option = kind and value is not None and value in choices
-        require(is_option, f"{where}: {name} = {value!r:.80} is no such option; change it")
+        require(kind and value is not None and value in choices,
+                f"{where}: {name} = {value!r:.80} is no such option; change it")
         if kind in (int, float, bool, str):
             checked(values, name, kind, where)
 

@@ -87,13 +87,13 @@ class Scheduler:
     def __post_init__(self):
         self.cache.check_model(self.model)
         check_sampling(self.sampling, "sampling")
-        rows = [s.row for s in self.sequences if s.row is not None]
-        is_once = len(set(self.sequences)) == len(self.sequences) and len(set(rows)) == len(rows)
-        require(is_once, "a sequence, or the row of one, is given twice")
+        places = {s if s.row is None else s.row for s in self.sequences}
+        require(len(places) == len(self.sequences), "a sequence, or the row of one, is given twice")
         for sequence in self.sequences:
-            new = sequence.max_new_tokens - len(sequence.new)
-            require(new > 0, "max_new_tokens leaves a sequence no new token; allow at least one")
-            check_ids(self.model.config, sequence.ids, new)
+            require(sequence.max_new_tokens > len(sequence.new), "max_new_tokens allows no new token")
+            check_ids(self.model.config, sequence.ids)
+            held = 0 if sequence.row is None else int(self.cache.seen[sequence.row])
+            require(held == sequence.fed, "the cache does not hold what a sequence has fed")
         self.step = DecodeStep(self.model, self.cache, self.sampling)
         self.free_rows = [row for row, seen in enumerate(self.cache.seen.tolist()) if seen == 0]
         self.running = []  # the youngest last
@@ -102,13 +102,10 @@ class Scheduler:
         groups = itertools.groupby(sequences, key=lambda s: (s.row, s.ids))
         self.waiting = deque(list(group) for _, group in groups)
         self.blocked_until_one_ends = False  # after pages ran out, nothing starts until then
-        for sequence in sequences:
-            held = 0 if sequence.row is None else int(self.cache.seen[sequence.row])
-            require(held == sequence.fed, "the cache does not hold what a sequence has fed")
         new = sum(sequence.row is None for sequence in sequences)
         # one row that is released can serve them all, one after another
-        fits = len(self.free_rows) >= (min(new, 1) if self.release else new)
-        require(fits, f"{new} sequences cannot all stay in the cache's free rows; release them")
+        require(len(self.free_rows) >= (min(new, 1) if self.release else new),
+                f"{new} sequences cannot all stay in the cache's free rows; release them")
 
     def decode(self):
         """One more token for all that run, [(sequence, token id)]."""
@@ -352,9 +349,8 @@ class Session:
             stated["temperature"] = 0.0
         self.sampling = {"temperature": 1.0}
         for source in (stated, vars(options)):
-            for key in ("temperature", "top_k", "top_p", "min_p"):
-                if source.get(key) is not None:
-                    self.sampling[key] = source[key]
+            given = {key: source.get(key) for key in ("temperature", "top_k", "top_p", "min_p")}
+            self.sampling |= {key: value for key, value in given.items() if value is not None}
         check_sampling(self.sampling, file)
         self.tokens = 0
         self.seconds = 0.0
@@ -393,8 +389,8 @@ class Session:
     def finish(self, chains, release=True):
         """Generate to the end. Raises InputError if a chain did not fit into the cache."""
         for over in self.run(chains, release):
-            errors = [chain.error for chain in over if chain.error]
-            require(not errors, "; ".join(errors))
+            for chain in over:
+                require(not chain.error, chain.error)
 
 
 def read_turns():
@@ -441,12 +437,10 @@ ROW = '{"generated": {"line": '  # how each row of --out begins
 def answered_lines(out, requests):
     """The lines of --requests, {line: request}, that a file has answers for. A last row that was cut
     as it was written is cut off. Raises InputError if the file holds anything else."""
-    problem = f"{out}: holds something else than answers to these requests; give another --out"
+    problem = f"{out}: holds something else than whole answers to these requests; give another --out"
     *rows, cut = read_text(out, problem).split("\n")
-    require(cut.startswith(ROW) or ROW.startswith(cut), problem)
-    with suppress(InputError):
-        parse_object(cut, "")
-        rows.append(cut)  # of which just the end of its line was cut
+    is_cut = cut.startswith(ROW) and not cut.endswith("}")  # else just the line's end is missing
+    require(is_cut or ROW.startswith(cut), problem)
     lines = set()
     for text in rows:
         require(text.startswith(ROW), problem)
@@ -455,9 +449,7 @@ def answered_lines(out, requests):
         # compared as texts, since NaN is not equal to itself
         require(json.dumps(request) == json.dumps(requests.get(line)), problem)
         lines.add(line)
-    with open(out, "r+") as file:
-        file.truncate(file.seek(0, os.SEEK_END) - len(cut))
-        file.write(f"{cut}\n" if cut in rows else "")
+    os.truncate(out, out.stat().st_size - len(cut.encode()))
     return lines
 
 
@@ -488,7 +480,7 @@ def serve(session):
                   for line, request in requests.items() if line not in done}
         session.new_cache(min(session.options.batch, max(len(chains) * session.options.n, 1)))
         failed = answer(session, chains, requests, out)
-    why = "; ".join(f"line {line}: {why}" for line, why in list(failed.items())[:3])
+    why = "; ".join(list(failed.values())[:3])
     require(not failed, f"{len(failed)} requests are not answered, run again with more --memory ({why})")
 
 
@@ -504,7 +496,7 @@ def answer(session, chains, requests, out):
                 line = line_of[chain]
                 left[line] -= 1
                 if chain.error:
-                    failed[line] = chain.error
+                    failed[line] = f"line {line}: {chain.error}"
                 if left[line] == 0 and line not in failed:
                     row = {"generated": {"line": line, **answer_of(chains[line])}, **requests[line]}
                     print(json.dumps(row), file=file, flush=True)
@@ -534,8 +526,8 @@ def one_prompt(session, prompt, check=None):
     lines = [f"[{i}] {text}\n" for i, text in enumerate(said["texts"], 1)]
     print("".join(lines) if options.n > 1 else "", flush=True)
     if options.n > 1 or check:
-        verdict = f"answer {said['answer']}; {said['votes']} of {options.n} agree"
-        verdict = check(said["texts"]) if check else verdict
+        vote = f"answer {said['answer']}; {said['votes']} of {options.n} agree"
+        verdict = check(said["texts"]) if check else vote
         print(f"[{verdict}]", file=sys.stderr)
     if options.show_evictions:
         show_evictions(session, chains[0])
@@ -583,21 +575,20 @@ def main(argv=None):
         options.prompt, check = question(options.task, options.seed)
         if options.n == 1 and options.temperature is None:
             options.temperature = 0.0
-    prompt = options.prompt
-    require(prompt is None or prompt.strip(), "the prompt is empty; give some text with --prompt")
+    require(options.prompt is None or options.prompt.strip(), "the prompt is empty; give some text")
     session = Session(options)
     if options.chat:
         chat(session)
     elif options.requests:
         serve(session)
     else:
-        one_prompt(session, prompt, check)
+        one_prompt(session, options.prompt, check)
     if session.tokens:
         s = session.cache.stats()
-        print(f"[{session.tokens} tokens in {session.seconds:.2f} s, prompts included, "
-              f"{session.tokens / session.seconds:.1f} tokens/s; compression "
-              f"{s['compression_ratio'] or 1:.2f}x; at most {s['peak_pairs']:,} pairs held, in "
-              f"{s['peak_page_bytes']:,} bytes]", file=sys.stderr)
+        speed = f"{session.tokens / session.seconds:.1f} tokens/s"
+        held = f"at most {s['peak_pairs']:,} pairs held, in {s['peak_page_bytes']:,} bytes"
+        print(f"[{session.tokens} tokens in {session.seconds:.2f} s, prompts included, {speed}; "
+              f"compression {s['compression_ratio'] or 1:.2f}x; {held}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,8 @@ class KVCache:
         on_gpu = self.device.type == "cuda"
         self.page_size = page_size or (64 if config.head_dim >= 64 else 32)
         self.chunk = chunk or (2048 if on_gpu else 512)
-        is_power = self.page_size > 0 and math.log2(self.page_size).is_integer()
-        require(is_power, "page_size must be a power of two")
+        require(self.page_size > 0 and math.log2(self.page_size).is_integer(),
+                "page_size must be a power of two")
         least = min(batch_size, self.chunk, 1 if memory is None else memory)
         require(least > 0, "batch_size and chunk must be at least 1, memory above 0")
         self.config = replace(config, dms=copy.copy(config.dms))  # as it is now
@@ -128,7 +128,6 @@ class KVCache:
             pages = max(int(memory / self.page_bytes), 1)
             self.pool = PagePool(pages, self.page_size, config.head_dim, dtype, self.device)
 
-        self.certain_steps = 0  # decode steps for which there are pages enough, without a look
         self.reads = self.rows.seen.new_zeros(self.layers, self.kv_heads)
         self.peak_pairs = self.rows.seen.new_zeros(1)
         self.least_free_pages = self.pool.free_count.clone()
@@ -154,8 +153,8 @@ class KVCache:
 
     def check_model(self, model):
         """Raise InputError unless it was made for such a model, as that is configured now."""
-        is_same = self.config == model.config
-        require(is_same, "the cache was made for another config, or this one before it changed; make a new one")
+        require(self.config == model.config,
+                "the cache was made for another config, or this one before it changed; make a new one")
         problem = f"the cache stores {self.pool.keys.dtype}, the model gives {model.dtype}"
         require(self.pool.keys.dtype == model.dtype, f"{problem}; make it with dtype=model.dtype")
 
@@ -173,8 +172,8 @@ class KVCache:
         lengths = [T] * B if lengths is None else lengths
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
         has_shape = B == expected and lengths.shape == (B,)
-        fits = has_shape and bool((lengths.clamp(0, T) == lengths).all())
-        require(fits, f"lengths must be {expected} numbers from 0 to {T}, and ids have such rows")
+        require(has_shape and bool((lengths.clamp(0, T) == lengths).all()),
+                f"lengths must be {expected} numbers from 0 to {T}, and ids have such rows")
         return lengths
 
     @contextmanager
@@ -191,7 +190,6 @@ class KVCache:
         sequences = range(self.batch_size) if sequence is None else [sequence]
         rows = slice(sequences[0] * self.kv_heads, (sequences[-1] + 1) * self.kv_heads)
         if T > 1:
-            self.certain_steps = 0
             self.widen_tables(T)
         elif reserve:
             self.reserve(count, rows)
@@ -214,21 +212,13 @@ class KVCache:
     @torch.inference_mode()
     def reserve(self, count, rows=slice(None)):
         """Make sure that the next step of one token, for every sequence whose count (B,) is 1, finds
-        its pages. Raises CacheFull, before anything has changed.
-
-        To ask the pool how many pages are free is to wait for the GPU. But a row takes at most one
-        page in page_size steps: if there is one for every row, that many steps need not ask."""
-        if self.certain_steps == 0:
-            steps = self.page_size
-            if int(self.pool.free_count) < self.rows.length.numel():
-                length = self.rows.length[:, rows]
-                new = count.repeat_interleave(self.kv_heads)
-                needs_page = (length % self.page_size == 0) & (new > 0)
-                self.pool.check(int(needs_page.sum()))
-                steps = 1
-            self.widen_tables(self.page_size)
-            self.certain_steps = steps
-        self.certain_steps -= 1
+        its pages. Raises CacheFull, before anything has changed. (It waits for the GPU, which has
+        nothing to do: the token that this step begins with was waited for, too.)"""
+        length = self.rows.length[:, rows]
+        new = count.repeat_interleave(self.kv_heads)
+        needs_page = (length % self.page_size == 0) & (new > 0)
+        self.pool.check(int(needs_page.sum()))
+        self.widen_tables(1)
 
     def widen_tables(self, tokens):
         """Make room in the page tables for the longest row and `tokens` more."""
@@ -246,7 +236,6 @@ class KVCache:
         self.rows.seen[rows] = 0
         self.rows.length[:, rows] = 0
         self.pool.free_all_but(self.rows.pages_in_use(self.page_size))
-        self.certain_steps = 0
 
     @torch.inference_mode()
     def select(self, sequences):
@@ -265,13 +254,12 @@ class KVCache:
             self.rows.copy_(chosen)  # a captured decode step goes on reading these tensors
         else:
             self.rows = chosen
-        self.certain_steps = 0
 
     def positions(self, sequence, layer, head):
         """The positions of the tokens whose pairs a KV head holds, ascending, (n,) int32."""
         self.check_sequences([sequence])
-        is_there = 0 <= layer < self.layers and 0 <= head < self.kv_heads
-        require(is_there, f"there are {self.layers} layers of {self.kv_heads} KV heads, from 0")
+        require(0 <= layer < self.layers and 0 <= head < self.kv_heads,
+                f"there are {self.layers} layers of {self.kv_heads} KV heads, from 0")
         return self.rows.positions(layer, sequence * self.kv_heads + head, self.pool)
 
     def count_ended(self, rows):

@@ -242,11 +242,9 @@ class Block(nn.Module):
 
 def check_ids(ids, V):
     """Raise ValueError unless ids (B, T) are token ids of a vocabulary of V words, one at least."""
-    is_integer = ids.dtype in (torch.int32, torch.int64)
-    has_shape = ids.dim() == 2 and ids.numel() > 0
-    problem = f"ids must be integers (B, T), at least one, from 0 to {V - 1}"
-    if not (is_integer and has_shape) or ids.min() < 0 or ids.max() >= V:
-        raise ValueError(problem)
+    is_block = ids.dtype in (torch.int32, torch.int64) and ids.dim() == 2 and ids.numel() > 0
+    if not is_block or ids.min() < 0 or ids.max() >= V:
+        raise ValueError(f"ids must be integers (B, T), at least one, from 0 to {V - 1}")
 
 
 class Model(nn.Module):

@@ -38,8 +38,8 @@ from kv_cache import KVCache
 
 HELD_OUT_ROWS = 32  # of text, on which the KL is measured
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
-TOY_DEFAULTS = dict(data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4,
-                    seq_len=512)
+TOY_DEFAULTS = dict(
+    data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4, seq_len=512)
 TEXT_DEFAULTS = dict(window=256, train="adapters", steps=1000, lr=3e-5, batch_size=8, seq_len=8192)
 
 
@@ -112,18 +112,17 @@ class TextData:
     seed: int
 
     def __post_init__(self):
-        places = list(self.documents)
-        self.kept_out = places[1::50]
-        del places[1::50]
-        self.places = places
+        self.places = list(self.documents)
+        self.kept_out = self.places[1::50]
+        del self.places[1::50]
         self.skipped = set()
 
     def encode(self, where):
         """The token ids of a document with an end token; none if it is skipped, which is said once."""
         try:
             ids = self.tokenizer.encode(self.documents[where])
-            is_known = max(ids, default=0) < self.vocab_size
-            require(is_known, "it has a token that the model does not know")
+            require(max(ids, default=0) < self.vocab_size,
+                    "it has a token that the model does not know")
         except InputError as e:
             if where not in self.skipped:
                 tqdm.write(one_line(f"{where} is skipped: {e}", None), file=sys.stderr)
@@ -175,14 +174,13 @@ def learning_rate(step, steps, peak):
 
 
 def train_step(student, teacher, data, optimizer, step, options):
-    """One step; returns its metrics. teacher is None where it is the student without eviction."""
+    """One step; returns its metrics. The teacher may be the student, asked not to evict."""
     torch.manual_seed(options.seed * 1_000_003 + step)
     ids, lengths = (x.to(student.device) for x in data.batch(step))
     token = torch.arange(ids.shape[1], device=ids.device)
     predicts = token < lengths[:, None] - 1  # (B, T): no padding, nor what nothing follows
     cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
 
-    teacher = teacher or student
     with torch.no_grad():
         target = teacher.hidden(ids, dms.masked_attention(teacher.config, evict=False))
     relaxed = dms.RelaxedAttention(student.config.dms, lengths, relaxed_attention_plain)
@@ -232,18 +230,15 @@ def load_state(file, parameters, optimizer):
 
 
 def load_pair(options):
-    """The student, ready to be trained, and its teacher, None where one model serves as both."""
+    """The student, ready to be trained, and its teacher: one model where it serves as both."""
     train_all = options.train == "all"
-    dtype = torch.float32 if train_all else options.torch_dtype
-    student = load_model(options.model, options.device, dtype)
+    teacher = load_model(options.model, options.device, options.torch_dtype)
+    student = load_model(options.model, options.device) if train_all else teacher
     settings = dms.DMSConfig(options.window, options.decision, options.shift, per=options.per,
                              target_cr=options.target_cr)
     dms.start_retrofit(student, settings)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(train_all or "dms_proj_alpha" in name)
-    teacher = None
-    if train_all:
-        teacher = load_model(options.model, options.device, options.torch_dtype)
     return student, teacher
 
 
@@ -262,28 +257,29 @@ def train(options, out):
     copy_tokenizer(resolve(options.model), out)
     state = out / "state.safetensors"
     metrics = out / "metrics.jsonl"
-    done = load_state(state, parameters, optimizer) if state.exists() else 0
-    problem = f"{metrics}: not readable; put an empty file in its place to go on"
-    lines = read_text(metrics, problem).splitlines(keepends=True)[:done] if done else []
-    for line in lines:
-        parse_object(line, problem)
+    done = 0
+    lines = []
+    if state.exists():
+        done = load_state(state, parameters, optimizer)
+        problem = f"{metrics}: not readable; put an empty file in its place to go on"
+        lines = read_text(metrics, problem).splitlines()[:done]
+        lines = [json.dumps(parse_object(line, problem)) + "\n" for line in lines]
+        print(f"{out}: goes on after step {done}, on {torch.get_num_threads()} threads; with another "
+              "number than before the result differs in its last bits")
     write_text(metrics, "".join(lines))
-    if done:
-        threads = f"as many threads as before, now {torch.get_num_threads()}"
-        print(f"{out}: goes on after step {done}; the same bit for bit with {threads}")
     bar = tqdm(range(done, options.steps), initial=done, total=options.steps, desc="retrofit")
     with open(metrics, "a") as log:
         for step in bar:
             row = train_step(student, teacher, data, optimizer, step, options)
-            is_finite = math.isfinite(row["kl"] + row["grad_norm"])
-            require(is_finite, f"step {step + 1} gave no finite loss; begin anew with a lower --lr")
+            require(math.isfinite(row["kl"] + row["grad_norm"]),
+                    f"step {step + 1} gave no finite loss; begin anew with a lower --lr")
             log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"KL {row['kl']:.4f}, target {row['target_cr']:.2f}x, "
                                 f"actual {row['cr']:.2f}x")
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 log.flush()
                 save_state(state, parameters, optimizer, step + 1)
-    if teacher is None:
+    if teacher is student:
         save_model(student, out, torch.float32, base=options.model)
     else:
         # half precision, as published models have it; what was trained is float32
@@ -322,10 +318,8 @@ def measure(model, reference, data, options, desc):
         cache = KVCache(model.config, rows, model.device, model.dtype)
         accuracy = data.answer_tasks(model, cache, options, desc)
         sequences = len(accuracy) * options.eval_problems
-    counted = ("compression_ratio", "peak_pairs", "reads", "peak_page_bytes")
-    counts = {key: cache.stats()[key] for key in counted}
-    counts |= {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs, "sequences": sequences}
-    return {"kl": kl, "accuracy": accuracy, **counts}
+    ended = {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs, "sequences": sequences}
+    return {"kl": kl, "accuracy": accuracy, **cache.stats(), **ended}
 
 
 def evaluate(options, out):
@@ -341,22 +335,20 @@ def evaluate(options, out):
     heads = window.config.num_hidden_layers * window.config.num_key_value_heads
     budget = max(round(held / heads), 1)
     dms.start_retrofit(window, dms.DMSConfig(window=budget - 1, offset=-1.0))
-    title = f"window of {budget}"
-    results["window"] = measure(window, dense, data, options, title)
-    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    if options.device != "cpu":
-        hardware = torch.cuda.get_device_name()
+    results["window"] = measure(window, dense, data, options, f"window of {budget}")
+    on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = on_cpu if options.device == "cpu" else torch.cuda.get_device_name()
     settings = {**options.settings(), "model": Path(options.model).name}
     write_json(out / "results.json", {
         "settings": settings, "hardware": hardware, "torch": torch.__version__,
         "window_tokens": budget, "results": results})  # fmt: skip
-    titles = ("dense", f"DMS {options.target_cr:g}x", title)
+    titles = ("dense", f"DMS {options.target_cr:g}x", f"window of {budget}")
     print_table(dict(zip(titles, results.values())))
 
 
-ROWS = {"kl": ("KL to the teacher, nats", ".4f"), "peak_pairs": ("peak pairs held", ","),
-        "compression_ratio": ("compression ratio", ".2f"), "reads": ("KV reads, pairs", ","),
-        "peak_page_bytes": ("peak bytes in pages", ",")}  # of the printed table
+TABLE = {"kl": "KL to the teacher, nats", "peak_pairs": "peak pairs held",
+         "compression_ratio": "compression ratio", "reads": "KV reads, pairs",
+         "peak_page_bytes": "peak bytes in pages"}  # what of a measurement is printed
 
 
 def print_table(columns):
@@ -365,8 +357,9 @@ def print_table(columns):
     columns = columns.values()
     for task in list(columns)[0]["accuracy"]:
         print(f"{task:26}" + "".join(f"{column['accuracy'][task]:18.1%}" for column in columns))
-    for key, (name, form) in ROWS.items():
-        print(f"{name:26}" + "".join(f"{column[key]:18{form}}" for column in columns))
+    for key, name in TABLE.items():
+        decimals = {"kl": 4, "compression_ratio": 2}.get(key, 0)
+        print(f"{name:26}" + "".join(f"{column[key]:18,.{decimals}f}" for column in columns))
 
 
 # -------------------------------------------------------------------------------------- The script
@@ -376,8 +369,7 @@ def parse(argv=None):
     """The Options: defaults, for toy data or text, then a resumed run's own, then those given."""
     given = parse_options(Options, argv)
     options = Options(**given)  # enough to find the run's folder
-    out = f"out/{Path(options.model).name}-dms-{options.target_cr:g}x"
-    out = Path(options.out or out)
+    out = Path(options.out or f"out/{Path(options.model).name}-dms-{options.target_cr:g}x")
     saved = {}
     if options.resume:
         file = out / "settings.json"
@@ -385,9 +377,9 @@ def parse(argv=None):
         saved = read_json(file)
         check_options(Options, saved, file)
     for key, value in saved.items():
-        is_same = key.startswith("eval_") or given.get(key, value) == value
-        flag = key.replace("_", "-")
-        require(is_same, f"{out}: was started with another --{flag} ({value!r}); resume it as it is")
+        started = f"was started with another --{key.replace('_', '-')} ({value!r})"
+        require(key.startswith("eval_") or given.get(key, value) == value,
+                f"{out}: {started}; resume it as it is")
     options = Options(**{**saved, **given})  # enough to know which defaults apply
     is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
     defaults = TOY_DEFAULTS if options.data == "toy" or is_teacher else TEXT_DEFAULTS
@@ -400,33 +392,32 @@ def parse(argv=None):
 def check(options):
     """What can be known to be wrong before anything is loaded."""
     folder = resolve(options.model)
-    is_dense = read_settings(folder, read_json(folder / "config.json")) is None
-    require(is_dense, f"{folder}: is already a DMS checkpoint; give the model that it came from")
+    require(read_settings(folder, read_json(folder / "config.json")) is None,
+            f"{folder}: is already a DMS checkpoint; give the model that it came from")
     require(options.data is not None, "--data is missing; give a .txt or .jsonl file")
     least = (options.window + 1) * options.target_cr
     require(least <= options.seq_len, f"target CR {options.target_cr:g} is impossible: the window alone "
             f"holds {options.window + 1} of {options.seq_len} tokens; use a smaller --window or "
             "--target-cr, or longer sequences")
-    can_train = options.decision == "adapter" or options.train == "all"
-    require(can_train, "--decision neuron has no adapters to train; add --train all")
+    require(options.decision == "adapter" or options.train == "all",
+            "--decision neuron has no adapters to train; add --train all")
     out = Path(options.out)
     is_new = not out.exists() or out.is_dir() and not [*out.glob("[!.]*")]  # but for the lock
-    remedy = "continue it with --resume, or choose another --out"
-    require(is_new or options.resume, f"{out}: already holds something; {remedy}")
+    require(is_new or options.resume,
+            f"{out}: already holds something; continue it with --resume, or choose another --out")
 
 
 def check_sizes(options, config):
     """Refuse sequences that the model has no positions for, or a step that has no room."""
-    context = config.max_position_embeddings
-    fits = options.seq_len <= context
-    require(fits, f"--seq-len is longer than the model's context of {context}; shorten it")
+    require(options.seq_len <= config.max_position_embeddings, "--seq-len is longer than the "
+            f"model's context of {config.max_position_embeddings}; shorten it")
     # of each layer at least its input is kept for the backward pass, and the MLP's inner tensors
     numbers = config.hidden_size + (0 if options.recompute else 4 * config.intermediate_size)
     tokens = options.batch_size * options.seq_len
     size = tokens * config.num_hidden_layers * numbers * options.torch_dtype.itemsize
     problem = f"a step needs more than {size / 1e9:.0f} GB, which are not there"
-    fits = size <= free_memory(torch.device(options.device))
-    require(fits, f"{problem}; lower --batch-size or --seq-len, or add --recompute")
+    require(size <= free_memory(torch.device(options.device)),
+            f"{problem}; lower --batch-size or --seq-len, or add --recompute")
 
 
 def main(argv=None):

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as InTurn
 
-import checkpoint
+import chat_template
 import dms
 from checkpoint import (
     ADAPTER_FILE,
@@ -1253,7 +1253,7 @@ def test_a_tokenizer_without_a_template_says_so(tmp_path):
 def test_a_template_that_breaks_out_or_breaks_down_is_refused(template, tmp_path, monkeypatch):
     make_tokenizer(tmp_path, "qwen", chat_template=template)
     monkeypatch.chdir(tmp_path)
-    checkpoint.PROCESSES.clear()  # one that starts here
+    chat_template.PROCESSES.clear()  # one that starts here
     tokenizer = load_tokenizer(tmp_path)
     messages = [dict(message) for message in CHAT]
     with pytest.raises(InputError) as e:
@@ -1284,13 +1284,13 @@ def test_a_template_that_burns_time_or_memory_is_stopped(template, tmp_path):
     with pytest.raises(InputError, match="chat template"):
         load_tokenizer(tmp_path).apply_chat_template(CHAT)
     assert time.time() - begin < 60  # 5 seconds of processor time, which others may want, too
-    assert checkpoint.render("{{ a }}", {"a": "well"}) == "well"
+    assert chat_template.render("{{ a }}", {"a": "well"}) == "well"
 
 
 def test_templates_of_several_threads_are_not_mixed_up():
     def render_many(number):
         for i in range(200):
-            assert checkpoint.render("{{ a }}", {"a": f"{number} {i}"}) == f"{number} {i}"
+            assert chat_template.render("{{ a }}", {"a": f"{number} {i}"}) == f"{number} {i}"
         return number
 
     with ThreadPoolExecutor(4) as pool:
@@ -1298,25 +1298,25 @@ def test_templates_of_several_threads_are_not_mixed_up():
 
 
 def test_a_template_process_that_died_or_was_left_is_replaced(monkeypatch):
-    assert checkpoint.render("{{ a }}", {"a": 1}) == "1"
-    process = checkpoint.PROCESSES[os.getpid()]
+    assert chat_template.render("{{ a }}", {"a": 1}) == "1"
+    process = chat_template.PROCESSES[os.getpid()]
     process.kill()
     process.wait()
-    assert checkpoint.render("{{ a }}", {"a": 2}) == "2"
+    assert chat_template.render("{{ a }}", {"a": 2}) == "2"
 
     class Stdout:
         def readline(self):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.PROCESSES[os.getpid()], "stdout", Stdout())
+    monkeypatch.setattr(chat_template.PROCESSES[os.getpid()], "stdout", Stdout())
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.render("{{ a }}", {"a": 3})
-    assert checkpoint.render("{{ a }}", {"a": 4}) == "4"
+        chat_template.render("{{ a }}", {"a": 3})
+    assert chat_template.render("{{ a }}", {"a": 4}) == "4"
 
 
 @pytest.mark.parametrize("text", ["naïve ☃ \u2028 \x85 \\ \" \n\t", "half \ud83d a character", ""])
 def test_every_text_passes_through_a_template(text):
-    assert checkpoint.render("[{{ a }}]", {"a": text}) == f"[{text}]"
+    assert chat_template.render("[{{ a }}]", {"a": text}) == f"[{text}]"
 
 
 # ------------------------------------------------------------------------------- Odd model folders

@@ -453,7 +453,6 @@ def test_a_cache_of_another_config_is_refused():
         (lambda model, cache: next(generate(model, cache, [Sequence([1], 0)])), "new"),
         (lambda model, cache: next(generate(model, cache, [Sequence([], 1)])), "empty"),
         (lambda model, cache: next(generate(model, cache, [Sequence([67], 1)])), "token id 67"),
-        (lambda model, cache: next(generate(model, cache, [Sequence([1], 600)])), "context"),
         (lambda model, cache: next(generate(model, cache, [Sequence([1], 2)] * 2)), "given twice"),
         (
             lambda model, cache: next(
