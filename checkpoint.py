@@ -147,7 +147,8 @@ def locked(file):
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads")
-LIMITS = {  # of numbers in JSON files and of options, by their names or kinds
+# of numbers in JSON files and of options, by their names or kinds
+LIMITS = {
     int: (1, 2**24), float: (-1e9, 1e9), "head_dim": (1, 2**12), "num_hidden_layers": (1, 1000),
     "rope_theta": (1e-9, 1e29), "rms_norm_eps": (0, 1), "max_window_layers": (0, 2**24),
     "window": (0, 2**20), "shift": (0, 1), "target_cr": (1, 1e6), "lr": (1e-12, 1e3),
@@ -197,9 +198,8 @@ def parse_config(raw, where="config.json"):
         require(name in values, f"{where}: {name} is missing; this is no complete model config")
     heads = values["num_attention_heads"]
     kv_heads = values.setdefault("num_key_value_heads", heads)
-    head_dim = max(values["hidden_size"] // heads, 1)
-    if family == "qwen3" and "head_dim" not in raw:
-        head_dim = 128
+    is_128 = family == "qwen3" and "head_dim" not in raw
+    head_dim = 128 if is_128 else max(values["hidden_size"] // heads, 1)
     head_dim = values.setdefault("head_dim", head_dim)
     values.setdefault("max_position_embeddings", 2048 if family == "llama" else 32768)
     config = ModelConfig(family, rope_scaling=rope, **values)
@@ -388,7 +388,8 @@ def find_adapters(path):
     """(file, DMSConfig, fingerprint of the base if it is known) of DMS adapter tensors: a
     safetensors file, or a folder with just one, with the settings that lie beside it if any do."""
     path = Path(path)
-    files = list(path.glob("*.safetensors")) if os.path.isdir(path) else [path]
+    is_folder = os.path.isdir(path)
+    files = list(path.glob("*.safetensors")) if is_folder else [path] * os.path.isfile(path)
     require(len(files) == 1, f"{path}: {len(files)} safetensors files there; name the adapters'")
     config = files[0].with_name("config.json")
     raw = read_json(config) if config.exists() else {}
@@ -435,8 +436,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         for name in dict(model.named_parameters()):
             owner, leaf = name.rsplit(".", 1)
             tensor = weights[name].get_tensor(name).to(dtype)
-            parameter = nn.Parameter(tensor, requires_grad=False)
-            setattr(model.get_submodule(owner), leaf, parameter)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.rope_freq = model.rope_freq.to(device)
@@ -451,10 +451,10 @@ def check_weights(weights, model, folder):
         require(condition, f"{folder}: {problem}; is it incomplete, not supported, or damaged?")
 
     wanted = dict(model.named_parameters())  # a tied head is not in it
-    leftovers = ["lm_head.weight"] if model.config.tie_word_embeddings else []
+    leftovers = ("rotary_emb.inv_freq", *["lm_head.weight"] * model.config.tie_word_embeddings)
     for name in weights:
-        is_leftover = name in leftovers or name.endswith("rotary_emb.inv_freq")
-        fit(name in wanted or is_leftover, f"tensor {one_line(name)} has no place in such a model")
+        fit(name in wanted or name.endswith(leftovers),
+            f"tensor {one_line(name)} has no place in such a model")
     for name, parameter in wanted.items():
         fit(name in weights, f"tensor {name} is missing")
         tensor = weights[name].get_slice(name)
@@ -480,9 +480,8 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None):
         with ExitStack() as stack:
             weights = open_weights(weight_files(resolve(base)), stack)
             raw["dms_base_fingerprint"] = fingerprint(weights)
-        is_local = os.path.isdir(base)
         relative = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
-        raw["dms_base_model"] = relative if is_local else str(base)
+        raw["dms_base_model"] = relative if os.path.isdir(base) else str(base)
     write_atomic(folder / file, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
     write_json(folder / "config.json", raw)
 

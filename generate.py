@@ -140,11 +140,10 @@ class Scheduler:
         first = self.waiting[0][0]
         if first.row is None and not self.free_rows:
             return False
-        cache = self.cache
-        pairs = (len(first.ids) - first.fed) / (cache.compression_ratio() or 1)
+        pairs = (len(first.ids) - first.fed) / (self.cache.compression_ratio() or 1)
         # of each head; its last page is half empty on average, and half a page is a margin
-        pages = pairs / cache.page_size + 1
-        has_room = cache.layers * cache.kv_heads * pages <= int(cache.pool.free_count)
+        pages = self.cache.layers * self.cache.kv_heads * (pairs / self.cache.page_size + 1)
+        has_room = pages <= int(self.cache.pool.free_count)
         return has_room or not self.running
 
     def next_group(self):
@@ -254,8 +253,7 @@ class Stream:
         self.show = show
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.ids = []
-        self.decoded = ""
-        self.text = ""  # as much of it as is certain
+        self.decoded = self.text = ""  # text: as much of it as is certain
         self.stopped = False
 
     def __call__(self, token):
@@ -289,8 +287,7 @@ def final_answer(text):
     """What chains vote on: the contents of the last \\boxed{}, else the last number, else the last
     line; None for no text."""
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
-    numbers = [number.replace(",", "").rstrip(".") for number in numbers]
+    numbers = [x.replace(",", "").rstrip(".") for x in re.findall(r"-?\d[\d,]*\.?\d*", text)]
     lines = [line for line in text.split("\n") if line.strip()]
     return (boxed or numbers or lines or [None])[-1]
 
@@ -352,12 +349,11 @@ class Session:
             given = {key: source.get(key) for key in ("temperature", "top_k", "top_p", "min_p")}
             self.sampling |= {key: value for key, value in given.items() if value is not None}
         check_sampling(self.sampling, file)
-        self.tokens = 0
-        self.seconds = 0.0
+        self.tokens, self.seconds = 0, 0.0
 
     def new_cache(self, rows):
-        model = self.model
         memory = self.options.memory and self.options.memory * 1e9
+        model = self.model
         self.cache = KVCache(model.config, rows, model.device, model.dtype, memory=memory)
 
     def encode(self, prompt, max_new_tokens):
@@ -439,8 +435,8 @@ def answered_lines(out, requests):
     as it was written is cut off. Raises InputError if the file holds anything else."""
     problem = f"{out}: holds something else than whole answers to these requests; give another --out"
     *rows, cut = read_text(out, problem).split("\n")
-    is_cut = cut.startswith(ROW) and not cut.endswith("}")  # else just the line's end is missing
-    require(is_cut or ROW.startswith(cut), problem)
+    # (a last row that ends with "}" may be whole, but for the line's end)
+    require(ROW.startswith(cut) or cut.startswith(ROW) and not cut.endswith("}"), problem)
     lines = set()
     for text in rows:
         require(text.startswith(ROW), problem)
@@ -523,12 +519,12 @@ def one_prompt(session, prompt, check=None):
     chains = session.chains(ids, options.max_new_tokens, options.seed, show_now if options.n == 1 else None)
     session.finish(chains, release=not options.show_evictions)
     said = answer_of(chains)
-    lines = [f"[{i}] {text}\n" for i, text in enumerate(said["texts"], 1)]
-    print("".join(lines) if options.n > 1 else "", flush=True)
+    verdict = f"answer {said['answer']}; {said['votes']} of {options.n} agree"
+    if options.n > 1:
+        print("".join(f"[{i}] {text}\n" for i, text in enumerate(said["texts"], 1)), end="")
+    print(flush=True)
     if options.n > 1 or check:
-        vote = f"answer {said['answer']}; {said['votes']} of {options.n} agree"
-        verdict = check(said["texts"]) if check else vote
-        print(f"[{verdict}]", file=sys.stderr)
+        print(f"[{check(said['texts']) if check else verdict}]", file=sys.stderr)
     if options.show_evictions:
         show_evictions(session, chains[0])
 
@@ -585,10 +581,10 @@ def main(argv=None):
         one_prompt(session, options.prompt, check)
     if session.tokens:
         s = session.cache.stats()
-        speed = f"{session.tokens / session.seconds:.1f} tokens/s"
+        speed = f"in {session.seconds:.2f} s, {session.tokens / session.seconds:.1f} tokens/s"
         held = f"at most {s['peak_pairs']:,} pairs held, in {s['peak_page_bytes']:,} bytes"
-        print(f"[{session.tokens} tokens in {session.seconds:.2f} s, prompts included, {speed}; "
-              f"compression {s['compression_ratio'] or 1:.2f}x; {held}]", file=sys.stderr)
+        print(f"[{session.tokens} tokens, prompts included, {speed}; compression "
+              f"{s['compression_ratio'] or 1:.2f}x; {held}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ sequence b; P pages in the pool; M columns of the page table; W = window + 1 ent
 """
 
 import copy
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -59,10 +58,14 @@ class Feed:
         N = len(self.new)
         T, D = k.shape[2:]
         feed = self.one_token if T == 1 else self.block
-        rows = self.rows.layer(layer)
-        k = k.reshape(N, T, D)
-        v = v.reshape(N, T, D)
-        y = feed(layer, rows, q.reshape(N, -1, T, D), k, v, logits.reshape(N, T))
+        y = feed(
+            layer,
+            self.rows.layer(layer),
+            q.reshape(N, -1, T, D),
+            k.reshape(N, T, D),
+            v.reshape(N, T, D),
+            logits.reshape(N, T),
+        )
         return y.view(q.shape)
 
     def one_token(self, layer, rows, q, k, v, logits):
@@ -80,8 +83,18 @@ class Feed:
         cache = self.cache
         reads = (rows.length + self.new) * (self.new > 0)
         cache.reads[layer] += reads.view(-1, cache.kv_heads).sum(0)
-        settings = (cache.window, cache.shift, cache.scores_at_a_time)
-        return append_block(q, k, v, logits, self.new, rows, cache.pool, *settings)
+        return append_block(
+            q,
+            k,
+            v,
+            logits,
+            self.new,
+            rows,
+            cache.pool,
+            cache.window,
+            cache.shift,
+            cache.scores_at_a_time,
+        )
 
 
 class KVCache:
@@ -105,8 +118,7 @@ class KVCache:
         on_gpu = self.device.type == "cuda"
         self.page_size = page_size or (64 if config.head_dim >= 64 else 32)
         self.chunk = chunk or (2048 if on_gpu else 512)
-        require(self.page_size > 0 and math.log2(self.page_size).is_integer(),
-                "page_size must be a power of two")
+        require(self.page_size.bit_count() == 1, "page_size must be a power of two")
         least = min(batch_size, self.chunk, 1 if memory is None else memory)
         require(least > 0, "batch_size and chunk must be at least 1, memory above 0")
         self.config = replace(config, dms=copy.copy(config.dms))  # as it is now
@@ -155,8 +167,9 @@ class KVCache:
         """Raise InputError unless it was made for such a model, as that is configured now."""
         require(self.config == model.config,
                 "the cache was made for another config, or this one before it changed; make a new one")
-        problem = f"the cache stores {self.pool.keys.dtype}, the model gives {model.dtype}"
-        require(self.pool.keys.dtype == model.dtype, f"{problem}; make it with dtype=model.dtype")
+        stored = self.pool.keys.dtype
+        require(stored == model.dtype, f"the cache stores {stored}, the model gives {model.dtype}; "
+                "make it with dtype=model.dtype")
 
     def check_sequences(self, sequences):
         """Raise InputError unless these are indices of sequences."""
@@ -229,8 +242,7 @@ class KVCache:
     def release(self, sequences):
         """End sequences (their indices): their pages are free again, and their rows empty. Raises
         InputError for an index that is none."""
-        sequences = set(sequences)
-        self.check_sequences(sequences)
+        self.check_sequences(sequences := set(sequences))
         rows = self.rows_of(sequences)
         self.count_ended(rows)
         self.rows.seen[rows] = 0
@@ -242,7 +254,7 @@ class KVCache:
         """Sequence i of the cache continues what sequences[i] has fed: name one several times to
         fork it, do not name it to drop it. Forks share the pages that they will not write to.
         Raises InputError, or CacheFull, before anything has changed."""
-        require(len(sequences) > 0, "select at least one sequence")
+        require(sequences, "select at least one sequence")
         self.check_sequences(sequences)
         dropped = set(range(self.batch_size)) - set(sequences)
         is_copy = [b in sequences[:i] for i, b in enumerate(sequences)]
@@ -260,7 +272,8 @@ class KVCache:
         self.check_sequences([sequence])
         require(0 <= layer < self.layers and 0 <= head < self.kv_heads,
                 f"there are {self.layers} layers of {self.kv_heads} KV heads, from 0")
-        return self.rows.positions(layer, sequence * self.kv_heads + head, self.pool)
+        row = sequence * self.kv_heads + head
+        return self.rows.positions(layer, row, self.pool)
 
     def count_ended(self, rows):
         """Note what sequences hold that end now. (rows: indices)"""
@@ -280,7 +293,6 @@ class KVCache:
         peak_page_bytes: in use, now and at most; pool_bytes: of all pages; *_per_head: [L][Hkv]."""
         tokens = int(self.seen.sum())
         pages = len(self.pool) - int(self.pool.free_count)
-        peak_pages = len(self.pool) - int(self.least_free_pages)
         by_head = self.rows.length.view(self.layers, -1, self.kv_heads).sum(1)
         return {
             "tokens": tokens,
@@ -291,7 +303,7 @@ class KVCache:
             "reads": int(self.reads.sum()),
             "pages": pages,
             "page_bytes": pages * self.page_bytes,
-            "peak_page_bytes": peak_pages * self.page_bytes,
+            "peak_page_bytes": (len(self.pool) - int(self.least_free_pages)) * self.page_bytes,
             "pool_bytes": len(self.pool) * self.page_bytes,
             "pairs_per_head": by_head.tolist(),
             "reads_per_head": self.reads.tolist(),

@@ -242,9 +242,10 @@ class Block(nn.Module):
 
 def check_ids(ids, V):
     """Raise ValueError unless ids (B, T) are token ids of a vocabulary of V words, one at least."""
-    is_block = ids.dtype in (torch.int32, torch.int64) and ids.dim() == 2 and ids.numel() > 0
-    if not is_block or ids.min() < 0 or ids.max() >= V:
-        raise ValueError(f"ids must be integers (B, T), at least one, from 0 to {V - 1}")
+    has_shape = ids.dim() == 2 and ids.numel() > 0
+    if not has_shape or ids.is_floating_point() or ids.min() < 0 or ids.max() >= V:
+        problem = f"ids must be integers (B, T), at least one, from 0 to {V - 1}"
+        raise ValueError(problem)
 
 
 class Model(nn.Module):
@@ -335,10 +336,11 @@ class Model(nn.Module):
         whole, odd = divmod(ids.shape[1] - 1, cache.chunk)
         with torch.inference_mode():
             for piece in ids.split([odd + 1, *[cache.chunk] * whole], dim=1):
-                count = left.clamp(0, piece.shape[1])  # real tokens of this piece
+                T = piece.shape[1]
+                count = left.clamp(0, T)  # real tokens of this piece
                 left = left - count
                 # the Feed that the cache gives is the `attend` of this piece
-                with cache.append(count, piece.shape[1], sequence, of=lengths) as feed:
+                with cache.append(count, T, sequence, of=lengths) as feed:
                     states.append(self.hidden(piece, feed, feed.start))
         return torch.cat(states, dim=1)
 

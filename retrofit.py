@@ -94,8 +94,8 @@ def read_documents(file):
         text = read_text(file, f"{file}: not readable as text; give a .txt or .jsonl file")
         found = {f"{file}: paragraph {number}": document
                  for number, document in enumerate(text.split("\n\n"), 1) if document.strip()}
-    count = f"{len(found)} usable documents"
-    require(len(found) >= 2, f"{file}: has {count}, parted by blank lines or as JSON lines")
+    require(len(found) >= 2,
+            f"{file}: has {len(found)} usable documents, parted by blank lines or as JSON lines")
     return found
 
 
@@ -257,8 +257,7 @@ def train(options, out):
     copy_tokenizer(resolve(options.model), out)
     state = out / "state.safetensors"
     metrics = out / "metrics.jsonl"
-    done = 0
-    lines = []
+    done, lines = 0, []
     if state.exists():
         done = load_state(state, parameters, optimizer)
         problem = f"{metrics}: not readable; put an empty file in its place to go on"

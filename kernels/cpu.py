@@ -40,8 +40,7 @@ def launch(kernel, *tensors):
 def cache_write(k, v, evict, new, rows, pool, shift):
     """cache_write_plain. The free stack must have a page for every row that needs one."""
     state = (rows.seen, rows.length, rows.table, rows.ring, pool.keys, pool.values, pool.position)
-    free = (pool.evicted, pool.free, pool.free_count)
-    launch(_write, k, v, evict, new, *state, *free, torch.tensor([shift]))
+    launch(_write, k, v, evict, new, *state, pool.evicted, pool.free, pool.free_count, torch.tensor([shift]))
 
 
 def decode_attention(q, k_pages, v_pages, table, length):
@@ -72,8 +71,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         rows = x.shape[:-1].numel()
-        has_instructions = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        is_slow = x.dtype != torch.float32 and not has_instructions
+        is_slow = x.dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() != "AVX512"
         is_faster = rows > 1 and (rows <= 32 or is_slow)  # for one row PyTorch is as fast
         must_be_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if must_be_plain or not is_faster or not can_read(x.device, x.dtype):
