@@ -58,7 +58,7 @@ def draw_heads(plt):
 
 
 def draw_training(plt):
-    rows = read_lines(FOLDER / "metrics.jsonl")
+    rows = read_lines(FOLDER / "metrics.jsonl").values()
     steps = [row["step"] for row in rows]
     figure, left = plt.subplots(figsize=(5.4, 3.2))
     left.plot(steps, [row["kl"] for row in rows], color="tab:blue", linewidth=0.8)
