@@ -100,7 +100,7 @@ def main():
         pipe.reconfigure(encoding="utf-8", errors="surrogatepass")
     for line in sys.stdin:
         if resource:
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+            used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])  # user's and system's
             limit(resource.RLIMIT_CPU, int(used) + SECONDS)
         try:
             request = json.loads(line)

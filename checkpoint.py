@@ -5,9 +5,10 @@ Everything on disk: a model folder's config.json, weights, DMS settings, tokeniz
     tokenizer = load_tokenizer("Qwen/Qwen3-0.6B")
     save_model(model, "out/mine")
 
-Only safetensors and JSON are read, and nothing in a folder is ever executed. Bad input is refused
-by an InputError, one line that says what is wrong and what to do, before any long work. At the end,
-what the two scripts share: their options, and how they end.
+Only safetensors and JSON are read. Nothing in a folder is executed but the chat template, and that
+by chat_template.py. Bad input is refused by an InputError, one line that says what is wrong and
+what to do, before any long work. At the end, what the two scripts share: their options, and how
+they end.
 """
 import argparse
 import functools
@@ -55,8 +56,8 @@ class InputError(ValueError):
 def one_line(text, length=120):
     """The beginning of a text as a terminal may show it: line breaks made spaces, and what a
     terminal would obey, such as escape sequences, spelled out."""
-    text = " ".join(str(text).split())[:length]
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    shown = (c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split())[:length])
+    return "".join(shown)
 
 
 def require(condition, problem):
@@ -145,15 +146,14 @@ def locked(file):
 
 # ------------------------------------------------------------------------------------- config.json
 
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads")
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # of numbers in JSON files and of options, by their names or kinds
 LIMITS = {
     int: (1, 2**24), float: (-1e9, 1e9), "head_dim": (1, 2**12), "num_hidden_layers": (1, 1000),
     "rope_theta": (1e-9, 1e29), "rms_norm_eps": (0, 1), "max_window_layers": (0, 2**24),
     "window": (0, 2**20), "shift": (0, 1), "target_cr": (1, 1e6), "lr": (1e-12, 1e3),
     "compression_weight": (0, 1e6), "seed": (-(2**40), 2**40), "n": (1, 2**16), "memory": (1e-6, 1e6),
-    "temperature": (0, 1e3), "top_k": (0, 2**24), "top_p": (1e-9, 1), "min_p": (0, 1)}
+    "seq_len": (2, 2**24), "temperature": (0, 1e3), "top_k": (0, 2**24), "top_p": (1e-9, 1), "min_p": (0, 1)}
 
 
 def checked(raw, key, kind, where, name=None):
@@ -388,8 +388,9 @@ def find_adapters(path):
     """(file, DMSConfig, fingerprint of the base if it is known) of DMS adapter tensors: a
     safetensors file, or a folder with just one, with the settings that lie beside it if any do."""
     path = Path(path)
-    is_folder = os.path.isdir(path)
-    files = list(path.glob("*.safetensors")) if is_folder else [path] * os.path.isfile(path)
+    files = [path] * os.path.isfile(path)
+    if os.path.isdir(path):
+        files = list(path.glob(ADAPTER_FILE)) or list(path.glob("*.safetensors"))
     require(len(files) == 1, f"{path}: {len(files)} safetensors files there; name the adapters'")
     config = files[0].with_name("config.json")
     raw = read_json(config) if config.exists() else {}
@@ -495,12 +496,12 @@ def copy_tokenizer(source, folder):
     from huggingface_hub.constants import HF_HUB_CACHE
 
     places = tuple(os.path.realpath(place) + os.sep for place in (source, HF_HUB_CACHE))
-    for name in TOKENIZER_FILES:
-        file = os.path.realpath(source / name)
-        if os.path.isfile(file):
-            require(file.startswith(places),
-                    f"{source / name}: links to a file elsewhere; put a copy there")
-            write_atomic(folder / name, functools.partial(shutil.copyfile, file))
+    names = [name for name in TOKENIZER_FILES if os.path.isfile(source / name)]
+    for name in names:
+        require(os.path.realpath(source / name).startswith(places),
+                f"{source / name}: links to a file elsewhere; put a copy there")
+    for name in names:
+        write_atomic(folder / name, functools.partial(shutil.copyfile, source / name))
 
 
 class Tokenizer:
@@ -569,9 +570,10 @@ class Tokenizer:
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             if self.special(name) is not None:
                 variables.setdefault(name, self.special(name))
-        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        given = {"tools": None, "documents": None, **variables, **given}
-        with refusing("the chat template failed on these messages", ValueError, TypeError, OSError):
+        given = {"tools": None, "documents": None, **variables, "messages": messages,
+                 "add_generation_prompt": add_generation_prompt}
+        errors = (ValueError, TypeError, OSError, RecursionError)
+        with refusing("the chat template failed on these messages", *errors):
             return render(self.template, given)
 
 
@@ -594,7 +596,7 @@ def check_ids(config, ids, new_tokens=None):
 # ----------------------------------------------------------------------- What the scripts share
 
 
-def place(text):
+def path_or_id(text):
     """What an option takes for a path or a hub id: the absolute path of a file or model folder that
     is there, any other text as it is."""
     is_there = os.path.isfile(text) or os.path.isfile(Path(text) / "config.json")
@@ -623,7 +625,7 @@ def check_options(options, values, where):
     """Raise InputError unless values, {field: value}, can be those of a dataclass of options."""
     kinds = options.__annotations__
     for name, value in values.items():
-        kind = str if kinds.get(name) is place else kinds.get(name)
+        kind = str if kinds.get(name) is path_or_id else kinds.get(name)
         choices = get_args(kind) or (value,)
         require(kind and value is not None and value in choices,
                 f"{where}: {name} = {value!r:.80} is no such option; change it")

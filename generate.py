@@ -92,10 +92,11 @@ class Scheduler:
         for sequence in self.sequences:
             require(sequence.max_new_tokens > len(sequence.new), "max_new_tokens allows no new token")
             check_ids(self.model.config, sequence.ids)
-            held = 0 if sequence.row is None else int(self.cache.seen[sequence.row])
-            require(held == sequence.fed, "the cache does not hold what a sequence has fed")
+            require(sequence.row is None or int(self.cache.seen[sequence.row]) == sequence.fed,
+                    "the cache does not hold what a sequence has fed")
         self.step = DecodeStep(self.model, self.cache, self.sampling)
-        self.free_rows = [row for row, seen in enumerate(self.cache.seen.tolist()) if seen == 0]
+        seen = enumerate(self.cache.seen.tolist())
+        self.free_rows = [row for row, tokens in seen if tokens == 0 and row not in places]
         self.running = []  # the youngest last
         # neighbours with the same tokens are a group, which is fed once and forked
         sequences = sorted(self.sequences, key=lambda s: s.row is None)  # those with a row first
@@ -435,8 +436,10 @@ def answered_lines(out, requests):
     as it was written is cut off. Raises InputError if the file holds anything else."""
     problem = f"{out}: holds something else than whole answers to these requests; give another --out"
     *rows, cut = read_text(out, problem).split("\n")
-    # (a last row that ends with "}" may be whole, but for the line's end)
-    require(ROW.startswith(cut) or cut.startswith(ROW) and not cut.endswith("}"), problem)
+    require(ROW.startswith(cut) or cut.startswith(ROW), problem)
+    with suppress(ValueError):
+        json.loads(cut)
+        rows.append(cut)  # whole, but for its line's end: looked at, and then cut off like others
     lines = set()
     for text in rows:
         require(text.startswith(ROW), problem)
@@ -446,7 +449,7 @@ def answered_lines(out, requests):
         require(json.dumps(request) == json.dumps(requests.get(line)), problem)
         lines.add(line)
     os.truncate(out, out.stat().st_size - len(cut.encode()))
-    return lines
+    return lines - {line} if cut in rows else lines
 
 
 def chains_of_request(session, request, line):
@@ -476,8 +479,8 @@ def serve(session):
                   for line, request in requests.items() if line not in done}
         session.new_cache(min(session.options.batch, max(len(chains) * session.options.n, 1)))
         failed = answer(session, chains, requests, out)
-    why = "; ".join(list(failed.values())[:3])
-    require(not failed, f"{len(failed)} requests are not answered, run again with more --memory ({why})")
+    require(not failed, f"{len(failed)} requests are not answered, run again with more --memory: "
+            f"{'; '.join(list(failed.values())[:3])}")
 
 
 def answer(session, chains, requests, out):
@@ -569,8 +572,7 @@ def main(argv=None):
         from toy.tasks import question
 
         options.prompt, check = question(options.task, options.seed)
-        if options.n == 1 and options.temperature is None:
-            options.temperature = 0.0
+        options.temperature = options.temperature if options.n > 1 else options.temperature or 0.0
     require(options.prompt is None or options.prompt.strip(), "the prompt is empty; give some text")
     session = Session(options)
     if options.chat:

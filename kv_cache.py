@@ -111,13 +111,13 @@ class KVCache:
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None,
                  chunk=None, memory=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page, a power
-        of two. chunk: the most tokens computed at a time. memory: bytes of the pool; None is what
+        of two. chunk: the most tokens computed at a time, at least 2. memory: bytes of the pool; None is what
         the model's whole context takes without eviction, but at most 80 % of a GPU's free memory,
         or of the machine's (whose pages take memory once they are written to)."""
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         self.page_size = page_size or (64 if config.head_dim >= 64 else 32)
-        self.chunk = chunk or (2048 if on_gpu else 512)
+        self.chunk = max(chunk or (2048 if on_gpu else 512), 2)
         require(self.page_size.bit_count() == 1, "page_size must be a power of two")
         least = min(batch_size, self.chunk, 1 if memory is None else memory)
         require(least > 0, "batch_size and chunk must be at least 1, memory above 0")
@@ -173,9 +173,9 @@ class KVCache:
 
     def check_sequences(self, sequences):
         """Raise InputError unless these are indices of sequences."""
-        are_there = set(sequences) <= set(range(self.batch_size))
-        known = f"the cache has sequences of indices below {self.batch_size}"
-        require(are_there, f"{known}, not all of {one_line(list(sequences))}")
+        require(set(sequences) <= set(range(self.batch_size)),
+                f"the cache has sequences of indices below {self.batch_size}, "
+                f"not all of {one_line(list(sequences))}")
 
     def check_lengths(self, B, T, lengths=None, sequence=None):
         """The real tokens in each row of ids (B, T), (B,) int64 on the cache's device. Raises

@@ -29,17 +29,17 @@ from tqdm import tqdm
 
 import dms
 from checkpoint import (InputError, Tokenizer, check_options, choose_device, copy_tokenizer,
-                        load_model, load_tokenizer, locked, one_line, parse_config, parse_object, parse_options, place,
-                        read_json, read_lines, read_settings, read_text, refusing, require, resolve,
-                        run_script, save_model, write_atomic, write_json, write_text)
+                        load_model, load_tokenizer, locked, one_line, parse_config, parse_object,
+                        parse_options, path_or_id, read_json, read_lines, read_settings, read_text,
+                        refusing, require, resolve, run_script, save_model, write_atomic,
+                        write_json, write_text)
 from kernels.pages import free_memory
 from kernels.training_attention import relaxed_attention_plain
 from kv_cache import KVCache
 
 HELD_OUT_ROWS = 32  # of text, on which the KL is measured
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
-TOY_DEFAULTS = dict(
-    data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4, seq_len=512)
+TOY_DEFAULTS = dict(data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4, seq_len=512)
 TEXT_DEFAULTS = dict(window=256, train="adapters", steps=1000, lr=3e-5, batch_size=8, seq_len=8192)
 
 
@@ -47,8 +47,8 @@ TEXT_DEFAULTS = dict(window=256, train="adapters", steps=1000, lr=3e-5, batch_si
 class Options:
     """Of the command line: --batch-size 8 for batch_size."""
 
-    model: place = str(TEACHER)  # folder or hub id (default: the toy teacher)
-    data: place = None  # toy, or a .txt or .jsonl file (default: toy, for the toy teacher)
+    model: path_or_id = str(TEACHER)  # folder or hub id (default: the toy teacher)
+    data: path_or_id = None  # toy, or a .txt or .jsonl file (default: toy, for the toy teacher)
     out: str = None  # folder for the checkpoint (default: out/NAME-dms-CRx)
     resume: bool = False  # continue the interrupted run in --out
     target_cr: float = 8.0  # compression ratio to reach
@@ -169,8 +169,7 @@ def config_of(model):
 
 def learning_rate(step, steps, peak):
     """Linear from 0 over the first 20 steps, constant, linear to 0 over the last 40 %."""
-    decay = (steps - step) / max(0.4 * steps, 1)
-    return peak * min(1.0, (step + 1) / 20, decay)
+    return peak * min(1.0, (step + 1) / 20, (steps - step) / max(0.4 * steps, 1))
 
 
 def train_step(student, teacher, data, optimizer, step, options):
@@ -220,7 +219,7 @@ def save_state(file, parameters, optimizer, step):
 def load_state(file, parameters, optimizer):
     """The inverse of save_state; returns the number of steps done."""
     problem = f"{file}: does not belong to this run; start anew in another --out"
-    with (refusing(problem, SafetensorError, OSError, ValueError, KeyError, RuntimeError),
+    with (refusing(problem, SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError),
           safe_open(file, "pt") as saved):
         for name, parameter in parameters.items():
             parameter.data.copy_(saved.get_tensor(f"weight.{name}"))
@@ -253,10 +252,9 @@ def train(options, out):
     parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", options.settings())
     copy_tokenizer(resolve(options.model), out)
-    state = out / "state.safetensors"
-    metrics = out / "metrics.jsonl"
+    write_json(out / "settings.json", options.settings())
+    state, metrics = out / "state.safetensors", out / "metrics.jsonl"
     done, lines = 0, []
     if state.exists():
         done = load_state(state, parameters, optimizer)
@@ -300,8 +298,7 @@ def kl_on_text(model, reference, data):
         target = reference.states(row[None, :n])[:, :-1]
         every = torch.ones(1, n - 1, dtype=torch.bool)
         nats += dms.distillation_loss(states, target, *heads, every).item() * (n - 1)
-        require(math.isfinite(nats), "a model gives no finite numbers: the teacher in this --dtype, or "
-                "the student; begin anew with another --dtype or a lower --lr")
+        require(math.isfinite(nats), "no finite KL: begin anew with another --dtype or a lower --lr")
         cache.release([0])
     return nats / int((lengths - 1).sum()), cache
 

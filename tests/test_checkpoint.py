@@ -1287,6 +1287,17 @@ def test_a_template_that_burns_time_or_memory_is_stopped(template, tmp_path):
     assert chat_template.render("{{ a }}", {"a": "well"}) == "well"
 
 
+def test_the_limit_of_time_is_on_each_text_not_on_all():
+    """Time of the system, which long texts take for their way through the pipe, counts as well."""
+    text = "x" * 2**20
+    begin = time.time()
+    used = 0
+    while used < chat_template.SECONDS + 2 and time.time() - begin < 100:
+        assert len(chat_template.render("{{ a }}", {"a": text})) == len(text)
+        stat = Path(f"/proc/{chat_template.PROCESSES[os.getpid()].pid}/stat").read_text()
+        used = sum(map(int, stat.rsplit(")", 1)[1].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_templates_of_several_threads_are_not_mixed_up():
     def render_many(number):
         for i in range(200):

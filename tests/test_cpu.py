@@ -1,6 +1,9 @@
 """kernels/cpu.py against the plain functions, and an engine without numba."""
+import os
 import random
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from kernels import choose, cpu
 from kernels.decode_attention import decode_attention_plain
 from kv_cache import KVCache
 
+ROOT = Path(__file__).resolve().parent.parent
 missing = "numba is not installed; it lags behind new Pythons"
 compiled = pytest.mark.skipif(cpu.numba is None, reason=missing)
 
@@ -156,3 +160,20 @@ def test_without_numba(dtype, monkeypatch):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     monkeypatch.setitem(sys.modules, "numba", None)
     assert runpy.run_path(str(Path(cpu.__file__)))["numba"] is None
+
+
+@compiled
+def test_without_a_folder_for_compiled_code_it_is_compiled_each_time(tmp_path):
+    """As in a container where neither the installation nor a home can be written to."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "kernels" / "__pycache__").write_text("no folder")
+    nowhere = {"HOME": "/proc/none", "XDG_CACHE_HOME": "/proc/none", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, **nowhere}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    code = "import torch, kernels.cpu as c; x = torch.ones(2, 4); print(c.linear(x, torch.ones(3, 4)).sum())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout == "tensor(24.)\n", done.stderr

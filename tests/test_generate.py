@@ -381,6 +381,17 @@ def test_leaving_early_leaves_nothing_behind(leave):
         assert [s.new for s in some] == expected
 
 
+def test_a_row_that_a_sequence_names_is_not_given_to_another():
+    """As after an accident while it was fed for the first time."""
+    model = small_model(4, DMSConfig(window=3), 0.5)
+    some = sequences(2)
+    expected = [alone(model, s) for s in some]
+    some[0].row = 0
+    finish(model, small_cache(model, 2), some, release=False)
+    assert [s.new for s in some] == expected
+    assert {s.row for s in some} == {0, 1}
+
+
 def test_a_history_that_the_cache_does_not_hold_is_refused():
     """And nothing happens to the sequence whose row it names."""
     model = small_model(0)
@@ -773,6 +784,7 @@ ANSWER = '{"generated": {"line": 1, "texts": ["y"]}, "prompt": "x"}\n'
         ANSWER.replace("1", "2"),
         '{"prompt": "x", "generated": {"line": 1}}\n',
         ANSWER + "notes",
+        ANSWER.replace('"x"', '"y"').strip(),  # but for its line's end
         ANSWER + "\n",
         "notes",
         "\n",
@@ -790,6 +802,17 @@ def test_a_file_of_other_content_is_never_written_to(content, tmp_path):
         assert done.stderr.count("\n") == 1
         assert (tmp_path / name).read_text() == content
     assert (tmp_path / "link.jsonl").is_symlink()
+
+
+@pytest.mark.parametrize("left", [ANSWER.strip(), ANSWER[:-3], ANSWER[:40], ANSWER[:5], "{", ""])
+def test_a_row_that_was_cut_is_made_again(left, tmp_path):
+    """Also one that is whole but for its line's end, or that ends with a bracket by chance."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "out.jsonl").write_text(left)
+    done = run("--requests", "in.jsonl", "--out", "out.jsonl", "--max-new-tokens", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = answers_in(tmp_path / "out.jsonl")[1]
+    assert row["generated"]["texts"] != ["y"] and row["prompt"] == "x"
 
 
 def test_requests_as_their_own_answers_are_refused(tmp_path):

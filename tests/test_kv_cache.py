@@ -511,12 +511,12 @@ def test_whatever_is_raised_on_the_way_leaves_no_half_of_an_input(T):
         torch.testing.assert_close(logits, model(ids), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("T", [8, 9, 10, 16, 17])
-def test_an_input_that_does_not_fit_is_held_wholly_or_not_at_all(T):
+@pytest.mark.parametrize("T, chunk", [(8, 8), (9, 8), (10, 8), (16, 8), (17, 8), (9, 1), (17, 2)])
+def test_an_input_that_does_not_fit_is_held_wholly_or_not_at_all(T, chunk):
     model = small_model(0)
-    cache = KVCache(model.config, 2, chunk=8, page_size=2)
+    cache = KVCache(model.config, 2, chunk=chunk, page_size=2)
     memory = 40 * cache.page_bytes
-    cache = KVCache(model.config, 2, chunk=8, page_size=2, memory=memory)
+    cache = KVCache(model.config, 2, chunk=chunk, page_size=2, memory=memory)
     model(torch.randint(0, 67, (1, 12)), cache=cache, sequence=1)
     ids = torch.randint(0, 67, (1, T))
     if T > 8:
