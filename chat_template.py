@@ -1,8 +1,9 @@
 """
 A chat template at work, in a process of its own: it is a stranger's program, and may run wild.
 
-render() starts this file as a process, and writes a line of JSON for each text it wants:
-{"template": ..., "variables": {...}}. The answer is a line, too: {"text": ...} or {"error": ...}.
+render() starts this file as a process, and writes it lines of JSON: a string is the template from
+now on, an object the variables of a text. The answer to these is a line, too: {"text": ...} or
+{"error": ...}.
 A rendering that takes more than SECONDS of processor time ends the process; one that takes more
 than MEMORY bytes ends it, or fails, as one longer than LENGTH does. (Windows has no limits of time
 and memory.) This file knows nothing else of the project, so that it starts at once: no torch.
@@ -38,12 +39,15 @@ ONE_AT_A_TIME = threading.Lock()
 def render(template, variables):
     """The text that a chat template makes of its variables, all of which JSON can express. Raises
     ValueError if it fails or takes too much, TypeError or OSError if it cannot be asked."""
-    request = json.dumps({"template": template, "variables": variables}, ensure_ascii=False)
+    request = json.dumps(variables, ensure_ascii=False)
     with ONE_AT_A_TIME:
         process = PROCESSES.get(os.getpid())
         if process is None or process.poll() is not None:
             process = PROCESSES[os.getpid()] = start_process()
         try:
+            if process.template != template:
+                print(json.dumps(template), file=process.stdin)
+                process.template = template
             print(request, file=process.stdin, flush=True)
             answer = process.stdout.readline()
             if not answer:
@@ -61,7 +65,9 @@ def render(template, variables):
 def start_process():
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     command = [sys.executable, os.path.abspath(__file__)]
-    return subprocess.Popen(command, encoding="utf-8", errors="surrogatepass", **pipes)
+    process = subprocess.Popen(command, encoding="utf-8", errors="surrogatepass", **pipes)
+    process.template = None  # the one that it has been told
+    return process
 
 
 # ---------------------------------------------------------------------------------- Who is asked
@@ -104,7 +110,10 @@ def main():
             limit(resource.RLIMIT_CPU, int(used) + SECONDS)
         try:
             request = json.loads(line)
-            text = compile_template(request["template"]).render(request["variables"])
+            if isinstance(request, str):
+                template = request
+                continue
+            text = compile_template(template).render(request)
             if len(text) > LENGTH + 4 * len(line):
                 raise ValueError("its text is too long")
             answer = {"text": text}
