@@ -3,10 +3,10 @@ A chat template at work, in a process of its own: it is a stranger's program, an
 
 render() starts this file as a process, and writes it lines of JSON: a string is the template from
 now on, an object the variables of a text. The answer to these is a line, too: {"text": ...} or
-{"error": ...}.
-A rendering that takes more than SECONDS of processor time ends the process; one that takes more
-than MEMORY bytes ends it, or fails, as one longer than LENGTH does. (Windows has no limits of time
-and memory.) This file knows nothing else of the project, so that it starts at once: no torch.
+{"error": ...}. A rendering that takes more than SECONDS of processor time ends the process; one
+that takes more than MEMORY bytes ends it, or fails, as one longer than LENGTH does. (Windows has
+no limits of time and memory.) This file knows nothing else of the project, so that it starts at
+once: no torch.
 """
 import contextlib
 import functools

@@ -137,7 +137,7 @@ class TextData:
         while len(ids) < rows * self.seq_len:
             found = self.encode(rng.choice(places))
             misses = 0 if found else misses + 1
-            require(misses < 1000, "too much of the data gives no tokens; check it and the tokenizer")
+            require(misses < 1000, "the data, or what is held out of it, gives no tokens; mend it")
             ids += found
         ids = torch.tensor(ids[: rows * self.seq_len]).view(rows, -1)
         return ids, torch.full((rows,), self.seq_len)
