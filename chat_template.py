@@ -62,6 +62,16 @@ def render(template, variables):
     return answer["text"]
 
 
+def renew_lock():
+    """For a forked process: a thread that it has not got may hold the lock."""
+    global ONE_AT_A_TIME
+    ONE_AT_A_TIME = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_lock)
+
+
 def start_process():
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     command = [sys.executable, os.path.abspath(__file__)]

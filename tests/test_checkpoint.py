@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -1306,6 +1307,18 @@ def test_templates_of_several_threads_are_not_mixed_up():
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(render_many, range(4))) == [0, 1, 2, 3]
+
+
+def test_a_forked_process_has_templates_of_its_own():
+    """Even if it was forked while another thread was at it."""
+    assert chat_template.render("{{ a }}", {"a": 1}) == "1"
+    with chat_template.ONE_AT_A_TIME:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(chat_template.render("{{ a }}", {"a": 2}) != "2")
+    assert os.waitpid(child, 0)[1] == 0
+    assert chat_template.render("{{ a }}", {"a": 3}) == "3"
 
 
 def test_a_template_process_that_died_or_was_left_is_replaced(monkeypatch):
