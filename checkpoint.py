@@ -452,10 +452,10 @@ def check_weights(weights, model, folder):
         require(condition, f"{folder}: {problem}; is it incomplete, not supported, or damaged?")
 
     wanted = dict(model.named_parameters())  # a tied head is not in it
-    leftovers = ("rotary_emb.inv_freq", *["lm_head.weight"] * model.config.tie_word_embeddings)
+    leftovers = ["lm_head.weight"] if model.config.tie_word_embeddings else []
     for name in weights:
-        fit(name in wanted or name.endswith(leftovers),
-            f"tensor {one_line(name)} has no place in such a model")
+        is_leftover = name in leftovers or name.endswith("rotary_emb.inv_freq")
+        fit(name in wanted or is_leftover, f"tensor {one_line(name)} has no place in such a model")
     for name, parameter in wanted.items():
         fit(name in weights, f"tensor {name} is missing")
         tensor = weights[name].get_slice(name)

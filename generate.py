@@ -87,16 +87,16 @@ class Scheduler:
     def __post_init__(self):
         self.cache.check_model(self.model)
         check_sampling(self.sampling, "sampling")
+        seen = self.cache.seen.tolist()  # tokens of each row
         places = {s if s.row is None else s.row for s in self.sequences}
         require(len(places) == len(self.sequences), "a sequence, or the row of one, is given twice")
         for sequence in self.sequences:
             require(sequence.max_new_tokens > len(sequence.new), "max_new_tokens allows no new token")
             check_ids(self.model.config, sequence.ids)
-            require(sequence.row is None or int(self.cache.seen[sequence.row]) == sequence.fed,
+            require(sequence.row is None or seen[sequence.row] == sequence.fed,
                     "the cache does not hold what a sequence has fed")
         self.step = DecodeStep(self.model, self.cache, self.sampling)
-        seen = enumerate(self.cache.seen.tolist())
-        self.free_rows = [row for row, tokens in seen if tokens == 0 and row not in places]
+        self.free_rows = [row for row, n in enumerate(seen) if n == 0 and row not in places]
         self.running = []  # the youngest last
         # neighbours with the same tokens are a group, which is fed once and forked
         sequences = sorted(self.sequences, key=lambda s: s.row is None)  # those with a row first

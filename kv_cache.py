@@ -119,7 +119,7 @@ class KVCache:
         self.page_size = page_size or (64 if config.head_dim >= 64 else 32)
         self.chunk = max(chunk or (2048 if on_gpu else 512), 2)
         require(self.page_size.bit_count() == 1, "page_size must be a power of two")
-        least = min(batch_size, self.chunk, 1 if memory is None else memory)
+        least = min(batch_size, chunk or 1, 1 if memory is None else memory)
         require(least > 0, "batch_size and chunk must be at least 1, memory above 0")
         self.config = replace(config, dms=copy.copy(config.dms))  # as it is now
         self.scores_at_a_time = 2**26 if on_gpu else 2**19  # of a block's attention

@@ -1427,6 +1427,17 @@ def test_adapters_name_their_base_through_links(tmp_path):
     load_model(tmp_path / "link" / "out")
 
 
-def test_the_smallest_errors_of_options():
+def test_one_line_spells_out_what_a_terminal_would_obey():
     assert one_line("a\x1b\n b\u202e") == "a\\x1b b\\u202e"
     assert one_line("x" * 200) == "x" * 120
+
+
+def test_only_the_head_itself_is_left_over_in_a_tied_model(tmp_path):
+    folder = saved(tmp_path, tie_word_embeddings=True)[1]
+    weights = load_file(folder / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors")
+    load_model(folder)
+    save_file({**weights, "other.lm_head.weight": head}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="other.lm_head.weight has no place"):
+        load_model(folder)

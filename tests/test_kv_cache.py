@@ -450,6 +450,7 @@ def test_a_cache_of_another_config_is_refused():
         (lambda model, cache: KVCache(model.config, 1, memory=math.nan), "memory"),
         (lambda model, cache: KVCache(model.config, 1, memory=math.inf), "no memory"),
         (lambda model, cache: KVCache(model.config, 0), "at least 1"),
+        (lambda model, cache: KVCache(model.config, 1, chunk=-1), "at least 1"),
         (lambda model, cache: next(generate(model, cache, [Sequence([1], 0)])), "new"),
         (lambda model, cache: next(generate(model, cache, [Sequence([], 1)])), "empty"),
         (lambda model, cache: next(generate(model, cache, [Sequence([67], 1)])), "token id 67"),
