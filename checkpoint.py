@@ -7,18 +7,15 @@ Everything on disk: a model folder's config.json, weights, DMS settings, tokeniz
 
 Only safetensors and JSON are read. Nothing in a folder is executed but the chat template, and that
 by chat_template.py. Bad input is refused by an InputError, one line that says what is wrong and
-what to do, before any long work. At the end, what the two scripts share: their options, and how
+what to do, before any long work. At the end, what the scripts share: their options, and how
 they end.
 """
 import argparse
-import functools
 import hashlib
 import inspect
 import json
-import math
 import os
 import re
-import shutil
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -27,17 +24,16 @@ from typing import get_args
 
 import tokenizers
 import torch
-import torch.nn as nn
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from chat_template import render
 from dms import DMSConfig
-from kernels.cpu import use_compiled_products
+from kernels.cpu import use_onednn
 from model import ROPE_KINDS, Model, ModelConfig, rope_frequencies
 
-ARCHITECTURES = {name: f"{name.title()}ForCausalLM" for name in ("llama", "qwen2", "qwen3")}
+FAMILIES = ("llama", "qwen2", "qwen3")
 ADAPTER_FILE = "dms_adapters.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "special_tokens_map.json", "generation_config.json")
@@ -152,8 +148,9 @@ LIMITS = {
     int: (1, 2**24), float: (-1e9, 1e9), "head_dim": (1, 2**12), "num_hidden_layers": (1, 1000),
     "rope_theta": (1e-9, 1e29), "rms_norm_eps": (0, 1), "max_window_layers": (0, 2**24),
     "window": (0, 2**20), "shift": (0, 1), "target_cr": (1, 1e6), "lr": (1e-12, 1e3),
-    "compression_weight": (0, 1e6), "seed": (-(2**40), 2**40), "n": (1, 2**16), "memory": (1e-6, 1e6),
-    "seq_len": (2, 2**24), "temperature": (0, 1e3), "top_k": (0, 2**24), "top_p": (1e-9, 1), "min_p": (0, 1)}
+    "compression_weight": (0, 1e6), "seed": (-(2**40), 2**40), "n": (1, 2**16), "batch_size": (1, 2**16),
+    "seq_len": (2, 2**24), "fade_steps": (0, 2**24), "eval_every": (0, 2**24), "memory": (1e-6, 1e6),
+    "temperature": (0, 1e3), "top_k": (0, 2**24), "top_p": (1e-9, 1), "min_p": (0, 1)}
 
 
 def checked(raw, key, kind, where, name=None):
@@ -169,8 +166,7 @@ def checked(raw, key, kind, where, name=None):
     wanted = f"of type {kind.__name__}"
     if kind in (int, float):
         least, most = LIMITS.get(name or key, LIMITS[kind])
-        is_right = type(value) in (int, float)
-        is_right = is_right and least <= value <= most and kind(value) == value
+        is_right = type(value) in (int, float) and least <= value <= most and kind(value) == value
         wanted += f" and in range, {least} to {most}"
     require(is_right, f"{where}: {key} = {value!r:.80} is not {wanted}; change it")
     return kind(value)
@@ -191,9 +187,9 @@ def parse_config(raw, where="config.json"):
     check_supported(raw, where)
     rope = read_rope(raw, where)
     family = raw["model_type"]
-    names = [f.name for f in fields(ModelConfig) if f.type in (int, float, bool)]
+    names = {f.name: f.name for f in fields(ModelConfig) if f.type in (int, float, bool)}
     stated = {**raw, "rope_theta": rope.pop("rope_theta", raw.get("rope_theta"))}
-    values = read_fields(ModelConfig, stated, dict(zip(names, names)), where)
+    values = read_fields(ModelConfig, stated, names, where)
     for name in REQUIRED:
         require(name in values, f"{where}: {name} is missing; this is no complete model config")
     heads = values["num_attention_heads"]
@@ -209,8 +205,8 @@ def parse_config(raw, where="config.json"):
     problem = f"{where}: RoPE kind {rope['rope_type']!r} has a missing or unusable parameter"
     with refusing(problem, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError):
         freq, scale = rope_frequencies(config)
-        require(freq.isfinite().all() and math.isfinite(scale), problem)
-    rewritten = {"rope_parameters", "torch_dtype", "dtype", "architectures", "auto_map"}
+        require((freq * scale).isfinite().all(), problem)
+    rewritten = {"rope_parameters", "torch_dtype", "dtype", "auto_map", "_name_or_path"}
     # what saving would not write by itself (config.extra is empty yet) is kept, to be written back
     unknown = raw.keys() - config_to_dict(config).keys() - rewritten
     config.extra = {key: raw[key] for key in unknown if not key.startswith("dms_")}
@@ -223,11 +219,10 @@ def check_supported(raw, where):
     """Refuse what would be computed wrongly: other models, quantized weights, sliding windows."""
 
     def support(condition, what):
-        remedy = "give a Llama, Qwen2 or Qwen3 model that this engine covers"
-        require(condition, f"{where}: {what} not supported; {remedy}")
+        require(condition, f"{where}: {what} not supported; give a plain Llama, Qwen2 or Qwen3 model")
 
     family = raw.get("model_type")
-    support(isinstance(family, str) and family in ARCHITECTURES, f"model_type {family!r:.80} is")
+    support(isinstance(family, str) and family in FAMILIES, f"model_type {family!r:.80} is")
     support(not raw.get("quantization_config"), "quantized weights are")
     activation = raw.get("hidden_act")
     support(activation in (None, "silu"), f"hidden_act {activation!r:.80} is")
@@ -256,12 +251,26 @@ def read_rope(raw, where):
 
 
 def config_to_dict(config):
-    """The parsed config.json that parse_config, and transformers, read back; no DMS settings."""
-    raw = {"architectures": [ARCHITECTURES[config.model_type]], **vars(config)}
+    """The parsed config.json that parse_config and read_settings, and transformers, read back.
+
+    architectures names a class that engines without DMS do not have (it is NVIDIA's name for it),
+    so that those which go by it refuse a DMS model rather than take it for a dense one.
+    """
+    name = f"{config.model_type.title()}ForCausalLM{'DMS' if config.dms else ''}"
+    raw = {"architectures": [name], **vars(config), "hidden_act": "silu"}
     del raw["dms"], raw["extra"]
     if (config.rope_scaling or {}).get("rope_type", "default") == "default":
         raw["rope_scaling"] = None
-    return {**raw, "hidden_act": "silu", **config.extra}
+    raw |= config.extra
+    if config.dms:
+        raw |= {key: getattr(config.dms, name) for name, key in NVIDIA_KEYS.items()}
+        raw[SEPARATE] = config.dms.source == "adapter"
+        # NVIDIA's code refuses a block that is not smaller than the window; on a GPU it wants 256
+        sizes = [*(2**n for n in range(9)), raw.pop(BLOCK_SIZE, None) or 0]
+        fitting = [size for size in sizes if 0 < size < config.dms.window]
+        if fitting:
+            raw[BLOCK_SIZE] = fitting[-1]  # what was stated, if it fits, else the largest that does
+    return raw
 
 
 # ------------------------------------------------------------------------------------ DMS settings
@@ -276,50 +285,39 @@ METADATA_KEYS = {"window": "window_size", "scale": "alpha_scale", "offset": "alp
                  "target_cr": "target_cr", "shift": "shift"}
 METADATA_DEFAULTS = {"window": 256, "shift": 0}  # where they differ from DMSConfig's
 SEPARATE = "dms_separate_alpha"  # true: adapters decide; false or absent: the borrowed neuron
-
-
-def read_metadata(file):
-    """What dms_metadata.json states, as shisa's checkpoints have it, None where there is none."""
-    if not file.exists():
-        return None
-    raw = read_json(file)
-    if isinstance(raw.get("config"), dict):
-        raw |= raw["config"]
-    return read_fields(DMSConfig, raw, METADATA_KEYS, file)
+BLOCK_SIZE = "dms_paged_attention_block_size"
+# of NVIDIA's inference code alone: checked, and written back as they were read
+INFERENCE_KEYS = {BLOCK_SIZE: int, "dms_compile_limit": int, "dms_chunked_prefill": int,
+                  "dms_preallocate_for_tokens": int, "dms_manual_inference_mode": bool}
 
 
 def read_settings(folder, raw):
     """The DMSConfig of a checkpoint folder whose parsed config.json is `raw`, None for a dense
     model: from the dms_* keys there or from dms_metadata.json. Prints what it has to assume."""
-    metadata = read_metadata(Path(folder) / "dms_metadata.json")
-    if metadata is None and not any(key.startswith("dms_") for key in raw):
+    file = Path(folder) / "dms_metadata.json"
+    has_file = file.exists()
+    if not has_file and not any(key.startswith("dms_") for key in raw):
         return None
-    settings = read_fields(DMSConfig, raw, NVIDIA_KEYS, folder)
+    metadata = read_json(file) if has_file else {}
+    if isinstance(metadata.get("config"), dict):  # as shisa's may have it
+        metadata |= metadata["config"]
     separate = checked(raw, SEPARATE, bool, folder)
-    require(metadata is None or not separate, f"{folder}: adapter in config.json, borrowed in dms_metadata.json")
-    both = settings.keys() & (metadata or {}).keys()
-    clashes = [f"config.json says {NVIDIA_KEYS[name]} = {settings[name]} and dms_metadata.json "
-               f"{metadata[name]}" for name in both if settings[name] != metadata[name]]
-    require(not clashes, f"{folder}: {'; '.join(clashes)}; remove one")
-    require(settings.get("per", "head") in ("head", "layer"), f"{folder}: unusable dms_alpha_per")
+    require(not (has_file and separate), f"{folder}: adapter in config.json, borrowed in dms_metadata.json")
+    stated = read_fields(DMSConfig, metadata, METADATA_KEYS, file)
+    for name, value in read_fields(DMSConfig, raw, NVIDIA_KEYS, folder).items():
+        require(stated.setdefault(name, value) == value,
+                f"{folder}: config.json says {NVIDIA_KEYS[name]} = {value} and dms_metadata.json "
+                f"{stated[name]}; remove one")
+    require(stated.get("per", "head") in ("head", "layer"), f"{folder}: unusable dms_alpha_per")
 
     # what is stated, in either file, over the defaults of the layout
-    stated = {**(metadata or {}), **settings, "source": "adapter" if separate else "neuron"}
-    complete = DMSConfig(**(stated if metadata is None else {**METADATA_DEFAULTS, **stated}))
-
+    defaults = METADATA_DEFAULTS if has_file else {}
+    complete = DMSConfig(**{**defaults, **stated, "source": "adapter" if separate else "neuron"})
     assumed = sorted({"window", "scale", "offset", "shift"} - stated.keys())
     if assumed:
         assumed = ", ".join(f"{name} = {getattr(complete, name)}" for name in assumed)
         print(one_line(f"{folder}: not stated by the checkpoint, so assumed: {assumed}", None), file=sys.stderr)
     return complete
-
-
-def settings_to_dict(settings):
-    """The dms_* keys of config.json; empty for None."""
-    if settings is None:
-        return {}
-    raw = {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
-    return {**raw, SEPARATE: settings.source == "adapter"}
 
 
 # ----------------------------------------------------------------------------------------- Weights
@@ -384,64 +382,73 @@ def fingerprint(weights):
     return digest.hexdigest()
 
 
-def find_adapters(path):
-    """(file, DMSConfig, fingerprint of the base if it is known) of DMS adapter tensors: a
-    safetensors file, or a folder with just one, with the settings that lie beside it if any do."""
-    path = Path(path)
-    files = [path] * os.path.isfile(path)
-    if os.path.isdir(path):
-        files = list(path.glob(ADAPTER_FILE)) or list(path.glob("*.safetensors"))
-    require(len(files) == 1, f"{path}: {len(files)} safetensors files there; name the adapters'")
+def find_adapters(path_or_hub_id):
+    """(file, parsed config.json beside it, if any) of DMS adapter tensors: a safetensors file, or a
+    folder or hub repository with just one. Raises InputError."""
+    files = [Path(path_or_hub_id)]
+    if not os.path.isfile(path_or_hub_id):
+        folder = resolve(path_or_hub_id)
+        files = list(folder.glob(ADAPTER_FILE)) or list(folder.glob("*.safetensors"))
+        require(len(files) == 1, f"{folder}: {len(files)} safetensors files there; name the adapters'")
     config = files[0].with_name("config.json")
     raw = read_json(config) if config.exists() else {}
-    # SEPARATE: adapter tensors mean that adapters decide, even where no config.json says so
-    settings = read_settings(config.parent, {**raw, SEPARATE: True})
-    return files[0], settings, raw.get("dms_base_fingerprint")
+    # adapter tensors mean that adapters decide, even where no config.json says so
+    return files[0], {**raw, SEPARATE: True}
+
+
+def open_model(path_or_hub_id, stack, device="cpu", adapter=None):
+    """What load_model would load, checked, but no weight read yet: (Model on the meta device,
+    {tensor name: open safetensors file}). Files stay open as long as `stack`, an ExitStack. Raises
+    InputError as load_model does."""
+    folder = settings_from = resolve(path_or_hub_id)
+    raw = read_json(folder / "config.json")
+    config = parse_config(raw, folder / "config.json")
+    base = checked(raw, "dms_base_model", str, folder / "config.json")
+    if base and adapter is None:  # this folder holds adapters only, and names their base
+        require(raw.get("dms_base_fingerprint"), f"{folder}: has no dms_base_fingerprint; damaged?")
+        return open_model(resolve(base, folder), stack, device, adapter=folder)
+    weights = open_weights(weight_files(folder), stack, device)
+    # before anything is made of a damaged config.json's many layers, or of as many tensors
+    layers = config.num_hidden_layers
+    require(layers <= len(weights) <= 30 * (layers + 1),
+            f"{folder}: {len(weights)} tensors cannot be those of {layers} layers")
+    if adapter is not None:
+        adapter, raw = find_adapters(adapter)
+        settings_from = adapter.parent
+        require(raw.get("dms_base_fingerprint") in (None, fingerprint(weights)),
+                f"{adapter}: trained on other weights than {folder} has (fingerprint differs)")
+        adapters = open_weights([adapter], stack, device)
+        for name in adapters:
+            require("dms_proj_alpha" in name, f"{adapter}: {one_line(name)} is not an adapter's; remove it")
+        weights |= adapters
+    config.dms = read_settings(settings_from, raw)
+    config.extra |= {key: checked(raw, key, kind, settings_from)
+                     for key, kind in INFERENCE_KEYS.items() if key in raw}
+    with torch.device("meta"):
+        model = Model(config)
+    check_weights(weights, model, folder)
+    return model, weights
 
 
 def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
     """Load a checkpoint, dense or DMS as it says of itself, straight onto `device` in `dtype`, one
     tensor at a time.
 
-    adapter: a safetensors file, or a folder, that holds only DMS adapter tensors, to be laid over
-    the model. Returns a Model in eval mode whose parameters do not require gradients. Raises
-    InputError, before any weight is read, for a missing, truncated or unsafe file, an unsupported
-    architecture, or a tensor of the wrong shape.
+    adapter: a safetensors file, or a folder or hub id, that holds only DMS adapter tensors, to be
+    laid over the model. Returns a Model in eval mode whose parameters do not require gradients.
+    Raises InputError, before any weight is read, for a missing, truncated or unsafe file, an
+    unsupported architecture, or a tensor of the wrong shape.
     """
-    folder = resolve(path_or_hub_id)
-    raw = read_json(folder / "config.json")
-    config = parse_config(raw, folder / "config.json")
-    base = checked(raw, "dms_base_model", str, folder / "config.json")
-    if base and adapter is None:  # this folder holds adapters only, and names their base
-        require(raw.get("dms_base_fingerprint"), f"{folder}: has no dms_base_fingerprint; damaged?")
-        base = resolve(base, relative_to=folder)
-        return load_model(base, device, dtype, adapter=folder / ADAPTER_FILE)
-    config.dms = read_settings(folder, raw)
     with ExitStack() as stack:
-        weights = open_weights(weight_files(folder), stack, device)
-        # before anything is made of a damaged config.json's many layers, or of as many tensors
-        layers = config.num_hidden_layers
-        require(layers <= len(weights) <= 30 * (layers + 1),
-                f"{folder}: {len(weights)} tensors cannot be those of {layers} layers")
-        if adapter is not None:
-            adapter, config.dms, trained_on = find_adapters(adapter)
-            require(trained_on is None or trained_on == fingerprint(weights),
-                    f"{adapter}: trained on other weights than {folder} has (fingerprint differs)")
-            adapters = open_weights([adapter], stack, device)
-            for name in adapters:
-                require("dms_proj_alpha" in name, f"{adapter}: {one_line(name)} is not an adapter's; remove it")
-            weights |= adapters
-        with torch.device("meta"):
-            model = Model(config)
-        check_weights(weights, model, folder)
+        model, weights = open_model(path_or_hub_id, stack, device, adapter)
         for name in dict(model.named_parameters()):
             owner, leaf = name.rsplit(".", 1)
             tensor = weights[name].get_tensor(name).to(dtype)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    if config.tie_word_embeddings:
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.rope_freq = model.rope_freq.to(device)
-    use_compiled_products(model)
+    use_onednn(model)
     return model.eval()
 
 
@@ -452,38 +459,41 @@ def check_weights(weights, model, folder):
         require(condition, f"{folder}: {problem}; is it incomplete, not supported, or damaged?")
 
     wanted = dict(model.named_parameters())  # a tied head is not in it
-    leftovers = ["lm_head.weight"] if model.config.tie_word_embeddings else []
+    tied = model.config.tie_word_embeddings
     for name in weights:
-        is_leftover = name in leftovers or name.endswith("rotary_emb.inv_freq")
+        is_leftover = name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq")
         fit(name in wanted or is_leftover, f"tensor {one_line(name)} has no place in such a model")
     for name, parameter in wanted.items():
         fit(name in weights, f"tensor {name} is missing")
         tensor = weights[name].get_slice(name)
-        shapes = [list(tensor.get_shape()), list(parameter.shape)]
-        fit(shapes[0] == shapes[1], f"tensor {name} has shape {shapes[0]}, not {shapes[1]}")
+        shape = list(tensor.get_shape())
+        fit(shape == [*parameter.shape], f"tensor {name} has shape {shape}, not {[*parameter.shape]}")
         dtype = tensor.get_dtype()
         fit(dtype in ("F64", "F32", "F16", "BF16"), f"tensor {name} is {dtype}, as if quantized")
 
 
 def save_model(model, folder, dtype=torch.bfloat16, base=None):
-    """Write config.json, DMS settings included, and model.safetensors with every weight, each
-    atomically. base: path or hub id of the unchanged base model: then only the adapters are
-    written, to ADAPTER_FILE, and config.json names the base and its fingerprint."""
+    """Write the weights, all of them in model.safetensors, dms_metadata.json where those who read
+    that compute the same as we do, and last config.json, DMS settings included; each atomically.
+    base: path or hub id of the unchanged base model: then only the adapters are written, to
+    ADAPTER_FILE, and config.json names the base and its fingerprint."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().to("cpu", dtype).contiguous()
                for name, parameter in model.named_parameters()
                if base is None or "dms_proj_alpha" in name}
-    raw = {**config_to_dict(model.config), **settings_to_dict(model.config.dms)}
-    raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+    raw = {**config_to_dict(model.config), "torch_dtype": str(dtype).removeprefix("torch.")}
     file = "model.safetensors" if base is None else ADAPTER_FILE
     if base is not None:
         with ExitStack() as stack:
-            weights = open_weights(weight_files(resolve(base)), stack)
-            raw["dms_base_fingerprint"] = fingerprint(weights)
+            raw["dms_base_fingerprint"] = fingerprint(open_weights(weight_files(resolve(base)), stack))
         relative = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
         raw["dms_base_model"] = relative if os.path.isdir(base) else str(base)
     write_atomic(folder / file, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+    settings = model.config.dms
+    if settings and settings.source == "neuron" and settings.shift == 0:
+        metadata = {key: getattr(settings, name) for name, key in METADATA_KEYS.items()}
+        write_json(folder / "dms_metadata.json", metadata)
     write_json(folder / "config.json", raw)
 
 
@@ -496,12 +506,12 @@ def copy_tokenizer(source, folder):
     from huggingface_hub.constants import HF_HUB_CACHE
 
     places = tuple(os.path.realpath(place) + os.sep for place in (source, HF_HUB_CACHE))
-    names = [name for name in TOKENIZER_FILES if os.path.isfile(source / name)]
-    for name in names:
-        require(os.path.realpath(source / name).startswith(places),
-                f"{source / name}: links to a file elsewhere; put a copy there")
-    for name in names:
-        write_atomic(folder / name, functools.partial(shutil.copyfile, source / name))
+    files = [source / name for name in TOKENIZER_FILES if os.path.isfile(source / name)]
+    for file in files:
+        require(os.path.realpath(file).startswith(places),
+                f"{file}: links to a file elsewhere; put a copy there")
+    for file in files:
+        write_atomic(folder / file.name, lambda temporary: temporary.write_bytes(file.read_bytes()))
 
 
 class Tokenizer:
@@ -520,6 +530,7 @@ class Tokenizer:
         file = folder / "tokenizer_config.json"
         self.settings = read_json(file) if file.exists() else {}
         self.template = self.read_template(folder / "chat_template.jinja")
+        self.end_id = self.token_id(self.special("eos_token"))  # of the end of a sequence, or None
 
     def read_template(self, file):
         """The chat template's text: the file, or in tokenizer_config.json a string or the one of
@@ -542,11 +553,6 @@ class Tokenizer:
         """The id of a token's text, None if there is none or for None."""
         with refusing("the tokenizer failed on a token's text", BaseException):
             return None if token is None else self.fast.token_to_id(token)
-
-    @property
-    def end_id(self):
-        """The id of the end-of-sequence token, or None."""
-        return self.token_id(self.special("eos_token"))
 
     def encode(self, text, add_special_tokens=True, **template):
         """text, or messages for the chat template with its arguments -> list of token ids. To a
@@ -587,10 +593,9 @@ def check_ids(config, ids, new_tokens=None):
     for token in (min(ids), max(ids)):
         require(0 <= token < config.vocab_size,
                 f"token id {token} is not in the model's vocabulary of {config.vocab_size}")
-    context = config.max_position_embeddings
-    require(new_tokens is None or len(ids) + new_tokens <= context,
+    require(new_tokens is None or len(ids) + new_tokens <= config.max_position_embeddings,
             f"{len(ids)} tokens in the prompt and {new_tokens} to come, but the model's context is "
-            f"{context}; shorten it or ask for less")
+            f"{config.max_position_embeddings}; shorten it or ask for less")
 
 
 # ----------------------------------------------------------------------- What the scripts share
@@ -599,22 +604,22 @@ def check_ids(config, ids, new_tokens=None):
 def path_or_id(text):
     """What an option takes for a path or a hub id: the absolute path of a file or model folder that
     is there, any other text as it is."""
-    is_there = os.path.isfile(text) or os.path.isfile(Path(text) / "config.json")
+    is_there = os.path.isfile(text) or os.path.isfile(f"{text}/config.json")
     return os.path.abspath(text) if is_there else text
 
 
 def parse_options(options, argv=None):
     """{field: value} of what the command line gives of a dataclass of options: --NAME VALUE for a
     field, --NAME alone for a bool. The comment behind a field is its help."""
-    comments = re.findall(r"^    (\w+): .*# (.*)$", inspect.getsource(options), re.MULTILINE)
-    comments = {name: text.replace("%", "%%") for name, text in comments}
+    source = inspect.getsource(options).replace("%", "%%")  # which argparse reads as %
+    comments = dict(re.findall(r"^    (\w+): .*# (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     for field in fields(options):
         choices = get_args(field.type)  # of a Literal
         how = dict(type=type(choices[0]), choices=choices) if choices else dict(type=field.type)
         if field.type in (bool, list):
             how = dict(action="store_true" if field.type is bool else "append")
-        flag = ("-" if len(field.name) == 1 else "--") + field.name.replace("_", "-")
+        flag = f"{'-' if len(field.name) == 1 else '--'}{field.name}".replace("_", "-")
         parser.add_argument(flag, **how, help=comments.get(field.name))
     given = vars(parser.parse_args(argv))
     check_options(options, given, "the command line")
@@ -658,9 +663,9 @@ def choose_device(options):
 def run_script(main, when_stopped="stopped"):
     """Run a script's main(). What is not our own fault ends it with one line: an InputError, and
     what the system refuses, with exit code 2, an interruption with 130."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before we began
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, "r+"))
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may not know every character
     try:
         try:
@@ -670,7 +675,6 @@ def run_script(main, when_stopped="stopped"):
     except (InputError, OSError, KeyboardInterrupt) as e:
         was_stopped = isinstance(e, KeyboardInterrupt)
         if not isinstance(e, BrokenPipeError):  # who reads the output may have enough of it
-            said = f"\n{when_stopped}" if was_stopped else f"error: {one_line(e, None)}"
-            print(said, file=sys.stderr)
+            print(f"\n{when_stopped}" if was_stopped else f"error: {one_line(e, None)}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more is written to standard output
         sys.exit(130 if was_stopped else 2)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -36,6 +35,7 @@ class DMSConfig:
     tau: float = 0.1  # temperature of the relaxed decision, training only
     target_cr: float = 8.0  # what it was trained for; documentation only
     disable_eviction: bool = False
+    left: float = 0.0  # of a borrowed channel in the scores, while training fades it from 1 to 0
 
     def logits(self, s):
         """The decision logits z = scale * s - offset: a pair is evicted where z > 0.
@@ -72,17 +72,16 @@ def decisions(logits, shift):
     return F.pad(evict[..., 1:], (0, 1), value=False)
 
 
-def masked_attention(config, evict=True):
+def masked_attention(config):
     """The dense masked computation, the oracle of all tests: nothing is cached, all is masked.
 
-    Returns attend(layer, q, k, v, logits) for Model.hidden. evict=False: plain causal attention
-    whatever the logits say, which is the teacher's pass.
+    Returns attend(layer, q, k, v, logits) for Model.hidden.
     """
     group = config.num_attention_heads // config.num_key_value_heads
 
     def attend(layer, q, k, v, logits):
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (B, Hkv, ...) -> (B, Hq, ...)
-        if logits is None or not evict:
+        if logits is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         t = torch.arange(q.shape[2], device=q.device)
         evicted = decisions(logits, config.dms.shift)[:, :, None, :]  # (B, Hkv, 1, T)
@@ -114,15 +113,64 @@ def borrowed_score(q, kv_heads):
     return by_group[:, :, :, 0, -1]
 
 
-def silence_borrowed(q, kv_heads):
-    """q (B, T, Hq, D) with the borrowed channels set to 0, so that they take no part in scores."""
+def silence_borrowed(q, kv_heads, left=0.0):
+    """q (B, T, Hq, D) with the borrowed channels set to 0, so that they take no part in scores.
+    left: what is left of them while they are faded out."""
     group = q.shape[2] // kv_heads
     borrowed = torch.zeros(q.shape[2:], dtype=torch.bool, device=q.device)  # (Hq, D)
     borrowed[::group, -1] = True
-    return q.masked_fill(borrowed, 0)
+    return q.masked_fill(borrowed, 0) if left == 0 else torch.where(borrowed, left * q, q)
 
 
 # --------------------------------------------------------------------------- Training, section 3.3
+
+
+@dataclass
+class Packing:
+    """Where the documents lie that a batch's rows are packed with. None sees another, and the
+    positions of each begin at 0. What lies behind a row's last document is padding."""
+
+    first: torch.Tensor  # (B, T) int32: where the document of each token begins in its row
+    end: torch.Tensor  # (B, T) int32: and where the next one does; 0 for padding
+
+    @classmethod
+    def of(cls, documents, T, device):
+        """documents: of each row the lengths of its documents, in order, T tokens at most."""
+        first = torch.zeros(len(documents), T, dtype=torch.int32)
+        end = torch.zeros(len(documents), T, dtype=torch.int32)
+        for row, lengths in enumerate(documents):
+            begin = 0
+            for length in lengths:
+                end[row, begin : begin + length] = begin + length
+                first[row, begin:] = begin
+                begin += length
+            first[row, begin:] = begin
+        return cls(first.to(device), end.to(device))
+
+    def token(self):
+        return torch.arange(self.end.shape[1], device=self.end.device)  # (T,)
+
+    def predicts(self):
+        """(B, T) bool: the tokens that another of their document follows."""
+        return self.token() < self.end - 1
+
+
+def document_attention(documents):
+    """The teacher's pass: attend(layer, q, k, v, logits) for Model.hidden, causal attention within
+    each document, whatever the logits say. documents: as for Packing.of."""
+
+    def attend(layer, q, k, v, logits):
+        y = torch.zeros_like(q)
+        for row, lengths in enumerate(documents):
+            begin = 0
+            for length in lengths:
+                one = (slice(row, row + 1), slice(None), slice(begin, begin + length))
+                y[one] = F.scaled_dot_product_attention(
+                    q[one], k[one], v[one], is_causal=True, enable_gqa=True)
+                begin += length
+        return y
+
+    return attend
 
 
 @dataclass
@@ -133,46 +181,56 @@ class RelaxedAttention:
         score(i, j) += 0 within the window,  log(1 - p[j]) outside it,  -inf for j > i
 
     So at p = 1 key j is gone outside the window, and gradients of the scores teach the decision.
-    After a forward pass fraction_let_go() is what the compression loss compares with its target.
+    After a forward pass pairs_let_go() is what the compression loss is about.
     """
 
     dms: DMSConfig
-    lengths: torch.Tensor  # (B,) int64: the real tokens of each row; what follows is padding
-    biased_attention: Callable  # (q, k, v, bias, window): kernels/training_attention.py
+    packing: Packing
+    biased_attention: Callable  # (q, k, v, bias, first, window): kernels/training_attention.py
+    seeds: list | None  # of each row's noise; None: no noise, the hard rule
 
     def __post_init__(self):
-        self.let_go = {}  # layer -> (Hkv,): the fraction of this batch's pairs that it let go
+        self.let_go = {}  # layer -> (Hkv,): how many of this batch's pairs it let go
 
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) float32 -> (B, Hq, T, D)."""
-        noisy = self.noisy_decisions(logits)
-        # With recompute=True (model.py) this runs a second time, in backward. checkpoint restores
-        # the random state, so the noise is the same; and the first run's let_go, with its graph, is
-        # part of the loss by then, so that overwriting it does no harm.
+        noisy = self.noisy_decisions(layer, logits)
         self.let_go[layer] = self.count_let_go(noisy)
-        bias = F.logsigmoid(-noisy).to(q.dtype)  # log(1 - p), (B, Hkv, T)
-        return self.biased_attention(q, k, v, bias, self.dms.window)
+        bias = F.logsigmoid(-noisy)  # log(1 - p), (B, Hkv, T)
+        return self.biased_attention(q, k, v, bias, self.packing.first, self.dms.window)
 
-    def noisy_decisions(self, logits):
+    def noisy_decisions(self, layer, logits):
         """(z + g1 - g2) / tau of the token that each decision is about, (B, Hkv, T)."""
-        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-        logistic = torch.log(uniform) - torch.log1p(-uniform)  # g1 - g2 has this distribution
-        noisy = (logits + logistic) / self.dms.tau
+        if self.dms.left > 0:  # a neuron that is faded out decides nothing yet
+            return torch.full_like(logits, -1e4)
+        if self.seeds is None:
+            noisy = logits * 1e6
+        else:
+            noisy = (logits + self.noise(layer, logits)) / self.dms.tau
         if self.dms.shift == 0:
             return noisy
         return F.pad(noisy[..., 1:], (0, 1), value=-1e4)  # the last is not decided yet: kept
 
+    def noise(self, layer, logits):
+        """g1 - g2, which is logistic. It follows from a row's seed and the layer alone, so that the
+        rows of a batch may be computed side by side, one by one, or by several processes."""
+        generator = torch.Generator(logits.device)
+        uniform = torch.empty(logits.shape, device=logits.device)
+        for row, seed in zip(uniform, self.seeds):
+            row.uniform_(generator=generator.manual_seed((4096 * seed + layer) % 2**63))
+        uniform = uniform.clamp(1e-6, 1 - 1e-6)
+        return torch.log(uniform) - torch.log1p(-uniform)
+
     def count_let_go(self, noisy):
-        """The fraction of each head's pairs that a cache would not hold any more, (Hkv,): evicted
-        and out of the window when the row ends. Straight through: the value is that of hard
-        decisions, the gradient that of p."""
+        """How many of each head's pairs a cache would not hold any more, (Hkv,): evicted and out of
+        the window when their document ends. Straight through: the value is that of hard decisions,
+        the gradient that of p."""
         p = torch.sigmoid(noisy)
         hard = (noisy > 0).float() + p - p.detach()
-        t = torch.arange(noisy.shape[2], device=noisy.device)
-        is_out = t < self.lengths[:, None, None] - 1 - self.dms.window  # (B, 1, T)
-        return (hard * is_out).sum((0, 2)) / self.lengths.sum()
+        is_out = self.packing.token() < self.packing.end - 1 - self.dms.window  # (B, T)
+        return (hard * is_out[:, None]).sum((0, 2))
 
-    def fraction_let_go(self):
+    def pairs_let_go(self):
         """The mean over layers and heads, a scalar with a gradient."""
         return torch.stack([heads.mean() for heads in self.let_go.values()]).mean()
 
@@ -195,44 +253,73 @@ def scheduled_cr(step, steps, target_cr):
 def distillation_loss(
     student, teacher, student_head, teacher_head, keep, reverse=False, slice_size=1024
 ):
-    """KL between next-token distributions, the mean over the tokens kept, a float32 scalar.
+    """KL between next-token distributions, the sum over the tokens kept, a float32 scalar.
 
     student, teacher: final hidden states (B, T, C); *_head: output weights (V, C); keep: (B, T)
     bool, the tokens that count. Forward KL, the default, is weighted by the teacher's probabilities
     (the paper), reverse KL by the student's (NVIDIA's code). The logits of V words exist for
-    slice_size tokens at a time and are computed again in backward.
+    slice_size tokens at a time.
     """
-    student = student[keep]  # (n, C)
-    teacher = teacher[keep]
+    slice_loss = SliceKL.apply if torch.is_grad_enabled() else slice_kl
+    total = torch.zeros((), device=student.device)
+    for some, target in zip(student[keep].split(slice_size), teacher[keep].split(slice_size)):
+        total = total + slice_loss(some, target, student_head, teacher_head, reverse)
+    return total
 
-    def slice_kl(student, teacher):
-        log_p = F.log_softmax(F.linear(teacher, teacher_head).float(), dim=-1)
-        log_q = F.log_softmax(F.linear(student, student_head).float(), dim=-1)
-        if reverse:
-            log_p, log_q = log_q, log_p
-        return F.kl_div(log_q, log_p, log_target=True, reduction="sum")  # sum of p (log p - log q)
 
-    total = 0
-    for pair in zip(student.split(slice_size), teacher.split(slice_size)):
-        total = total + checkpoint(slice_kl, *pair, use_reentrant=False)
-    return total / max(len(student), 1)
+def slice_kl(student, teacher, student_head, teacher_head, reverse):
+    """The sum over the n tokens of a slice; student, teacher: (n, C)."""
+    log_p = F.log_softmax(F.linear(teacher, teacher_head).float(), dim=-1)
+    log_q = F.log_softmax(F.linear(student, student_head).float(), dim=-1)
+    if reverse:
+        log_p, log_q = log_q, log_p
+    return F.kl_div(log_q, log_p, log_target=True, reduction="sum")  # sum of p (log p - log q)
+
+
+class SliceKL(torch.autograd.Function):
+    """slice_kl, whose gradients are computed on the way forward, while the logits are there: these
+    are neither kept for backward nor computed again there."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, student_head, teacher_head, reverse):
+        ctx.trains_head = student_head.requires_grad
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (student, student_head)]
+            inputs[1].requires_grad_(ctx.trains_head)
+            kl = slice_kl(inputs[0], teacher, inputs[1], teacher_head, reverse)
+        trained = inputs if ctx.trains_head else inputs[:1]
+        ctx.save_for_backward(*torch.autograd.grad(kl, trained))
+        return kl.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        of_student, *of_head = (gradient * x for x in ctx.saved_tensors)
+        return of_student, None, *(of_head or [None]), None, None
 
 
 def start_retrofit(model, settings):
     """Turn a dense Model into a DMS model that evicts nothing yet, in place. Returns the model.
 
     settings: a DMSConfig. "adapter" adds fresh float32 adapters, which leave the model as it is.
-    "neuron" sets the weights of the borrowed channels to 0, which changes the model: its other
-    weights have to learn to do without.
+    "neuron" takes the borrowed channels from it: its other weights have to learn to do without.
+    With settings.left = 1 they are still all there, to be faded out first (section 3.2).
     """
-    config = model.config
-    config.dms = settings
-    heads = (config.num_key_value_heads, -1, config.head_dim)
-    for block in model.model.layers:
-        if settings.source == "adapter":
+    model.config.dms = settings
+    if settings.source == "adapter":
+        for block in model.model.layers:
             block.self_attn.add_adapter()
-            continue
-        for parameter in block.self_attn.q_proj.parameters():  # (Hq * D, C), perhaps bias (Hq * D)
-            by_group = parameter.data.unflatten(0, heads)  # (Hkv, G, D, ...), a view
-            by_group[:, 0, -1] = 0
+    elif settings.left == 0:
+        clear_borrowed(model)
     return model
+
+
+def clear_borrowed(model):
+    """Set the weights of the borrowed channels to 0, so that they decide nothing yet (s = 0).
+    Returns these parameters."""
+    config = model.config
+    heads = (config.num_key_value_heads, -1, config.head_dim)
+    changed = [p for block in model.model.layers for p in block.self_attn.q_proj.parameters()]
+    for parameter in changed:  # (Hq * D, C), perhaps bias (Hq * D)
+        by_group = parameter.data.unflatten(0, heads)  # (Hkv, G, D, ...), a view
+        by_group[:, 0, -1] = 0
+    return changed

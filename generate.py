@@ -302,7 +302,7 @@ class Options:
     """Of the command line: --max-new-tokens 100 for max_new_tokens."""
 
     model: str = None  # folder or hub id (default: the last retrofit, else the shipped toy model)
-    adapter: str = None  # DMS adapter tensors to lay over the model: a file or a folder
+    adapter: str = None  # DMS adapters to lay over the model: a file, a folder or a hub id
     prompt: str = None  # text, or - for standard input (default: a problem of the toy world)
     raw: bool = False  # feed the prompt as it is, without the chat template
     task: Literal["needles", "variables", "arithmetic"] = "needles"  # the toy problem to ask

@@ -48,7 +48,7 @@ class Feed:
 
     def __post_init__(self):
         self.new = self.count.repeat_interleave(self.cache.kv_heads)  # (N,): the same by row
-        self.start = self.rows.seen[:: self.cache.kv_heads]  # (B,): first positions
+        self.start = self.rows.seen[:: self.cache.kv_heads, None]  # (B, 1): first positions
 
     @torch.inference_mode()
     def __call__(self, layer, q, k, v, logits):

@@ -180,6 +180,8 @@ class Attention(nn.Module):
         # a borrowed channel is no part of the query, whether anything is evicted or not
         neuron = config.dms is not None and config.dms.source == "neuron"
         q = self.q_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hq, D)
+        if neuron and config.dms.left > 0:
+            q = dms.silence_borrowed(q, Hkv, config.dms.left)  # faded out, as if by its weights
         k = self.k_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hkv, D)
         v = self.v_proj(x).unflatten(2, (-1, config.head_dim))
         if config.model_type == "qwen3":
@@ -195,13 +197,13 @@ class Attention(nn.Module):
             logits = config.dms.logits(s)
 
         if neuron:
-            q = dms.silence_borrowed(q, Hkv)
+            q = dms.silence_borrowed(q, Hkv, config.dms.left)
         q = apply_rope(q, *rope)
         k = apply_rope(k, *rope)
         if neuron:
             # RoPE has turned channel D/2 - 1 partly into the silent one. The released models were
             # trained with it silent in the score, so it is silenced again.
-            q = dms.silence_borrowed(q, Hkv)
+            q = dms.silence_borrowed(q, Hkv, config.dms.left)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits
 
 
@@ -236,8 +238,16 @@ class Block(nn.Module):
         x = x + self.self_attn.o_proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x, rope, attend):
-        return self.after(x, attend(*self.before(x, rope)))
+    def forward(self, x, rope, attend, recompute=False):
+        """recompute: keep only each half's inputs for backward, and compute it again there. The
+        attention, which is dear to compute, is not."""
+
+        def run(half, *inputs):
+            if not recompute:
+                return half(*inputs)
+            return checkpoint(half, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+        return run(self.after, x, attend(*run(self.before, x, rope)))
 
 
 def check_ids(ids, V):
@@ -284,27 +294,24 @@ class Model(nn.Module):
             block.after = torch.compile(block.after, dynamic=True, **options)
 
     def rope(self, T, start, dtype):
-        """cos and sin (B or 1, T, 1, D) of T positions from start (B,) int64, or from 0 for None.
-        Angles are float32 whatever the model's dtype."""
-        position = torch.arange(T, device=self.device)[None]
-        if start is not None:
-            position = position + start[:, None]
+        """cos and sin (B or 1, T, 1, D) of the positions start + 0, 1, ... Angles are float32
+        whatever the model's dtype."""
+        position = start + torch.arange(T, device=self.device)[None]
         angle = position[:, :, None, None] * self.rope_freq.float()  # (B or 1, T, 1, D/2)
         angle = torch.cat((angle, angle), dim=-1)
         return [(f(angle) * self.rope_scale).to(dtype) for f in (torch.cos, torch.sin)]
 
-    def hidden(self, ids, attend, start=None, recompute=False):
+    def hidden(self, ids, attend, start=0, recompute=False):
         """The final normed states (B, T, C) of ids (B, T) int64.
 
         attend(layer, q, k, v, logits) -> (B, Hq, T, D), with what Attention.project gives. start:
-        position of each row's first token, (B,) int64, None for 0. recompute: keep only each
-        block's input for backward, and compute the rest again there.
+        position of each row's first token, (B, 1) integer; or with documents packed into a row, for
+        every token minus the place where its document begins, (B, T). recompute: see Block.
         """
         x = self.model.embed_tokens(ids)
         rope = self.rope(ids.shape[1], start, x.dtype)
         for layer, block in enumerate(self.model.layers):
-            run = functools.partial(block, rope=rope, attend=functools.partial(attend, layer))
-            x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
+            x = block(x, rope, functools.partial(attend, layer), recompute)
         return self.model.norm(x)
 
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):

@@ -105,7 +105,7 @@ def random_model(config, device="cpu", dtype=torch.float32, cr=1.0, window=256):
         for shares, block in zip(head_shares(config, cr).tolist(), model.model.layers):
             set_shares(block.self_attn, shares)
     model.requires_grad_(False).eval()
-    cpu.use_compiled_products(model)
+    cpu.use_onednn(model)
     return model
 
 

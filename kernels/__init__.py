@@ -5,10 +5,10 @@ that equals it.
     cache_write.py         new tokens into the rows: plain, and one a row by Triton
     decode_attention.py    one query a row: plain, and by Triton
     block.py               many queries a row: plain
-    cpu.py                 one token and one query a row, and small products, by numba for a CPU
+    cpu.py                 one token and one query a row, by numba for a CPU
     choose.py              which of them a cache uses
     decode_step.py         a whole decode step, as one CUDA graph on a GPU
-    training_attention.py  the relaxed attention of training: plain
+    training_attention.py  the relaxed attention of training: plain, and by Triton
 """
 import os
 

@@ -1,8 +1,8 @@
-"""Which kernels a cache uses for a decode step."""
+"""Which kernels are used: by a cache for a decode step, and in training."""
 
 from collections import namedtuple
 
-from kernels import cache_write, cpu, decode_attention, triton
+from kernels import cache_write, cpu, decode_attention, training_attention, triton
 
 # two functions with the signatures of their plain twins
 Kernels = namedtuple("Kernels", "cache_write decode_attention")
@@ -16,3 +16,10 @@ def choose_kernels(device, dtype):
     if device.type == "cuda" and triton is not None:
         return TRITON
     return NUMBA if cpu.can_read(device, dtype) else PLAIN
+
+
+def choose_training_attention(device):
+    """What RelaxedAttention attends with: relaxed_attention_plain, or Triton's on a GPU."""
+    if device.type == "cuda" and triton is not None:
+        return training_attention.relaxed_attention
+    return training_attention.relaxed_attention_plain

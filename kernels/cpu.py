@@ -1,12 +1,10 @@
 """
-What a decode step does on a CPU, compiled by numba: the cache write, the attention, the products.
+What a decode step does on a CPU: the cache write and the attention, compiled by numba, and the
+products, by oneDNN.
 
 A decode step multiplies large things that lie in memory, pages and weights, by a few rows only. Its
-time is the reading, but PyTorch's products are made for many rows, and read at a fraction of what
-memory gives, least where 16-bit numbers are converted first. Here each number is read once and
-converted on the way. Without numba PyTorch computes the same.
-
-Letters: those of decode_attention.py; R rows of x, C inputs and O outputs of a layer.
+time is the reading: here each number is read once, and 16-bit numbers are converted on the way.
+Without numba PyTorch computes the same. Letters: those of decode_attention.py.
 """
 
 import numpy as np
@@ -56,35 +54,23 @@ def decode_attention(q, k_pages, v_pages, table, length):
     return ((weight * out).sum(0) / (weight * total).sum(0).clamp(min=1e-30)).to(q.dtype)
 
 
-def linear(x, weight, bias=None):
-    """F.linear for x (R, C), weight (O, C) and bias (O,), all float32 or all bfloat16. Made for a
-    few rows."""
-    rows = F.pad(x.float(), (0, 0, 0, -len(x) % 4)).contiguous()  # _linear takes four at a time
-    y = torch.empty(len(rows), len(weight))
-    launch(_linear, rows, weight, y)
-    return (y[: len(x)] if bias is None else y[: len(x)] + bias).to(x.dtype)
-
-
 class Linear(nn.Linear):
-    """nn.Linear that calls `linear` where that is faster: for a decode step's few rows, and for
-    more rows of 16-bit numbers that the processor has no instructions for."""
+    """nn.Linear in float32 by oneDNN, which reads weights for a few rows as fast as memory gives
+    them, where PyTorch's own choice, MKL, takes two to three times as long on some processors."""
 
     def forward(self, x):
-        rows = x.shape[:-1].numel()
-        is_slow = x.dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() != "AVX512"
-        is_faster = rows > 1 and (rows <= 32 or is_slow)  # for one row PyTorch is as fast
         must_be_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if must_be_plain or not is_faster or not can_read(x.device, x.dtype):
+        if must_be_plain or x.dtype != torch.float32 or not x.is_cpu:
             return super().forward(x)
-        return linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def use_compiled_products(model):
-    """The switch: make the large nn.Linear layers of a model on a CPU those above, in place."""
-    for module in model.modules():
-        is_large = isinstance(module, nn.Linear) and module.weight.numel() >= 2**18
-        if is_large and can_read(module.weight.device, module.weight.dtype):
-            module.__class__ = Linear
+def use_onednn(model):
+    """The switch: make the large nn.Linear layers of a model those above, in place."""
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.weight.numel() >= 2**18:
+                module.__class__ = Linear
 
 
 if numba is not None:
@@ -177,36 +163,3 @@ if numba is not None:
             out[D] += w
             for d in range(D):
                 out[d] += w * number(values[t, d])
-
-    @compiled
-    def _linear(x, weight, y):
-        """Two rows of weights by four of x (R a multiple of 4) at a time: what is loaded serves
-        several products."""
-        R, C = x.shape
-        O = len(weight)
-        for block in range(0, R, 256):  # so many rows of x stay in the processor's cache
-            for pair in numba.prange((O + 1) // 2):
-                m = 2 * pair
-                n = min(m + 1, O - 1)
-                for r in range(block, min(block + 256, R), 4):
-                    products_2x4(
-                        x[r : r + 4], weight[m], weight[n], y[r : r + 4, m], y[r : r + 4, n]
-                    )
-
-    @numba.njit(fastmath=fast, **keep)
-    def products_2x4(x, wm, wn, ym, yn):
-        m0 = m1 = m2 = m3 = np.float32(0)
-        n0 = n1 = n2 = n3 = np.float32(0)
-        for c in range(len(wm)):
-            a = number(wm[c])
-            b = number(wn[c])
-            m0 += x[0, c] * a
-            m1 += x[1, c] * a
-            m2 += x[2, c] * a
-            m3 += x[3, c] * a
-            n0 += x[0, c] * b
-            n1 += x[1, c] * b
-            n2 += x[2, c] * b
-            n3 += x[3, c] * b
-        ym[0], ym[1], ym[2], ym[3] = m0, m1, m2, m3
-        yn[0], yn[1], yn[2], yn[3] = n0, n1, n2, n3

@@ -1,12 +1,18 @@
 """
 What the test files share: small random models, dense and DMS, that decide at random but
-reproducibly; a random life of a cache, and what each of its rows must hold.
+reproducibly; a random life of a cache, and what each of its rows must hold; how Triton's kernels
+are run without a GPU, and compiled for one.
 """
 import copy
 import json
 import math
+import os
 import random
+import shutil
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,12 +22,44 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dms import DMSConfig, visible
+from kernels import triton
 from kernels.cache_write import cache_write_plain
 from kernels.pages import PagePool, Rows
 from model import Model, ModelConfig
 
 torch.set_num_threads(1)  # the models are tiny
+REPOSITORY = Path(__file__).resolve().parent.parent
 NOWHERE = 2**30  # an index that must never be used
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+is_elsewhere = DEVICE == "cpu" and not INTERPRETED
+launches = pytest.mark.skipif(is_elsewhere, reason="test_interpreter runs it")
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+
+def interprets(test):
+    """The mark of a test that runs kernels under the interpreter."""
+    import numpy
+
+    def version(module):
+        return tuple(map(int, module.__version__.split(".")[:2]))
+
+    fails = triton is None or version(triton) < (3, 7) and version(numpy) >= (2, 4)
+    reason = "this triton's interpreter needs numpy < 2.4 (triton-lang/triton#9171)"
+    return pytest.mark.skipif(fails, reason=reason)(test)
+
+
+def run_interpreted(file):
+    """The tests of a file in a process of their own, since Triton decides as it is imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file],
+        cwd=REPOSITORY,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert run.returncode == 0, run.stdout
 
 
 def small_config(**changes):
@@ -54,6 +92,18 @@ def small_model(seed=0, dms=None, keep=0.5, **changes):
         dms.scale = 1.0
         dms.offset = {0.1: -2.0, 0.5: 0.0, 0.9: 2.0}[keep]
     return model.requires_grad_(False).eval()
+
+
+def in_hub_cache(cache, **folders):
+    """The environment of a process without network for which owner/NAME of the hub is a folder.
+    folders: {NAME: folder}."""
+    commit = "0123456789" * 4
+    for name, folder in folders.items():
+        place = cache / f"models--owner--{name}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text(commit)
+        shutil.copytree(folder, place / "snapshots" / commit)
+    return {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
@@ -421,3 +471,76 @@ def plain_forward(folder, ids, dms=None):
         x = x + linear(gate * linear(h, "mlp.up_proj"), "mlp.down_proj")
     head = w.get("lm_head.weight", w["embed_tokens.weight"])
     return (norm(x, w["norm.weight"]) @ head.T).float(), torch.stack(decided)
+
+
+# ------------------------------------------------------------------------------ Compiling for a GPU
+
+
+def launched(module, launcher, *arguments):
+    """With what `launcher` launches the kernels of `module`, given tensors without memory: for each
+    kernel's name, the (arguments, options) of its launches in their order."""
+    calls = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            record = calls.setdefault(self.name, [])
+            return lambda *values, **options: record.append((values, options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.runtime.jit.JITFunction):
+                patch.setattr(module, name, Recorder(name))
+        launcher(*arguments)
+    return calls
+
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+    int: "i32",
+    float: "fp32",
+}
+
+
+def compiled(kernel, values, options, arch):
+    """The kernel as the JIT would compile it for these arguments: pointers and integers divisible
+    by 16 are known to be, unless the kernel says otherwise."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    constants = {name: value for name, value in options.items() if name in names}
+    options = {name: value for name, value in options.items() if name not in names}
+    signature = dict.fromkeys(names, "constexpr")
+    hints = {}
+    for i, (name, value) in enumerate(zip(names, values)):
+        is_pointer = isinstance(value, torch.Tensor)
+        signature[name] = TYPES[value.dtype if is_pointer else type(value)]
+        is_special = isinstance(value, int) and not kernel.params[i].do_not_specialize
+        if is_pointer or is_special and value % 16 == 0:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def check_no_spills(kernel):
+    assert not re.search(r"\.local\b", kernel.asm["ptx"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if tool.exists():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [tool, "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert re.search(r"STACK:0 .*LOCAL:0 ", usage.stdout + usage.stderr), usage
+
+
+def pointer(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")

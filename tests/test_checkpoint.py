@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import plain_forward, small_config, small_model
+from conftest import in_hub_cache, plain_forward, small_config, small_model
 from oracle import FAMILIES, YARN, edit, reloaded, same_logits, saved, tokens, transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -539,6 +539,124 @@ def test_a_merged_checkpoint_comes_back_as_it_was_saved(tmp_path, settings):
     assert raw["dms_separate_alpha"] == (settings.source == "adapter")
 
 
+BLOCK_SIZE = "dms_paged_attention_block_size"
+
+
+def config_in(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def saved_again(folder, again):
+    """The config.json of what was read from a folder and saved to another."""
+    save_model(load_model(folder), again, torch.float32)
+    return config_in(again)
+
+
+@pytest.mark.parametrize("window, size", [
+    (0, None), (1, None), (2, 1), (3, 2), (5, 4), (256, 128), (257, 256), (512, 256), (4096, 256),
+])
+def test_nvidias_block_size_is_written_smaller_than_the_window(window, size, tmp_path):
+    save_model(small_model(dms=DMSConfig(window=window)), tmp_path / "one", torch.float32)
+    raw = config_in(tmp_path / "one")
+    assert raw.get(BLOCK_SIZE) == size
+    if size is not None:  # as NVIDIA's Qwen3ConfigDMS asserts
+        assert 0 < raw[BLOCK_SIZE] < raw["dms_window_size"]
+    assert (BLOCK_SIZE in raw) == (window >= 2)
+    assert saved_again(tmp_path / "one", tmp_path / "two") == raw
+
+
+NVIDIAS = {BLOCK_SIZE: 192, "dms_compile_limit": None, "dms_chunked_prefill": 4096,
+           "dms_preallocate_for_tokens": 8192, "dms_manual_inference_mode": True}
+
+
+@pytest.mark.parametrize("source", ["adapter", "neuron"])
+def test_what_only_nvidias_inference_reads_is_written_again_as_it_was(source, tmp_path):
+    save_model(small_model(dms=DMSConfig(window=512, source=source)), tmp_path / "one", torch.float32)
+    edit(tmp_path / "one" / "config.json", lambda raw: raw.update(NVIDIAS, dms_unheard_of=1))
+    again = saved_again(tmp_path / "one", tmp_path / "two")
+    assert {key: again[key] for key in NVIDIAS} == NVIDIAS
+    assert "dms_unheard_of" not in again
+
+
+@pytest.mark.parametrize("window, size", [(193, 192), (192, 128), (100, 64), (1, None)])
+def test_a_block_size_that_does_not_fit_the_window_is_replaced(window, size, tmp_path):
+    save_model(small_model(dms=DMSConfig(window=window)), tmp_path / "one", torch.float32)
+    edit(tmp_path / "one" / "config.json", lambda raw: raw.update({BLOCK_SIZE: 192}))
+    assert saved_again(tmp_path / "one", tmp_path / "two").get(BLOCK_SIZE) == size
+
+
+def test_a_block_size_beside_adapters_is_kept_when_they_are_merged(tmp_path):
+    checkpoint_of(tmp_path / "base")
+    retrofitted(tmp_path / "base", tmp_path / "adapters")
+    assert config_in(tmp_path / "adapters")[BLOCK_SIZE] == 2
+    edit(tmp_path / "adapters" / "config.json", lambda raw: raw.update({BLOCK_SIZE: 3}))
+    assert saved_again(tmp_path / "adapters", tmp_path / "merged")[BLOCK_SIZE] == 3
+    overlaid = load_model(tmp_path / "base", adapter=tmp_path / "adapters" / ADAPTER_FILE)
+    save_model(overlaid, tmp_path / "overlaid")
+    assert config_in(tmp_path / "overlaid")[BLOCK_SIZE] == 3
+
+
+@pytest.mark.parametrize("key, value", [
+    (BLOCK_SIZE, 0), (BLOCK_SIZE, -256), (BLOCK_SIZE, "256"), (BLOCK_SIZE, 1.5), (BLOCK_SIZE, True),
+    (BLOCK_SIZE, [256]), ("dms_manual_inference_mode", 1), ("dms_chunked_prefill", {}),
+])
+def test_unusable_settings_of_nvidias_inference_are_refused(key, value, tmp_path):
+    save_model(small_model(dms=DMSConfig(window=9)), tmp_path, torch.float32)
+    edit(tmp_path / "config.json", lambda raw: raw.update({key: value}))
+    refuse(tmp_path, f"{key} = {value!r} is not of type")
+
+
+@pytest.mark.parametrize("family, name", [("llama", "Llama"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")])
+def test_architectures_says_whether_a_checkpoint_is_dms(family, name, tmp_path):
+    save_model(small_model(model_type=family), tmp_path / "dense")
+    assert config_in(tmp_path / "dense")["architectures"] == [f"{name}ForCausalLM"]
+    save_model(small_model(model_type=family, dms=DMSConfig(window=3)), tmp_path / "dms")
+    assert config_in(tmp_path / "dms")["architectures"] == [f"{name}ForCausalLMDMS"]
+    edit(tmp_path / "dms" / "config.json", lambda raw: raw.update(architectures="whatever"))
+    assert saved_again(tmp_path / "dms", tmp_path / "again")["architectures"] == [f"{name}ForCausalLMDMS"]
+
+
+@torch.no_grad()
+def test_transformers_takes_a_merged_checkpoint_for_a_dense_one(tmp_path):
+    """So the model card says: its class goes by model_type, and it only reports the adapters."""
+    model = small_model(3, DMSConfig(window=3))
+    save_model(model, tmp_path, torch.float32)
+    theirs, report = reloaded(tmp_path, output_loading_info=True, dtype=torch.float32)
+    adapters = {name for name, _ in model.named_parameters() if "dms_proj_alpha" in name}
+    assert set(report["unexpected_keys"]) == adapters
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    ids = torch.randint(0, 67, (1, 40))
+    assert not torch.allclose(model(ids), theirs(ids).logits, atol=0.1)
+    model.config.dms.disable_eviction = True
+    torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("per", ["head", "layer"])
+def test_a_borrowed_neuron_without_shift_has_its_metadata_beside_it(per, tmp_path, capsys):
+    model = small_model(4, DMSConfig(window=6, source="neuron", shift=0, per=per, target_cr=4.0))
+    save_model(model, tmp_path, torch.float32)
+    expected = {"window_size": 6, "alpha_scale": 1.0, "alpha_offset": 0.0, "target_cr": 4.0, "shift": 0}
+    assert json.loads((tmp_path / "dms_metadata.json").read_text()) == expected
+    again = load_model(tmp_path)
+    assert again.config.dms == model.config.dms
+    ids = torch.randint(0, 67, (1, 40))
+    assert torch.equal(again(ids), model(ids))
+    assert saved_again(tmp_path, tmp_path / "again") == config_in(tmp_path)
+    assert json.loads((tmp_path / "again" / "dms_metadata.json").read_text()) == expected
+    if per == "head":  # it says all that there is to say
+        edit(tmp_path / "config.json", lambda raw: [raw.pop(key) for key in [*raw] if key[:4] == "dms_"])
+        assert load_model(tmp_path).config.dms == model.config.dms
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("settings", [
+    DMSConfig(window=6, source="neuron", shift=1), DMSConfig(window=6, shift=0), None,
+])
+def test_others_have_no_metadata_which_their_readers_would_take_for_a_neuron_without_shift(settings, tmp_path):
+    save_model(small_model(4, settings), tmp_path, torch.float32)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 # ------------------------------------------------------------------ Adapters in files of their own
 
 
@@ -572,6 +690,35 @@ def test_an_adapter_checkpoint_refuses_a_base_that_has_changed(tmp_path):
         load_model(tmp_path / "adapters")
 
 
+def test_an_adapter_checkpoint_without_its_adapters_is_refused(tmp_path):
+    checkpoint_of(tmp_path / "base")
+    retrofitted(tmp_path / "base", tmp_path / "adapters")
+    (tmp_path / "adapters" / ADAPTER_FILE).unlink()
+    refuse(tmp_path / "adapters", "0 safetensors files")
+
+
+FROM_HUB = """
+import sys
+import torch
+from checkpoint import load_model
+models = load_model("owner/base", adapter="owner/adapters"), load_model(sys.argv[1]), load_model("owner/adapters")
+torch.save([(model.config.dms.window, model(torch.arange(40)[None])) for model in models], sys.argv[2])
+"""
+
+
+def test_a_model_and_its_adapters_are_found_in_the_hubs_cache(tmp_path):
+    """Offline; the adapters by their id, and a base that is named by its id."""
+    checkpoint_of(tmp_path / "base")
+    student = retrofitted(tmp_path / "base", tmp_path / "adapters")
+    edit(tmp_path / "adapters" / "config.json", lambda raw: raw.update(dms_base_model="owner/base"))
+    environment = in_hub_cache(tmp_path / "cache", base=tmp_path / "base", adapters=tmp_path / "adapters")
+    command = [sys.executable, "-c", FROM_HUB, str(tmp_path / "adapters"), str(tmp_path / "logits")]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    for window, logits in torch.load(tmp_path / "logits"):
+        assert window == 4
+        assert torch.equal(logits, student(torch.arange(40)[None]))
+
+
 def test_adapters_laid_over_other_weights_than_their_own_are_refused(tmp_path):
     checkpoint_of(tmp_path / "base")
     checkpoint_of(tmp_path / "other", seed=5)
@@ -597,8 +744,10 @@ def test_adapters_that_are_not_one_sound_file_are_refused(tmp_path):
     (tmp_path / "alone" / "y.safetensors").write_bytes(b"")
     refuse(tmp_path, "2 safetensors files", adapter=tmp_path / "alone")
     refuse(tmp_path, "y.safetensors", "damaged", adapter=tmp_path / "alone" / "y.safetensors")
-    refuse(tmp_path, "0 safetensors files", adapter=tmp_path / "none")
-    refuse(tmp_path, "0 safetensors files", adapter="x" * 5000)
+    refuse(tmp_path, "none", "no such folder", adapter=tmp_path / "none")
+    refuse(tmp_path, "no such folder", adapter="x" * 5000)
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path, "0 safetensors files", adapter=tmp_path / "empty")
 
 
 def test_adapters_of_another_model_are_refused(tmp_path):
@@ -1409,9 +1558,10 @@ def test_links_of_a_tokenizer_are_followed_within_its_folder_or_the_hubs_cache(t
 def test_keys_of_config_json_that_could_not_be_written_again(tmp_path):
     """Half a character can; what is nested too deeply is refused when it is read."""
     model, folder = saved(tmp_path)
-    edit(folder / "config.json", lambda raw: raw.update(odd="\ud800 ☃"))
+    odd = dict(odd="\ud800 ☃", dms=1, extra={"extra": 2})  # some are our own names for other things
+    edit(folder / "config.json", lambda raw: raw.update(odd))
     save_model(load_model(folder), tmp_path / "again")
-    assert read_json(tmp_path / "again" / "config.json")["odd"] == "\ud800 ☃"
+    assert odd.items() <= read_json(tmp_path / "again" / "config.json").items()
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"odd":', '"deep": ' + "[" * 990 + "]" * 990 + ', "odd":'))
     with pytest.raises(InputError):

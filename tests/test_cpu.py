@@ -1,4 +1,5 @@
 """kernels/cpu.py against the plain functions, and an engine without numba."""
+import math
 import os
 import random
 import runpy
@@ -80,64 +81,34 @@ def test_scores_far_below_zero():
         torch.testing.assert_close(y[row], mean.expand(2, 64))
 
 
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear(dtype):
-    generator = torch.Generator().manual_seed(0)
-    sizes = (
-        (1, 1, 1), (2, 7, 3), (3, 8, 5), (4, 64, 10), (5, 100, 33), (9, 130, 64), (300, 65, 7),
-    )  # fmt: skip
-    rtol = 1e-5 if dtype == torch.float32 else 8e-3
-    for R, C, O in sizes:
-        x, weight = (torch.randn(n, C, generator=generator).to(dtype) for n in (R, O))
-        y = cpu.linear(x, weight)
-        expected = (x.double() @ weight.double().T).to(dtype)
-        torch.testing.assert_close(y, expected, rtol=rtol, atol=1e-4)
-        alone = cpu.linear(x[:1], weight)  # a row is the same whatever stands beside it
-        torch.testing.assert_close(y[:1], alone, rtol=0, atol=0)
-    x[1, 0] = float("nan")
-    y = cpu.linear(x, weight)
-    assert y[1].isnan().all()
-    assert y[[0, 2]].isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layer(dtype, bias, monkeypatch):
-    """Few rows of a large layer go to the kernel, if it is there; in any case the result is
-    nn.Linear's."""
-    layer = cpu.Linear(512, 512, bias=bias).to(dtype)
-    rows = []
-    multiply = cpu.linear
-    monkeypatch.setattr(cpu, "linear", lambda x, *more: rows.append(len(x)) or multiply(x, *more))
+def test_a_large_layer_is_onednns_in_float32_unless_a_gradient_is_asked_for(dtype, bias, monkeypatch):
+    """In any case the result is nn.Linear's, and a NaN stays in its row."""
+    model = nn.Sequential(nn.Linear(512, 512, bias=bias), nn.Linear(512, 511), nn.LayerNorm(511))
+    before = model.to(dtype).state_dict()
+    cpu.use_onednn(model)
+    assert [type(layer) for layer in model] == [cpu.Linear, nn.Linear, nn.LayerNorm]
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+
+    layer = model[0]
+    plain = []
+    of_pytorch = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda *given: plain.append(1) or of_pytorch(*given))
     for shape in ((1, 1), (2, 1), (1, 7), (3, 11), (2, 20)):
         x = torch.randn(*shape, 512).to(dtype)
         expected = F.linear(x, layer.weight, layer.bias)
         with torch.inference_mode():
-            torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=1e-4)
-    few = [2, 7]
-    if dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        few += [33, 40]  # PyTorch has no instructions for them
-    expected = [] if cpu.numba is None else few
-    assert rows == expected
-    y = layer(x[:1])
-    y.sum().backward()
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(plain) == (0 if dtype == torch.float32 else 5)
+    x[1, 3] = math.nan
+    with torch.inference_mode():
+        y = layer(x)
+    assert y[1, 3].isnan().all() and y.isfinite().sum() == 39 * 512
+    layer(x[:1]).sum().backward()
     assert layer.weight.grad is not None
-    assert rows == expected  # it was not asked for a gradient
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_large_layers_of_a_model_are_switched(dtype):
-    """Where numba is there and reads the dtype; to layers with the same weights."""
-    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 511), nn.LayerNorm(511)).to(dtype)
-    before = model.state_dict()
-    cpu.use_compiled_products(model)
-    is_read = cpu.numba is not None and dtype != torch.float16
-    kinds = [cpu.Linear if is_read else nn.Linear, nn.Linear, nn.LayerNorm]
-    assert [type(layer) for layer in model] == kinds
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(after[name] is x or torch.equal(after[name], x) for name, x in before.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -172,7 +143,11 @@ def test_without_a_folder_for_compiled_code_it_is_compiled_each_time(tmp_path):
     nowhere = {"HOME": "/proc/none", "XDG_CACHE_HOME": "/proc/none", "PYTHONDONTWRITEBYTECODE": "1"}
     environment = {**os.environ, **nowhere}
     environment.pop("NUMBA_CACHE_DIR", None)
-    code = "import torch, kernels.cpu as c; x = torch.ones(2, 4); print(c.linear(x, torch.ones(3, 4)).sum())"
+    code = (
+        "import torch, kernels.cpu as c; x = torch.ones(1, 2, 4); pages = 3 * torch.ones(1, 2, 4);"
+        "one = torch.ones(1, dtype=torch.int64);"
+        "print(c.decode_attention(x, pages, pages, one[None] - 1, one).sum())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
     )

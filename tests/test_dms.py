@@ -9,9 +9,14 @@ import torch.nn.functional as F
 from conftest import small_model
 
 import dms
-from dms import DMSConfig, RelaxedAttention
+from dms import DMSConfig, Packing, RelaxedAttention
 from kernels.training_attention import relaxed_attention_plain
 from kv_cache import KVCache
+
+
+def relaxed_attention(model, documents, T, seeds):
+    packing = Packing.of(documents, T, "cpu")
+    return RelaxedAttention(model.config.dms, packing, relaxed_attention_plain, seeds)
 
 
 def test_rule_on_a_small_case():
@@ -66,7 +71,7 @@ def test_adapter_score_is_a_projection_of_the_normed_residual():
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_without_eviction_masked_attention_is_the_dense_model_whatever_the_logits(shift):
+def test_without_eviction_the_model_is_the_dense_one_whatever_the_logits(shift):
     """Which is the teacher's pass."""
     model = small_model(1)
     ids = torch.randint(0, 67, (2, 50))
@@ -75,7 +80,7 @@ def test_without_eviction_masked_attention_is_the_dense_model_whatever_the_logit
     for block in model.model.layers:
         torch.nn.init.normal_(block.self_attn.dms_proj_alpha.weight)
     assert (model(ids) - dense).abs().max() > 0.1  # it does evict
-    without = dms.masked_attention(model.config, evict=False)
+    without = dms.document_attention([[50], [50]])
     torch.testing.assert_close(model.lm_head(model.hidden(ids, without)), dense)
 
 
@@ -89,16 +94,70 @@ def test_relaxed_attention_with_certain_decisions_is_the_hard_rule(shift, T):
         torch.nn.init.normal_(block.self_attn.dms_proj_alpha.weight)
     ids = torch.randint(0, 67, (2, T))
     lengths = torch.tensor([T, T - 9])
-    relaxed = RelaxedAttention(model.config.dms, lengths, relaxed_attention_plain)
-    states = model.hidden(ids, relaxed)
-    torch.testing.assert_close(model.lm_head(states), model(ids), atol=1e-4, rtol=1e-4)
+    for seeds in ([3, 4], None):
+        relaxed = relaxed_attention(model, [[T], [T - 9]], T, seeds)
+        logits = model.lm_head(model.hidden(ids, relaxed))
+        for row, n in enumerate((T, T - 9)):  # what lies behind is padding
+            torch.testing.assert_close(logits[row, :n], model(ids)[row, :n], atol=1e-4, rtol=1e-4)
 
-    cache = KVCache(model.config, 2)
-    model(ids, cache=cache, lengths=lengths)
-    stats = cache.stats()
-    let_go = 1 - stats["pairs"] / stats["dense_pairs"]
-    assert let_go > 0.1
-    assert relaxed.fraction_let_go().item() == pytest.approx(let_go, abs=1e-5)
+        cache = KVCache(model.config, 2)
+        model(ids, cache=cache, lengths=lengths)
+        stats = cache.stats()
+        let_go = 1 - stats["pairs"] / stats["dense_pairs"]
+        assert let_go > 0.1
+        assert relaxed.pairs_let_go().item() / (T + T - 9) == pytest.approx(let_go, abs=1e-5)
+
+
+def test_documents_in_a_row_do_not_see_each_other():
+    """Packed end to end, with padding behind them, they get the states, and let go of the pairs,
+    that they do by themselves."""
+    model = small_model(3)
+    dms.start_retrofit(model, DMSConfig(window=5, scale=1e4, offset=0.0))
+    for block in model.model.layers:
+        torch.nn.init.normal_(block.self_attn.dms_proj_alpha.weight)
+    ids = torch.randint(0, 67, (2, 90))
+    documents = [[30, 1, 40, 12], [7, 80]]
+    packing = Packing.of(documents, 90, "cpu")
+    relaxed = relaxed_attention(model, documents, 90, [1, 2])
+    dense = dms.document_attention(documents)
+    states = [model.hidden(ids, attend, -packing.first) for attend in (relaxed, dense)]
+    let_go = 0
+    for row, lengths in enumerate(documents):
+        begin = 0
+        for n in lengths:
+            alone = ids[row : row + 1, begin : begin + n]
+            by_itself = relaxed_attention(model, [[n]], n, [1])
+            every = [model.hidden(alone, by_itself), model.hidden(alone, dms.document_attention([[n]]))]
+            for packed, expected in zip(states, every):
+                found = packed[row : row + 1, begin : begin + n]
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            let_go += by_itself.pairs_let_go().item()
+            begin += n
+    assert let_go > 10
+    assert relaxed.pairs_let_go().item() == pytest.approx(let_go, abs=1e-3)
+    expected = [[29, 30, 70, 82, *range(83, 90)], [6, *range(86, 90)]]
+    for row, last in zip(packing.predicts(), expected):  # documents' last tokens, and padding
+        assert (~row).nonzero().flatten().tolist() == last
+
+
+def test_noise_follows_from_the_seed_of_a_row_and_the_layer_alone():
+    settings = DMSConfig()
+    logits = torch.zeros(3, 2, 50)
+
+    def noise(seeds, layer):
+        packing = Packing.of([[50]] * len(seeds), 50, "cpu")
+        relaxed = RelaxedAttention(settings, packing, relaxed_attention_plain, seeds)
+        return relaxed.noise(layer, logits[: len(seeds)])
+
+    together = noise([5, 6, 2**60], 3)
+    assert torch.equal(together[1:2], noise([6], 3))
+    assert torch.equal(together[2:], noise([2**60], 3))
+    assert not torch.equal(together[:1], noise([5], 4))
+    assert not torch.equal(together[0], together[1])
+    # logistic: a variance of pi^2 / 3
+    many = torch.cat([noise([seed], 0).flatten() for seed in range(200)])
+    assert many.mean().item() == pytest.approx(0, abs=0.06)
+    assert many.var().item() == pytest.approx(math.pi**2 / 3, rel=0.05)
 
 
 @pytest.mark.parametrize("T, block", [(21, 6), (1030, 300)])  # the second computes scores twice
@@ -114,12 +173,12 @@ def test_relaxed_attention_by_the_formula_and_its_gradients(T, block):
     inputs = [x.requires_grad_() for x in (q, k, v, z)]
     attend = functools.partial(relaxed_attention_plain, block=block)
     settings = DMSConfig(window=window, tau=tau)
-    torch.manual_seed(7)
-    out = RelaxedAttention(settings, torch.tensor([T, T]), attend)(0, q, k, v, z)
+    packing = Packing.of([[T], [T]], T, "cpu")
+    relaxed = RelaxedAttention(settings, packing, attend, [7, 8])
+    out = relaxed(0, q, k, v, z)
 
-    torch.manual_seed(7)
-    u = torch.rand_like(z).clamp(1e-6, 1 - 1e-6)
-    p = torch.sigmoid((z + torch.log(u / (1 - u))).double() / tau)  # in float32 1 - p may be 0
+    # in float32 1 - p may be 0
+    p = torch.sigmoid((z + relaxed.noise(0, z)).double() / tau)
     p = torch.cat((p[..., 1:], torch.zeros(B, H, 1)), -1)
     i = torch.arange(T)[:, None]
     j = torch.arange(T)
@@ -141,11 +200,10 @@ def test_fresh_adapters_leave_the_model_as_it_was():
     before = model(ids)
     dms.start_retrofit(model, DMSConfig(window=0))
     torch.testing.assert_close(model(ids), before)
-    lengths = torch.tensor([50, 50])
-    relaxed = RelaxedAttention(model.config.dms, lengths, relaxed_attention_plain)
+    relaxed = relaxed_attention(model, [[50], [50]], 50, [1, 2])
     model.hidden(ids, relaxed)
     # z = -5: the noise alone evicts a token in 150
-    assert relaxed.fraction_let_go().item() < 0.03
+    assert relaxed.pairs_let_go().item() < 0.03 * 100
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -168,9 +226,35 @@ def test_a_retrofit_by_a_borrowed_neuron_begins_with_weights_that_decide_nothing
     assert cache.stats()["compression_ratio"] == 1
 
 
+def test_a_borrowed_neuron_is_faded_out_from_all_to_nothing():
+    """At first the student is the teacher, at last what the cleared weights give; between, it moves
+    from the one to the other, and lets go of nothing."""
+    model = small_model(1)
+    ids = torch.randint(0, 67, (1, 50))
+    whole = model(ids)
+    settings = DMSConfig(window=0, source="neuron", left=1.0)
+    dms.start_retrofit(model, settings)
+
+    def faded(left):
+        settings.left = left
+        relaxed = relaxed_attention(model, [[50]], 50, [1])
+        logits = model.lm_head(model.hidden(ids, relaxed))
+        assert relaxed.pairs_let_go().item() == 0
+        return logits
+
+    torch.testing.assert_close(faded(1.0), whole)
+    distances = [(faded(left) - whole).norm().item() for left in (0.9, 0.5, 0.1, 1e-6)]
+    assert distances == sorted(distances)
+    assert distances[0] > 0
+    almost = faded(1e-9)
+    settings.left = 0.0
+    dms.clear_borrowed(model)
+    torch.testing.assert_close(almost, model(ids), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("slice_size", [4, 1024])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_distillation_loss_is_the_mean_kl_over_the_tokens_kept(reverse, slice_size):
+def test_distillation_loss_is_the_kl_summed_over_the_tokens_kept(reverse, slice_size):
     torch.manual_seed(0)
     student = torch.randn(2, 9, 5)
     teacher = torch.randn(2, 9, 5)
@@ -181,7 +265,7 @@ def test_distillation_loss_is_the_mean_kl_over_the_tokens_kept(reverse, slice_si
     log_p = F.log_softmax(teacher @ teacher_head.T, -1)
     if reverse:
         log_p, log_q = log_q, log_p
-    expected = (log_p.exp() * (log_p - log_q)).sum(-1)[keep].mean()
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)[keep].sum()
     heads = (student_head, teacher_head)
     loss = dms.distillation_loss(student, teacher, *heads, keep, reverse, slice_size=slice_size)
     torch.testing.assert_close(loss, expected)

@@ -15,28 +15,33 @@ import copy
 import dataclasses
 import importlib
 import math
-import os
 import random
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
 reason = "triton is not installed; it has no wheel for some platforms"
-triton = pytest.importorskip("triton", reason=reason)
+pytest.importorskip("triton", reason=reason)
 
 from conftest import (  # noqa: E402
+    DEVICE,
+    INTERPRETED,
     Life,
     check_cache_write,
+    check_no_spills,
     check_pages,
     check_what_is_stored,
+    compiled,
+    compiles,
     empty_cache,
     held_pairs,
+    interprets,
+    launched,
+    launches,
+    pointer,
+    run_interpreted,
     small_model,
 )
 
@@ -49,33 +54,12 @@ from kernels.decode_attention import decode_attention, decode_attention_plain  #
 from kernels.pages import PagePool, Rows  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-by_interpreter = "test_interpreter runs it"
-launches = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason=by_interpreter)
-compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-
-
-def version(module):
-    return tuple(map(int, module.__version__.split(".")[:2]))
 
 
 @compiles
-@pytest.mark.skipif(
-    version(triton) < (3, 7) and version(numpy) >= (2, 4),
-    reason="this triton's interpreter needs numpy < 2.4 (triton-lang/triton#9171)",
-)
+@interprets
 def test_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
-        cwd=REPOSITORY,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert run.returncode == 0, run.stdout
+    run_interpreted(__file__)
 
 
 # -------------------------------------------------------------------------------- decode attention
@@ -261,74 +245,6 @@ def test_without_triton(monkeypatch):
 # ------------------------------------------------------------------------------------- compilation
 
 
-def launched(module, name, launcher, *arguments):
-    """Arguments and options with which `launcher` launches the kernel `name`, given tensors without
-    memory."""
-    calls = {}
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            return lambda *values, **options: calls.update({self.kernel: (values, options)})
-
-    with pytest.MonkeyPatch.context() as patch:
-        for kernel in {"_attend", "_merge", "_write"} & vars(module).keys():
-            patch.setattr(module, kernel, Recorder(kernel))
-        launcher(*arguments)
-    return calls[name]
-
-
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-    int: "i32",
-    float: "fp32",
-}
-
-
-def compiled(kernel, values, options, arch):
-    """The kernel as the JIT would compile it for these arguments: pointers and integers divisible
-    by 16 are known to be, unless the kernel says otherwise."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    constants = {name: value for name, value in options.items() if name in names}
-    options = {name: value for name, value in options.items() if name not in names}
-    signature = dict.fromkeys(names, "constexpr")
-    hints = {}
-    for i, (name, value) in enumerate(zip(names, values)):
-        is_pointer = isinstance(value, torch.Tensor)
-        signature[name] = TYPES[value.dtype if is_pointer else type(value)]
-        is_special = isinstance(value, int) and not kernel.params[i].do_not_specialize
-        if is_pointer or is_special and value % 16 == 0:
-            hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def check_no_spills(kernel):
-    assert not re.search(r"\.local\b", kernel.asm["ptx"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if tool.exists():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            command = [tool, "-res-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert re.search(r"STACK:0 .*LOCAL:0 ", usage.stdout + usage.stderr), usage
-
-
-def pointer(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 @compiles
 @pytest.mark.parametrize(
     "arch, dtype", [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32)]
@@ -340,12 +256,13 @@ def test_decode_attention_compiles(arch, dtype):
     table = pointer(512, 128, dtype=torch.int32)
     length = pointer(512, dtype=torch.int32)
     arguments = (decode_attention, pointer(512, 4, 128, dtype=dtype), pool, pool, table, length)
-    kernel = compiled(attending._attend, *launched(attending, "_attend", *arguments), arch)
+    calls = launched(attending, *arguments)
+    kernel = compiled(attending._attend, *calls["_attend"][0], arch)
     check_no_spills(kernel)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*", kernel.asm["ptx"])
     assert copies and all("], 0x10" in line for line in copies)
     assert "v4" in "".join(re.findall(r"ld\.global.*", kernel.asm["ptx"]))  # q
-    merge = compiled(attending._merge, *launched(attending, "_merge", *arguments), arch)
+    merge = compiled(attending._merge, *calls["_merge"][0], arch)
     check_no_spills(merge)
 
 
@@ -360,7 +277,7 @@ def test_cache_write_compiles(arch):
     evict = pointer(512, dtype=torch.bool)
     new = pointer(512, dtype=torch.int64)
     arguments = (cache_write, k, k, evict, new, rows, pool, 1)
-    kernel = compiled(writing._write, *launched(writing, "_write", *arguments), arch)
+    kernel = compiled(writing._write, *launched(writing, *arguments)["_write"][0], arch)
     check_no_spills(kernel)
     assert "v2.b32" in "".join(re.findall(r"ld\.global.*", kernel.asm["ptx"]))
     assert "v2.b32" in "".join(re.findall(r"st\.global.*", kernel.asm["ptx"]))

@@ -98,7 +98,7 @@ def test_published_frequencies_hold_at_far_positions(kind, changes, tmp_path):
 
     far = 100_000
     ids = tokens()
-    states = ours.hidden(ids, masked_attention(ours.config), torch.tensor([far]))
+    states = ours.hidden(ids, masked_attention(ours.config), torch.tensor([[far]]))
     positions = torch.arange(far, far + LENGTH)
     same(ours.lm_head(states), theirs(ids, position_ids=positions[None]).logits)
 

@@ -16,7 +16,9 @@ from safetensors import safe_open
 import dms
 import retrofit
 from checkpoint import InputError, load_model, locked, save_model
+from distillation import Distillation, learning_rate
 from dms import DMSConfig
+from kv_cache import KVCache
 from model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,30 +204,31 @@ def test_a_resumed_run_goes_on_with_its_own_options(small_teacher, text_file, tm
 
 def test_the_learning_rate_rises_stays_and_falls():
     """Over 20 steps from 0, and over the last 40 % to 0."""
-    rates = [retrofit.learning_rate(step, 1000, 0.5) for step in range(1001)]
+    rates = [learning_rate(step, 1000, 0.5) for step in range(1001)]
     assert rates[:20] == pytest.approx([0.5 * n / 20 for n in range(1, 21)])
     assert rates[20:601] == pytest.approx([0.5] * 581)
     assert rates[600:] == pytest.approx([0.5 * n / 400 for n in range(400, -1, -1)])
     # in a run of a few steps the two meet below the peak
-    short = [retrofit.learning_rate(step, 10, 0.5) for step in range(11)]
+    short = [learning_rate(step, 10, 0.5) for step in range(11)]
     rising = [0.5 * n / 20 for n in range(1, 10)]
     assert short == pytest.approx([*rising, 0.5 / 4, 0])
 
 
 @torch.no_grad()
-def kl_of_a_window(window, ids, lengths):
+def kl_of_a_window(window, ids, documents):
     """To the teacher, of the teacher that evicts everything outside a window."""
     teacher = load_model(TEACHER)
     blind = dms.start_retrofit(load_model(TEACHER), DMSConfig(window=window, offset=-1.0))
-    predicts = torch.arange(ids.shape[1]) < lengths[:, None] - 1
+    predicts = dms.Packing.of(documents, ids.shape[1], "cpu").predicts()
     states = (blind.states(ids), teacher.states(ids))
     heads = (blind.lm_head.weight, teacher.lm_head.weight)
-    return dms.distillation_loss(*states, *heads, predicts).item()
+    return dms.distillation_loss(*states, *heads, predicts).item() / predicts.sum().item()
 
 
 def test_compression_is_learned():
     """A few steps at a high rate: what is let go follows the target, and what is kept is chosen, so
-    that the KL stays far below that of a window of the same memory."""
+    that the KL stays far below that of a window of the same memory. Then the offset is settled:
+    hard decisions let go of what was asked for."""
     given = {
         "--model": TEACHER,
         "--data": "toy",
@@ -238,27 +241,34 @@ def test_compression_is_learned():
         "--device": "cpu",
     }
     options = retrofit.parse([str(text) for pair in given.items() for text in pair])
-    student = dms.start_retrofit(load_model(TEACHER), DMSConfig(window=4))
-    named = student.named_parameters()
-    trained = [p.requires_grad_() for name, p in named if "dms_proj_alpha" in name]
-    optimizer = torch.optim.AdamW(trained, lr=options.lr)
     data = retrofit.make_data(options)
+    run = Distillation(*retrofit.load_pair(options), options)
     rows = []
-    for step in range(12):
-        rows.append(retrofit.train_step(student, student, data, optimizer, step, options))
-        rate = optimizer.param_groups[0]["lr"]
-        assert rate == retrofit.learning_rate(step, 12, 0.01)
+    for step, (ids, documents, _) in zip(range(12), data.batches(0)):
+        rows.append(run.step(step, ids, documents))
+        assert run.optimizer.param_groups[0]["lr"] == learning_rate(step, 12, 0.01)
     first = rows[0]
     last = rows[-1]
     assert first["cr"] < 1.05
     assert first["kl"] < 0.05
     assert last["target_cr"] == 8
     assert last["cr"] > 6
-    ids, lengths = data.batch(11)
-    as_much = round(lengths.float().mean().item() / last["cr"])
+    as_much = round(sum(map(sum, documents)) / len(documents) / last["cr"])
     assert as_much > 4
-    assert last["kl"] < 0.5 * kl_of_a_window(as_much, ids, lengths)
-    assert last["kl"] < 0.25 * kl_of_a_window(4, ids, lengths)
+    assert last["kl"] < 0.5 * kl_of_a_window(as_much, ids, documents)
+    assert last["kl"] < 0.25 * kl_of_a_window(4, ids, documents)
+
+    for target in (4, 6, 2):  # from more and from less than that
+        options.target_cr = target
+        run.student.config.dms.offset = 5.0
+        ratio = run.settle_offset(data)
+        assert target <= ratio < 1.05 * target, target
+        cache = KVCache(run.student.config, 1)
+        for (ids, documents, _), _ in zip(data.batches(0), range(8)):
+            for row, [n] in zip(ids, documents):
+                run.student(row[None, :n], cache=cache)
+                cache.release([0])
+        assert cache.compression_ratio() == pytest.approx(ratio, rel=1e-3)
 
 
 def target(cr, window, length, teacher, out):
@@ -323,20 +333,22 @@ def test_tokens_that_the_model_lacks_are_found_before_training(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_state(
-    small_teacher, text_file, tmp_path, monkeypatch
+@pytest.mark.parametrize("kl", [math.nan, 11])
+def test_a_run_that_diverges_ends_and_keeps_its_state(
+    small_teacher, text_file, tmp_path, monkeypatch, kl
 ):
-    step = retrofit.train_step
+    differentiate = Distillation.differentiate
 
-    def diverge(*given):
-        row = step(*given)
-        return {**row, "kl": math.nan} if row["step"] == 8 else row
+    def diverge(self, step, *given):
+        return differentiate(self, step, *given) + (kl if step == 7 else 0)
 
-    monkeypatch.setattr(retrofit, "train_step", diverge)
-    with pytest.raises(InputError, match="step 8 gave no finite loss"):
+    monkeypatch.setattr(Distillation, "differentiate", diverge)
+    with pytest.raises(InputError, match="step 8 diverged"):
         retrofit.main(arguments(small_teacher, text_file, tmp_path / "out"))
     assert saved_step(tmp_path / "out") == 6
     assert not (tmp_path / "out" / "config.json").exists()
+    rows = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 7
 
 
 def test_two_runs_do_not_share_a_folder(small_teacher, text_file, tmp_path):
@@ -428,7 +440,11 @@ def test_a_garbled_file_of_a_run_is_named_and_kept(
         (["--data", "{empty}"], "usable documents"),
         (["--data", "{broken}"], "line 2 is not a JSON object"),
         (["--seq-len", "5000"], "longer than the model's context"),
-        (["--batch-size", "10000000"], "a step needs more than"),
+        (["--batch-size", "10000000"], "batch_size = 10000000 is not"),
+        (["--fade-steps", "10"], "--fade-steps is for --decision neuron"),
+        (["--shard"], "--shard needs several processes"),
+        (["--data", "no/such"], "neither from the hub"),
+        (["--data", "/no/such"], "not found, not readable"),
         (["--lr", "inf"], "lr = inf"),
         (["--lr", "1e300"], "lr = 1e+300"),
         (["--seed", "18446744073709551616"], "seed = 1844"),

@@ -1,4 +1,5 @@
-"""The toy world as a data source of retrofit.py: batch(step), held_out(rows), and tasks to be answered."""
+"""The toy world as a data source of retrofit.py: batches(step), held_out(rows), and tasks to be answered."""
+import itertools
 import random
 
 import torch
@@ -26,10 +27,12 @@ class ToyData:
                 task = rng.choice((*tasks.TASKS, "arithmetic"))
             text = self.encode(tasks.make_problem(task, rng, split), True)[:self.seq_len]
             ids[row, :len(text)], lengths[row] = torch.tensor(text), len(text)
-        return ids[:, :lengths.max()], lengths
+        return ids[:, :lengths.max()], [[n] for n in lengths.tolist()]
 
-    def batch(self, step):
-        return self.rows(random.Random(f"{self.seed} {step}"), "train", self.batch_size)
+    def batches(self, step, place=None):
+        """From a step on: (token ids (B, T), of each row the lengths of its documents, None)."""
+        for number in itertools.count(step):
+            yield *self.rows(random.Random(f"{self.seed} {number}"), "train", self.batch_size), None
 
     def held_out(self, rows):
         return self.rows(random.Random("held out"), "test", rows)

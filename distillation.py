@@ -1,0 +1,205 @@
+"""
+The training step of the retrofit, in one process or in several.
+
+    loss = KL(teacher || student) + max(1 - 1/CR(step) - fraction let go, 0)
+
+A step follows from (seed, step, its sequences, weights, optimizer state) alone. Processes share its
+sequences out among themselves, each takes its own a few at a time, and gradients are summed: with
+any number of processes the result is the same, up to the order of sums. Knows nothing of where
+sequences come from, nor of the command line.
+"""
+import json
+import math
+
+import torch
+import torch.distributed as distributed
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.attention import sdpa_kernel
+
+import dms
+from checkpoint import refusing, require, torchrun_place, write_atomic
+from estimate import recomputes, rows_at_a_time
+from kernels.block import BACKENDS
+from kernels.choose import choose_training_attention
+
+
+def learning_rate(step, steps, peak):
+    """Linear from 0 over the first 20 steps, constant, linear to 0 over the last 40 %."""
+    return peak * min(1.0, (step + 1) / 20, (steps - step) / max(0.4 * steps, 1))
+
+
+def all_reduce(tensor):
+    """The sum over all processes, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def whole(tensor):
+    """A tensor that FSDP may have spread over processes, as one."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def spread(tensor, parameter):
+    """The inverse: on the parameter's device, and spread as that is."""
+    tensor = tensor.to(parameter.device)
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
+
+
+STATE = ("weight", "exp_avg", "exp_avg_sq")  # what is saved of a parameter, beside AdamW's "step"
+
+
+class Distillation:
+    """A student, its teacher, which may be the student itself, asked not to evict, and AdamW."""
+
+    def __init__(self, student, teacher, options):
+        self.student = student
+        self.teacher = teacher
+        self.options = options
+        self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        trained = self.parameters.values()
+        self.optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)
+        self.let_go = 0.0  # the fraction of its pairs that the last step let go
+
+    def step(self, step, ids, documents):
+        """Step number `step`, on ids (B, T) and the lengths of each row's documents, the same in all
+        processes. Returns its metrics. Raises InputError, before weights change, if it diverges."""
+        options = self.options
+        self.fade(step)
+        cr = dms.scheduled_cr(step + 1 - options.fade_steps, options.steps, options.target_cr)
+        sums = all_reduce(self.differentiate(step, ids, documents, cr))
+        kl, self.let_go = sums.tolist()
+        for parameter in self.parameters.values():
+            if whole(parameter.grad) is parameter.grad:  # FSDP has summed what it spreads
+                all_reduce(parameter.grad)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)).item()
+        require(math.isfinite(kl + norm) and kl <= options.max_kl,
+                f"step {step + 1} diverged, with a KL of {kl:.3g} and a gradient of {norm:.3g}; the "
+                "last saved state is kept; begin anew with a lower --lr")
+        steps = options.fade_steps + options.steps
+        self.optimizer.param_groups[0]["lr"] = learning_rate(step, steps, options.lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        compression = dms.compression_loss(torch.tensor(self.let_go), cr).item()
+        held = 1 - min(self.let_go, 1 - 1e-6)
+        return {"step": step + 1, "kl": kl, "compression_loss": compression,
+                "target_cr": round(cr, 4), "cr": 1 / held, "grad_norm": norm}
+
+    def differentiate(self, step, ids, documents, cr):
+        """Gradients of this process's share of a step's loss, rows of some 4,096 tokens at a time.
+        Returns its share of KL and of the fraction let go, (2,)."""
+        rank, world = torchrun_place()
+        tokens = sum(map(sum, documents))
+        predictions = tokens - sum(map(len, documents))
+        # Whether the compression loss is clamped is judged by the step before, since it takes all
+        # rows to know; where it is not, its gradient is that of -fraction.
+        is_met = dms.compression_loss(torch.tensor(self.let_go), cr) == 0
+        weight = 0.0 if is_met else self.options.compression_weight
+        sums = torch.zeros(2, device=self.student.device)
+        mine = list(range(rank, len(ids), world))
+        at_a_time = rows_at_a_time(ids.shape[1])
+        for begin in range(0, len(mine), at_a_time):
+            rows = mine[begin : begin + at_a_time]
+            seeds = [(self.options.seed * 2**20 + step) * 2**12 + row for row in rows]
+            kl, let_go = self.compare(ids[rows], [documents[row] for row in rows], seeds)
+            parts = torch.stack((kl / predictions, let_go / tokens))
+            (parts[0] - weight * parts[1]).backward()
+            sums += parts.detach()
+        return sums
+
+    def compare(self, ids, documents, seeds):
+        """Of some rows the KL, summed over tokens, and the pairs let go, the mean over heads, both
+        with their graphs."""
+        student = self.student
+        teacher = self.teacher
+        ids = ids.to(student.device)
+        packing = dms.Packing.of(documents, ids.shape[1], ids.device)
+        with torch.no_grad(), sdpa_kernel(BACKENDS):
+            target = teacher.hidden(ids, dms.document_attention(documents), -packing.first)
+        states, let_go = self.student_states(ids, packing, seeds)
+        heads = (student.lm_head.weight, teacher.lm_head.weight)
+        reverse = self.options.reverse_kl
+        return dms.distillation_loss(states, target, *heads, packing.predicts(), reverse), let_go
+
+    def student_states(self, ids, packing, seeds):
+        """Final states (B, T, C) and pairs let go. seeds: of the noise; None: hard decisions."""
+        attention = choose_training_attention(ids.device)
+        relaxed = dms.RelaxedAttention(self.student.config.dms, packing, attention, seeds)
+        recompute = self.options.recompute or recomputes(ids.shape[1])
+        states = self.student.hidden(ids, relaxed, -packing.first, recompute)
+        return states, relaxed.pairs_let_go()
+
+    def fade(self, step):
+        """What is left of a borrowed channel at this step; once it is gone, it begins to decide."""
+        fade_steps = self.options.fade_steps
+        self.student.config.dms.left = max(1 - step / fade_steps, 0.0) if fade_steps else 0.0
+        if 0 < step == fade_steps:
+            for parameter in dms.clear_borrowed(self.student):
+                del self.optimizer.state[parameter]
+
+    @torch.no_grad()
+    def settle_offset(self, data):
+        """Move the offset of the decisions until, without noise, they let go of as many pairs as
+        the target and 3 % ask for: the one-sided loss overshoots, which costs quality. Not
+        lower than by 1, less than the noise in training was. Judged by the first 16 or so
+        sequences of the data. Returns the compression ratio."""
+        settings = self.student.config.dms
+        turns = -(-16 // self.options.batch_size)
+        batches = [batch for batch, _ in zip(data.batches(0), range(turns))]
+
+        def fraction(offset):
+            settings.offset = offset
+            let_go = tokens = 0
+            for ids, documents, _ in batches:
+                ids = ids.to(self.student.device)
+                packing = dms.Packing.of(documents, ids.shape[1], ids.device)
+                let_go += self.student_states(ids, packing, None)[1].item()
+                tokens += sum(map(sum, documents))
+            return let_go / tokens
+
+        most = 1 - 1 / (1.03 * self.options.target_cr)  # texts differ by about as much
+        trained = settings.offset
+        low = trained - 1
+        high = trained if fraction(low) > most else low  # where it is not reached, it stays
+        while fraction(high) > most:
+            high += max(high - low, 1)
+        for _ in range(6):
+            middle = (low + high) / 2
+            if fraction(middle) > most:
+                low = middle
+            else:
+                high = middle
+        return 1 / (1 - fraction(high))
+
+    def save(self, file, step, place):
+        """Weights in training, AdamW's state and the place in the data, one safetensors file,
+        replaced atomically. To be called in all processes."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            for key, tensor in {"weight": parameter, **self.optimizer.state[parameter]}.items():
+                tensors[f"{key}.{name}"] = whole(tensor.detach()).cpu().contiguous()
+        notes = {"step": step, "place": place, "let_go": self.let_go}
+        notes = {key: json.dumps(value) for key, value in notes.items()}
+        if torchrun_place()[0] == 0:
+            write_atomic(file, lambda temporary: save_file(tensors, temporary, notes))
+
+    def load(self, file):
+        """The inverse of save: (steps done, place in the data). Raises InputError."""
+        problem = f"{file}: does not belong to this run; start anew in another --out"
+        bad = (SafetensorError, OSError, ValueError, LookupError, RuntimeError, TypeError)
+        with refusing(problem, *bad), safe_open(file, "pt") as saved:
+            for name, parameter in self.parameters.items():
+                state = {key: saved.get_tensor(f"{key}.{name}") for key in STATE}
+                require(all(tensor.shape == parameter.shape for tensor in state.values()), problem)
+                state = {key: spread(tensor, parameter) for key, tensor in state.items()}
+                parameter.data.copy_(state.pop("weight"))
+                state["step"] = saved.get_tensor(f"step.{name}")
+                self.optimizer.state[parameter] = state
+            notes = saved.metadata()
+            self.let_go = json.loads(notes["let_go"])
+            return json.loads(notes["step"]), json.loads(notes["place"])

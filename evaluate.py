@@ -1,0 +1,94 @@
+"""
+Measuring: a retrofitted model beside the dense one and a sliding window of the same budget.
+
+KL on held-out text that is read through the cache; accuracy, where the data brings tasks; and what
+the cache counted: pairs held, compression, reads, bytes. retrofit.py ends with it.
+"""
+import math
+import platform
+from pathlib import Path
+
+import torch
+
+import dms
+from checkpoint import load_model, require, write_json
+from kv_cache import KVCache
+
+TABLE = {"kl": "KL to the teacher, nats", "peak_pairs": "peak pairs held",
+         "compression_ratio": "compression ratio", "reads": "KV reads, pairs",
+         "peak_page_bytes": "peak bytes in pages"}  # what of a measurement is printed
+
+
+@torch.inference_mode()
+def kl_on_text(model, reference, data, rows):
+    """(KL to the reference model, which does not evict, on held-out documents that are read through
+    a cache, the mean over tokens in nats; how many documents; that cache)."""
+    cache = KVCache(model.config, 1, model.device, model.dtype)
+    heads = (model.lm_head.weight, reference.lm_head.weight)
+    ids, documents = data.held_out(rows)
+    nats = 0.0
+    tokens = 0
+    for row, lengths in zip(ids.to(model.device), documents):
+        for document in row[: sum(lengths)].split(lengths):
+            n = len(document)
+            states = model.states(document[None], cache)
+            target = reference.hidden(document[None], dms.document_attention([[n]]))
+            predicts = torch.arange(n)[None] < n - 1
+            nats += dms.distillation_loss(states, target, *heads, predicts).item()
+            tokens += n - 1
+            cache.release([0])
+    require(math.isfinite(nats), "no finite KL: begin anew with another --dtype or a lower --lr")
+    return nats / max(tokens, 1), sum(map(len, documents)), cache
+
+
+def measure(model, reference, data, options, desc):
+    """KL to the reference model; accuracy, where the data brings tasks; and the counts of the cache
+    that answered these, or of the one that read the held-out text where there are none."""
+    kl, sequences, cache = kl_on_text(model, reference, data, options.eval_rows)
+    accuracy = {}
+    if hasattr(data, "answer_tasks"):
+        rows = min(options.eval_batch, options.eval_problems)
+        cache = KVCache(model.config, rows, model.device, model.dtype)
+        accuracy = data.answer_tasks(model, cache, options, desc)
+        sequences = len(accuracy) * options.eval_problems
+    ended = {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs, "sequences": sequences}
+    return {"kl": kl, "accuracy": accuracy, **cache.stats(), **ended}
+
+
+def evaluate(data, options, out):
+    """Measure the dense model, the retrofitted one in the folder `out` and a sliding window that
+    holds as many pairs, write results.json there and print the table."""
+
+    def load(model):
+        return load_model(model, options.device, options.torch_dtype)
+
+    dense = load(options.model)
+    results = {"dense": measure(dense, dense, data, options, "dense"),
+               "DMS": measure(load(out), dense, data, options, "DMS")}
+    # A sliding window is a DMS model that evicts everything (s = 0 from a fresh adapter, so z = 1).
+    # Its budget is what DMS held at the end of an average sequence.
+    held = results["DMS"]["pairs"] / results["DMS"]["sequences"]
+    heads = dense.config.num_hidden_layers * dense.config.num_key_value_heads
+    budget = max(round(held / heads), 1)
+    settings = dms.DMSConfig(window=budget - 1, offset=-1.0)
+    window = dms.start_retrofit(load(options.model), settings)
+    results["window"] = measure(window, dense, data, options, f"window of {budget}")
+    on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    is_gpu = options.device.startswith("cuda")
+    settings = {**options.settings(), "model": Path(options.model).name}
+    write_json(out / "results.json", {
+        "settings": settings, "hardware": torch.cuda.get_device_name() if is_gpu else on_cpu,
+        "torch": torch.__version__, "window_tokens": budget, "results": results})  # fmt: skip
+    titles = ("dense", f"DMS {options.target_cr:g}x", f"window of {budget}")
+    print_table(dict(zip(titles, results.values())))
+
+
+def print_table(columns):
+    """columns: {title: what measure gives}."""
+    print(f"{'':26}" + "".join(f"{title:>18}" for title in columns))
+    columns = columns.values()
+    for task in list(columns)[0]["accuracy"]:
+        print(f"{task:26}" + "".join(f"{column['accuracy'][task]:18.1%}" for column in columns))
+    for key, name in TABLE.items():
+        decimals = {"kl": 4, "compression_ratio": 2}.get(key, 0)
+        print(f"{name:26}" + "".join(f"{column[key]:18,.{decimals}f}" for column in columns))
