@@ -145,11 +145,13 @@ def locked(file):
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # of numbers in JSON files and of options, by their names or kinds
 LIMITS = {
-    int: (1, 2**24), float: (-1e9, 1e9), "head_dim": (1, 2**12), "num_hidden_layers": (1, 1000),
+    int: (1, 2**24), float: (-1e9, 1e9),
+    "head_dim": (1, 2**12), "num_hidden_layers": (1, 1000),
     "rope_theta": (1e-9, 1e29), "rms_norm_eps": (0, 1), "max_window_layers": (0, 2**24),
     "window": (0, 2**20), "shift": (0, 1), "target_cr": (1, 1e6), "lr": (1e-12, 1e3),
     "compression_weight": (0, 1e6), "seed": (-(2**40), 2**40), "n": (1, 2**16), "batch_size": (1, 2**16),
-    "seq_len": (2, 2**24), "fade_steps": (0, 2**24), "eval_every": (0, 2**24), "memory": (1e-6, 1e6),
+    "seq_len": (2, 2**24), "fade_steps": (0, 2**24), "eval_every": (0, 2**24),
+    "memory": (1e-6, 1e6),
     "temperature": (0, 1e3), "top_k": (0, 2**24), "top_p": (1e-9, 1), "min_p": (0, 1)}
 
 

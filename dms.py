@@ -247,7 +247,7 @@ def compression_loss(fraction_let_go, cr):
 def scheduled_cr(step, steps, target_cr):
     """The compression ratio asked for at a step: from 1 to target_cr, linear over the first 70 % of
     the steps, then constant. 1,000 steps to 8x give the paper's +1 every 100 steps."""
-    return 1 + (target_cr - 1) * min(1.0, step / max(0.7 * steps, 1))
+    return 1 + (target_cr - 1) * min(1.0, max(step, 0) / max(0.7 * steps, 1))
 
 
 def distillation_loss(

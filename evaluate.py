@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import dms
-from checkpoint import load_model, require, write_json
+from checkpoint import load_model, read_lines, require, write_json
 from kv_cache import KVCache
 
 TABLE = {"kl": "KL to the teacher, nats", "peak_pairs": "peak pairs held",
@@ -81,6 +81,24 @@ def evaluate(data, options, out):
         "torch": torch.__version__, "window_tokens": budget, "results": results})  # fmt: skip
     titles = ("dense", f"DMS {options.target_cr:g}x", f"window of {budget}")
     print_table(dict(zip(titles, results.values())))
+
+
+def draw_curves(out):
+    """curves.png in a run's folder: its KL and compression by steps. Needs matplotlib, an extra;
+    without it nothing is drawn."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = list(read_lines(out / "metrics.jsonl").values())
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, keys in zip(figure.subplots(1, 2), (("kl",), ("target_cr", "cr"))):
+        for key in keys:
+            axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=key)
+        axes.set_xlabel("step")
+        axes.legend()
+    figure.axes[0].set_yscale("log")
+    figure.savefig(out / "curves.png")
 
 
 def print_table(columns):

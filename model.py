@@ -245,9 +245,11 @@ class Block(nn.Module):
         def run(half, *inputs):
             if not recompute:
                 return half(*inputs)
+            # nothing random is in it
             return checkpoint(half, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-        return run(self.after, x, attend(*run(self.before, x, rope)))
+        inputs = run(self.before, x, rope)
+        return run(self.after, x, attend(*inputs))
 
 
 def check_ids(ids, V):

@@ -34,7 +34,7 @@ from checkpoint import (check_options, choose_device, copy_tokenizer, load_model
 from data import DEFAULT, TextData, ahead
 from distillation import Distillation
 from estimate import check_memory
-from evaluate import evaluate, kl_on_text
+from evaluate import draw_curves, evaluate, kl_on_text
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
 # of --data toy; and of text, on a GPU (the tokens of NVIDIA's recipe for 8x: 65 million) and on a
@@ -178,8 +178,10 @@ def train(options, out):
                 run.save(state, step + 1, place)
     ratio = run.settle_offset(data)
     if is_first:
-        print(f"{ratio:.2f}x on training text, by hard decisions")
+        short = "" if ratio >= options.target_cr else "; more --steps, or a higher --lr, may give more"
+        print(f"{ratio:.2f}x on held-out text, by hard decisions{short}")
         write_checkpoint(run, options, out)
+        draw_curves(out)
 
 
 def begin_folder(options, out, done):

@@ -24,6 +24,19 @@ from kernels import cpu, triton  # noqa: E402
 from model import Model, ModelConfig, rope_frequencies  # noqa: E402
 
 SHAPES = {
+    "smollm2-135m": dict(
+        model_type="llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        rope_theta=1e5,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
     "qwen3-0.6b": dict(
         hidden_size=1024,
         intermediate_size=3072,
@@ -66,8 +79,8 @@ def model_config(shape, layers=None):
         head_dim=128,
         rope_theta=1e6,
         max_position_embeddings=40960,
-        **SHAPES[shape],
     )
+    settings |= SHAPES[shape]
     if layers is not None:
         settings["num_hidden_layers"] = layers
     return ModelConfig(**settings)

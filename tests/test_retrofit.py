@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import small_config
@@ -150,6 +152,98 @@ def test_toy_data_brings_a_checker_and_the_neuron_source_trains(small_teacher, t
     assert (out / "model.safetensors").read_bytes() == weights
 
 
+def test_with_a_model_and_no_other_argument_it_runs_to_its_table(tmp_path):
+    """On verified solutions of the hub's default dataset, here from the hub's cache without network;
+    sizes follow the model's context."""
+    rows = []
+    for i in range(300):
+        solutions = [f"<think>{i} and {i}</think>It is {2 * i}.", "wrong"]
+        flags = [i % 3 > 0, False]
+        rows.append({"problem": f"What is {i} + {i}?", "generations": solutions,
+                     "correctness_math_verify": flags, "messages": None})  # fmt: skip
+    commit = "0123456789" * 4
+    dataset = tmp_path / "cache" / "datasets--open-r1--OpenR1-Math-220k"
+    (dataset / "refs").mkdir(parents=True)
+    (dataset / "refs" / "main").write_text(commit)
+    (dataset / "snapshots" / commit / "data").mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(rows)
+    for i in range(2):
+        file = dataset / "snapshots" / commit / "data" / f"train-0000{i}-of-00002.parquet"
+        pyarrow.parquet.write_table(table.slice(150 * i, 150), file, row_group_size=40)
+    torch.manual_seed(0)
+    vocabulary = json.loads((TEACHER / "config.json").read_text())["vocab_size"]
+    save_model(Model(small_config(vocab_size=vocabulary, max_position_embeddings=256)), tmp_path / "tiny")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "tiny" / name).write_bytes((TEACHER / name).read_bytes())
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "retrofit.py"), "--model", "tiny"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "compression ratio" in done.stdout
+    assert "memory" in done.stdout and "million tokens" in done.stdout
+    out = tmp_path / "out" / "tiny-dms-8x"
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["data"] == f"open-r1/OpenR1-Math-220k@{commit}"
+    assert settings["seq_len"] == 256 and settings["window"] == 16
+    assert settings["lr"] == pytest.approx(0.12 / 32)
+    assert load_model(out).config.dms.window == 16
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == settings["steps"]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_text_gets_by_default_follows_from_device_context_and_width(tmp_path):
+    sizes = dict(vocab_size=64, hidden_size=64)
+    expected = {
+        ("cuda", 40960, "8"): dict(seq_len=8192, window=512, batch_size=8, steps=1000),
+        ("cuda", 2048, "8"): dict(seq_len=2048, window=128, batch_size=8, steps=1000),
+        ("cuda", 40960, "4"): dict(seq_len=8192, window=512, batch_size=8, steps=1000),
+        ("cpu", 40960, "8"): dict(seq_len=1024, window=64, batch_size=4, steps=300),
+        ("cpu", 40960, "2"): dict(seq_len=1024, window=256, batch_size=4, steps=300),
+    }
+    for (device, context, cr), values in expected.items():
+        folder = tmp_path / str(context)
+        save_model(Model(small_config(**sizes, max_position_embeddings=context)), folder)
+        options = retrofit.Options(model=str(folder), device=device, target_cr=float(cr))
+        found = retrofit.text_defaults(options)
+        assert values.items() <= found.items(), (device, context, cr)
+        assert found["lr"] == pytest.approx(0.12 / 64)
+
+
+def test_held_out_text_is_measured_on_the_way(small_teacher, text_file, tmp_path):
+    given = ["--steps", "4", "--eval-every", "2", "--eval-rows", "2"]
+    retrofit.main(arguments(small_teacher, text_file, tmp_path / "out", *given))
+    rows = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    measured = ["held_out_kl" in json.loads(row) for row in rows]
+    assert measured == [False, True, False, True]
+    assert json.loads(rows[1])["held_out_cr"] >= 1
+
+
+def test_a_neuron_is_faded_out_before_it_decides(tmp_path):
+    """The target is asked for only afterwards; killed in between, the run goes on the same."""
+    given = ["--train", "all", "--decision", "neuron", "--fade-steps", "4", "--steps", "4"]
+    given += ["--lr", "0.001", "--eval-problems", "1"]
+    for name, more in (("whole", []), ("cut", ["--save-every", "1"])):
+        out = tmp_path / name
+        process = start(arguments(TEACHER, "toy", out, *given, *more))
+        while name == "cut" and saved_step(out) < 4 and process.poll() is None:
+            time.sleep(0.005)
+        if name == "cut":
+            process.kill()
+        process.communicate()
+    assert 4 <= saved_step(tmp_path / "cut") < 8
+    run(arguments(TEACHER, "toy", tmp_path / "cut", *given, "--save-every", "1", "--resume"))
+    whole, cut = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut"))
+    assert whole == cut
+    rows = [json.loads(row) for row in whole.splitlines()]
+    assert [row["target_cr"] for row in rows[:4]] == [1] * 4
+    assert [row["cr"] for row in rows[:4]] == [1] * 4
+    assert rows[4]["target_cr"] > 1 and rows[0]["kl"] < 1e-5 < rows[1]["kl"]
+    model = load_model(tmp_path / "whole")
+    assert model.config.dms.source == "neuron"
+
+
 def started_run(small_teacher, text_file, folder):
     """The options of a run that has been started in a folder, without its steps."""
     options = retrofit.parse(arguments(small_teacher, text_file, folder))
@@ -264,10 +358,9 @@ def test_compression_is_learned():
         ratio = run.settle_offset(data)
         assert target <= ratio < 1.05 * target, target
         cache = KVCache(run.student.config, 1)
-        for (ids, documents, _), _ in zip(data.batches(0), range(8)):
-            for row, [n] in zip(ids, documents):
-                run.student(row[None, :n], cache=cache)
-                cache.release([0])
+        for row, [n] in list(zip(*data.held_out(64)))[32:]:
+            run.student(row[None, :n], cache=cache)
+            cache.release([0])
         assert cache.compression_ratio() == pytest.approx(ratio, rel=1e-3)
 
 
