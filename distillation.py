@@ -3,10 +3,10 @@ The training step of the retrofit, in one process or in several.
 
     loss = KL(teacher || student) + max(1 - 1/CR(step) - fraction let go, 0)
 
-A step follows from (seed, step, its sequences, weights, optimizer state) alone. Processes share its
-sequences out among themselves, each takes its own a few at a time, and gradients are summed: with
-any number of processes the result is the same, up to the order of sums. Knows nothing of where
-sequences come from, nor of the command line.
+A step follows from (seed, step, its sequences, weights, optimizer state, the fraction that the step
+before let go) alone. Processes share its sequences out among themselves, each takes its own a few
+at a time, and gradients are summed: with any number of processes the result is the same, up to the
+order of sums. Knows nothing of where sequences come from, nor of the command line.
 """
 import json
 import math
@@ -138,23 +138,25 @@ class Distillation:
         """What is left of a borrowed channel at this step; once it is gone, it begins to decide."""
         fade_steps = self.options.fade_steps
         self.student.config.dms.left = max(1 - step / fade_steps, 0.0) if fade_steps else 0.0
-        if 0 < step == fade_steps:
+        if fade_steps and step == fade_steps:
             for parameter in dms.clear_borrowed(self.student):
-                del self.optimizer.state[parameter]
+                del self.optimizer.state[parameter]  # or the old momentum would decide at once
 
     @torch.no_grad()
     def settle_offset(self, data):
-        """Move the offset of the decisions until, without noise, they let go of as many pairs as
-        the target and 3 % ask for: the one-sided loss overshoots, which costs quality. Not
+        """Set the offset of the decisions so that, without noise, they let go of as many pairs as
+        the target and 3 % more ask for: the one-sided loss overshoots, which costs quality. Not
         lower than by 1, less than the noise in training was. Judged by held-out sequences, others
         than those that the KL is measured on. Returns the compression ratio."""
         settings = self.student.config.dms
+        settings.left = 0.0
         begin = self.options.eval_rows
         ids, documents = data.held_out(2 * begin)
         ids = ids.to(self.student.device)
         at_a_time = rows_at_a_time(ids.shape[1])
 
         def fraction(offset):
+            """Let go with this offset, which stays."""
             settings.offset = offset
             let_go = 0
             for row in range(begin, len(ids), at_a_time):
@@ -166,9 +168,11 @@ class Distillation:
         most = 1 - 1 / (1.03 * self.options.target_cr)  # texts differ by about as much
         trained = settings.offset
         low = trained - 1
-        high = trained if fraction(low) > most else low  # where it is not reached, it stays
+        if fraction(low) <= most:  # the target is not reached even so: leave it as it was trained
+            return 1 / (1 - fraction(trained))
+        high = trained
         while fraction(high) > most:
-            high += max(high - low, 1)
+            high += high - low
         for _ in range(6):
             middle = (low + high) / 2
             if fraction(middle) > most:

@@ -22,9 +22,12 @@ import torch
 import torch.nn.functional as F
 
 
+KEEP = -1e4  # a logit that no noise turns into an eviction
+
+
 @dataclass
 class DMSConfig:
-    """How a checkpoint decides. All of this belongs to the checkpoint; nothing is hard-wired."""
+    """How a checkpoint decides. All but the last belongs to the checkpoint; nothing is hard-wired."""
 
     window: int = 512  # tokens behind the query that it always sees, besides its own
     source: str = "adapter"  # of the score s: adapter_score, or "neuron": borrowed_score
@@ -35,7 +38,7 @@ class DMSConfig:
     tau: float = 0.1  # temperature of the relaxed decision, training only
     target_cr: float = 8.0  # what it was trained for; documentation only
     disable_eviction: bool = False
-    left: float = 0.0  # of a borrowed channel in the scores, while training fades it from 1 to 0
+    left: float = 0.0  # while training fades a borrowed channel out: how much of it is there still
 
     def logits(self, s):
         """The decision logits z = scale * s - offset: a pair is evicted where z > 0.
@@ -45,6 +48,8 @@ class DMSConfig:
         z = self.scale * s.float() - self.offset
         if self.per == "layer":
             z = z[..., :1].expand_as(z)
+        if self.left > 0:  # a neuron that is being faded out decides nothing yet
+            z = torch.full_like(z, KEEP)
         return z.transpose(1, 2)
 
 
@@ -144,14 +149,14 @@ class Packing:
                 end[row, begin : begin + length] = begin + length
                 first[row, begin:] = begin
                 begin += length
-            first[row, begin:] = begin
+            first[row, begin:] = begin  # padding sees itself: a softmax over nothing would be NaN
         return cls(first.to(device), end.to(device))
 
     def token(self):
         return torch.arange(self.end.shape[1], device=self.end.device)  # (T,)
 
     def predicts(self):
-        """(B, T) bool: the tokens that another of their document follows."""
+        """(B, T) bool: the tokens with a next token in their document."""
         return self.token() < self.end - 1
 
 
@@ -201,21 +206,19 @@ class RelaxedAttention:
 
     def noisy_decisions(self, layer, logits):
         """(z + g1 - g2) / tau of the token that each decision is about, (B, Hkv, T)."""
-        if self.dms.left > 0:  # a neuron that is faded out decides nothing yet
-            return torch.full_like(logits, -1e4)
         if self.seeds is None:
-            noisy = logits * 1e6
+            noisy = logits * 1e6  # so large that the sigmoid is a step
         else:
             noisy = (logits + self.noise(layer, logits)) / self.dms.tau
         if self.dms.shift == 0:
             return noisy
-        return F.pad(noisy[..., 1:], (0, 1), value=-1e4)  # the last is not decided yet: kept
+        return F.pad(noisy[..., 1:], (0, 1), value=KEEP)  # the last is not decided yet
 
     def noise(self, layer, logits):
         """g1 - g2, which is logistic. It follows from a row's seed and the layer alone, so that the
         rows of a batch may be computed side by side, one by one, or by several processes."""
         generator = torch.Generator(logits.device)
-        uniform = torch.empty(logits.shape, device=logits.device)
+        uniform = torch.empty(logits.shape, device=logits.device)  # in this order in memory
         for row, seed in zip(uniform, self.seeds):
             row.uniform_(generator=generator.manual_seed((4096 * seed + layer) % 2**63))
         uniform = uniform.clamp(1e-6, 1 - 1e-6)
@@ -227,6 +230,7 @@ class RelaxedAttention:
         the gradient that of p."""
         p = torch.sigmoid(noisy)
         hard = (noisy > 0).float() + p - p.detach()
+        # the document's last token, end - 1, does not see them any more
         is_out = self.packing.token() < self.packing.end - 1 - self.dms.window  # (B, T)
         return (hard * is_out[:, None]).sum((0, 2))
 
@@ -260,7 +264,7 @@ def distillation_loss(
     (the paper), reverse KL by the student's (NVIDIA's code). The logits of V words exist for
     slice_size tokens at a time.
     """
-    slice_loss = SliceKL.apply if torch.is_grad_enabled() else slice_kl
+    slice_loss = SliceKL.apply if torch.is_grad_enabled() else slice_kl  # no gradients, no need
     total = torch.zeros((), device=student.device)
     for some, target in zip(student[keep].split(slice_size), teacher[keep].split(slice_size)):
         total = total + slice_loss(some, target, student_head, teacher_head, reverse)

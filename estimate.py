@@ -1,8 +1,8 @@
 """
 What a step of the retrofit takes, by counting: how it is cut, its memory and its arithmetic.
 
-Counted from the shapes alone, for one GPU or process; tests/test_estimate.py holds the memory
-against what steps really take on a CPU.
+Memory is counted from the shapes, for one GPU or process; tests/test_estimate.py holds it against
+what steps really take on a CPU.
 """
 import time
 from dataclasses import replace
@@ -42,7 +42,8 @@ def step_memory(config, options, seq_len, world):
     frozen = options.torch_dtype.itemsize
     itemsize = 4 if trains_all else frozen  # of the student's numbers
     weights = every * (frozen + 16 * trains_all)  # 16: weight, gradient and AdamW's two moments
-    adapters = config.num_hidden_layers * config.hidden_size * (config.num_key_value_heads + 1)
+    per_layer = config.hidden_size * (config.num_key_value_heads + 1)  # projection and norm
+    adapters = config.num_hidden_layers * per_layer
 
     rows = min(rows_at_a_time(seq_len), max(options.batch_size // world, 1))
     tokens = rows * seq_len
@@ -50,10 +51,12 @@ def step_memory(config, options, seq_len, world):
     inner = config.intermediate_size
     q_and_y = 2 * config.num_attention_heads * config.head_dim
     k_and_v = 2 * config.num_key_value_heads * config.head_dim
-    kept = (C + q_and_y + k_and_v) * itemsize + 88 * config.num_key_value_heads  # 22 float32 a head
-    inside = (6 * inner + 4 * C) * itemsize  # of one block, while its gradients are computed
+    # a token's input of a layer, q, k, v and y; logits, noise, decisions: some 22 numbers a head
+    kept = (C + q_and_y + k_and_v) * itemsize + 4 * 22 * config.num_key_value_heads
+    # the MLP of one block, computed again, and its gradients: measured
+    inside = (6 * inner + 4 * C) * itemsize
     if not (options.recompute or recomputes(seq_len)):
-        kept += (4 * inner + 5 * C) * itemsize
+        kept += (4 * inner + 5 * C) * itemsize  # what products and norms keep: measured
         inside = 2 * inner * itemsize
     logits = 5.5 * 4 * KL_SLICE * config.vocab_size
     return {"weights": weights / (world if options.shard else 1),
@@ -85,8 +88,7 @@ def matmul_rate(device, dtype):
 
 
 def check_memory(options, config, world):
-    """Refuse sequences that the model has no positions for, and steps that have no room. Prints
-    what the run will take."""
+    """Refuse sequences that the model has no positions for, and steps that have no room."""
     context = config.max_position_embeddings
     require(options.seq_len <= context,
             f"--seq-len is longer than the model's context of {context}; shorten it")
@@ -96,11 +98,19 @@ def check_memory(options, config, world):
     shorter = [options.seq_len >> n for n in range(1, 12) if options.seq_len >> n > 1]
     fitting = [n for n in shorter if sum(step_memory(config, options, n, world).values()) <= free]
     advice = f"--seq-len {fitting[0]} would fit" if fitting else "a shorter --seq-len does not help"
-    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    require(need <= free, f"a step needs {need / 1e9:.1f} GB ({listed}), {free / 1e9:.1f} are free; "
-            f"{advice}; --train adapters, or --shard over several GPUs, need less")
+    require(need <= free, f"a step needs {need / 1e9:.1f} GB ({listed(parts)}) of "
+            f"{free / 1e9:.1f}; {advice}; --shard over several GPUs needs less")
+
+
+def listed(parts):
+    return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+
+
+def announce(options, config, world):
+    """Print what a run will take."""
+    parts = step_memory(config, options, options.seq_len, world)
     tokens = (options.fade_steps + options.steps) * options.batch_size * options.seq_len
     rate = matmul_rate(options.device, options.torch_dtype) * world
     hours = tokens * step_flops(config, options, options.seq_len) / rate / 3600
-    print(f"memory {need / 1e9:.1f} GB ({listed}); {tokens / 1e6:,.1f} million tokens, {hours:.1f} hours if "
-          "matrix products were all, of which twice as much is to be expected")
+    print(f"memory {sum(parts.values()) / 1e9:.1f} GB ({listed(parts)}); {tokens / 1e6:,.1f} million "
+          f"tokens, {hours:.1f} hours of matrix products: expect two to three times that")

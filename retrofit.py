@@ -4,9 +4,9 @@ The retrofit: teach a dense model, by distillation from itself, which tokens eac
     loss = KL(teacher || student) + max(1 - 1/CR(step) - fraction let go, 0)
 
 The teacher is the model as it was, the student the same with relaxed eviction decisions (dms.py).
-Every step follows from (seed, step, place in the data, weights, optimizer state) alone, so an
-interrupted run goes on to the same result, and so do several processes: each takes its share of a
-step's sequences, one after another, and gradients are summed. Afterwards it measures (evaluate.py).
+A step (distillation.py) follows from what is saved, so an interrupted run goes on to the same
+result, also with another number of processes, which share the sequences of a step. Afterwards it
+measures (evaluate.py).
 
     python retrofit.py                                     # the shipped toy teacher, on a laptop
     python retrofit.py --model Qwen/Qwen3-8B               # OpenR1-Math-220k from the hub
@@ -33,7 +33,7 @@ from checkpoint import (check_options, choose_device, copy_tokenizer, load_model
                         write_text)
 from data import DEFAULT, TextData, ahead
 from distillation import Distillation
-from estimate import check_memory
+from estimate import announce, check_memory
 from evaluate import draw_curves, evaluate, kl_on_text
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
@@ -51,6 +51,7 @@ class Options:
 
     model: path_or_id = str(TEACHER)  # folder or hub id (default: the toy teacher)
     data: path_or_id = None  # toy, a file, or a dataset of the hub (default: toy, or OpenR1-Math-220k)
+    data_revision: str = None  # commit of a hub dataset (default: the newest)
     out: str = None  # folder for the checkpoint (default: out/NAME-dms-CRx)
     resume: bool = False  # continue the interrupted run in --out
     target_cr: float = 8.0  # compression ratio to reach
@@ -86,8 +87,9 @@ class Options:
         return getattr(torch, self.dtype)
 
     def settings(self):
-        """What the result depends on, which a resumed run must not change."""
-        return {k: v for k, v in vars(self).items() if k not in ("resume", "out", "device", "shard")}
+        """What a resumed run must not change, but for what it measures afterwards."""
+        changing = ("resume", "out", "device", "shard")
+        return {k: v for k, v in vars(self).items() if k not in changing and v is not None}
 
 
 def make_data(options):
@@ -99,7 +101,8 @@ def make_data(options):
 
         return ToyData(tokenizer, *sizes)
     vocab_size = config_of(options.model).vocab_size
-    return TextData(options.data, tokenizer, vocab_size, *sizes, options.pack_across)
+    source = "@".join(filter(None, (options.data, options.data_revision)))
+    return TextData(source, tokenizer, vocab_size, *sizes, options.pack_across)
 
 
 def config_of(model):
@@ -148,8 +151,7 @@ def train(options, out):
     before the model and the data have been loaded and checked."""
     is_first = torchrun_place()[0] == 0
     data = make_data(options)
-    if getattr(data, "revision", None):  # of a hub dataset: what a resumed run goes on with
-        options.data = f"{options.data.split('@')[0]}@{data.revision}"
+    options.data_revision = getattr(data, "revision", None)  # what a resumed run goes on with
     run = Distillation(*load_pair(options), options)
     last_id = int(data.held_out(options.eval_rows)[0].max())
     vocab_size = run.student.config.vocab_size
@@ -159,6 +161,7 @@ def train(options, out):
     metrics = out / "metrics.jsonl" if is_first else Path(os.devnull)
     if is_first:
         begin_folder(options, out, done)
+        announce(options, run.student.config, torchrun_place()[1])
     steps = options.fade_steps + options.steps
     bar = tqdm(range(done, steps), "retrofit", initial=done, total=steps, disable=not is_first)
     with open(metrics, "a") as log, closing(ahead(data.batches(done, place))) as batches:
@@ -267,7 +270,8 @@ def check(options):
     is_neuron = options.decision == "neuron"
     require(not is_neuron or options.train == "all",
             "--decision neuron has no adapters to train; add --train all")
-    require(is_neuron and not options.shard or options.fade_steps == 0,
+    fades = options.fade_steps > 0
+    require(not fades or is_neuron and not options.shard,
             "--fade-steps is for --decision neuron, without --shard")
     world = torchrun_place()[1]
     require(options.batch_size % world == 0,

@@ -2,7 +2,7 @@
 Takes a training step of a random model on the CPU and prints how much its memory grew at most, in
 bytes; then what estimate.py says. For tests/test_estimate.py, a process for each:
 
-    MALLOC_MMAP_THRESHOLD_=1000000 python tests/step_memory.py '{"T": 4096, "naive": true, ...}'
+    MALLOC_MMAP_THRESHOLD_=65536 python tests/step_memory.py '{"T": 4096, "naive": true, ...}'
 
 (With that setting glibc gives memory back at once, so that what the process has is what tensors
 need.)
@@ -11,6 +11,7 @@ import json
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,15 +60,13 @@ def main(shape):
     config = ModelConfig("qwen3", **shape, max_position_embeddings=T, tie_word_embeddings=True)
     teacher = Model(config).to(options.torch_dtype).requires_grad_(False)
     trains_all = options.train == "all"
-    student = Model(config).requires_grad_(True) if trains_all else teacher
-    before = resident()
+    student = Model(replace(config)).requires_grad_(True) if trains_all else teacher
     dms.start_retrofit(student, dms.DMSConfig(window=64))
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trains_all or "dms_proj_alpha" in name)
     run = Distillation(student, teacher, options)
     if naive:
         be_naive()
-    peak = [before]
     done = threading.Event()
 
     def watch():
@@ -75,15 +74,19 @@ def main(shape):
             peak[0] = max(peak[0], resident())
             time.sleep(0.003)
 
-    run.step(0, torch.zeros(1, 100, dtype=torch.int64), [[100]])  # the libraries' own
+    run.step(0, torch.zeros(1, 100, dtype=torch.int64), [[100]])  # for what libraries take once
+    before = resident()
+    peak = [before]
     watcher = threading.Thread(target=watch)
     watcher.start()
     run.step(1, torch.randint(0, config.vocab_size, (1, T)), [[T]])
     done.set()
     watcher.join()
     parts = estimate.step_memory(config, options, T, 1)
-    weights = sum(p.numel() * p.itemsize for p in {*student.parameters(), *teacher.parameters()})
-    print(json.dumps({"measured": peak[0] - before + weights, "estimated": sum(parts.values()), **parts}))
+    kept = [*student.parameters(), *(teacher.parameters() if trains_all else [])]
+    kept += [moment for state in run.optimizer.state.values() for moment in state.values()]
+    kept = sum(tensor.numel() * tensor.itemsize for tensor in kept)
+    print(json.dumps({"measured": peak[0] - before + kept, "estimated": sum(parts.values()), **parts}))
 
 
 main(json.loads(sys.argv[1]))

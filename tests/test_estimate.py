@@ -25,7 +25,7 @@ SHAPE = dict(vocab_size=8000, hidden_size=512, intermediate_size=1536, num_hidde
 def memory(**changes):
     """{measured, estimated, ...} bytes of a step of a mid-size random model on the CPU."""
     command = [sys.executable, str(REPOSITORY / "tests" / "step_memory.py"), json.dumps({**SHAPE, **changes})]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -90,15 +90,16 @@ def test_arithmetic_is_counted_as_for_qwen3_8b():
 def test_a_step_without_room_is_refused_with_what_would_fit(monkeypatch, capsys):
     monkeypatch.setattr(estimate, "matmul_rate", lambda device, dtype: 1e14)
     monkeypatch.setattr(estimate, "free_memory", lambda device: 24e9)
-    with pytest.raises(InputError, match="needs 28.8 GB .* 24.0 are free; --seq-len 4096 would fit"):
+    with pytest.raises(InputError, match="needs 28.8 GB .* of 24.0; --seq-len 4096 would fit"):
         estimate.check_memory(options_for(QWEN3_8B), QWEN3_8B, 1)
     monkeypatch.setattr(estimate, "free_memory", lambda device: 12e9)
-    with pytest.raises(InputError, match="a shorter --seq-len does not help; --train adapters"):
+    with pytest.raises(InputError, match="a shorter --seq-len does not help; --shard"):
         estimate.check_memory(options_for(QWEN3_8B), QWEN3_8B, 1)
     monkeypatch.setattr(estimate, "free_memory", lambda device: 80e9)
     estimate.check_memory(options_for(QWEN3_8B), QWEN3_8B, 1)
+    estimate.announce(options_for(QWEN3_8B), QWEN3_8B, 1)
     assert "65.5 million tokens, 13.0 hours" in capsys.readouterr().out
-    estimate.check_memory(options_for(QWEN3_8B), QWEN3_8B, 8)
+    estimate.announce(options_for(QWEN3_8B), QWEN3_8B, 8)
     assert "1.6 hours" in capsys.readouterr().out
     short = dataclasses.replace(QWEN3_8B, max_position_embeddings=4096)
     with pytest.raises(InputError, match="longer than the model's context of 4096"):

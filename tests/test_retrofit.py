@@ -185,7 +185,7 @@ def test_with_a_model_and_no_other_argument_it_runs_to_its_table(tmp_path):
     assert "memory" in done.stdout and "million tokens" in done.stdout
     out = tmp_path / "out" / "tiny-dms-8x"
     settings = json.loads((out / "settings.json").read_text())
-    assert settings["data"] == f"open-r1/OpenR1-Math-220k@{commit}"
+    assert settings["data"] == "open-r1/OpenR1-Math-220k" and settings["data_revision"] == commit
     assert settings["seq_len"] == 256 and settings["window"] == 16
     assert settings["lr"] == pytest.approx(0.12 / 32)
     assert load_model(out).config.dms.window == 16
