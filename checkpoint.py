@@ -111,7 +111,8 @@ def write_atomic(file, write):
     """Call write(temporary path) and move the result to `file` in one step, so that no reader ever
     sees half of it. The temporary file of a writer that was killed is overwritten by the next."""
     temporary = Path(file).with_name(f".{Path(file).name}.tmp")
-    with refusing(f"{file}: not written, what was there is still there", OSError, SafetensorError):
+    problem = f"{file}: not written, what was there is still there"
+    with refusing(problem, OSError, ValueError, SafetensorError):
         try:
             write(temporary)
             temporary.chmod(0o644)
@@ -210,8 +211,8 @@ def parse_config(raw, where="config.json"):
         require((freq * scale).isfinite().all(), problem)
     rewritten = {"rope_parameters", "torch_dtype", "dtype", "auto_map", "_name_or_path"}
     # what saving would not write by itself (config.extra is empty yet) is kept, to be written back
-    unknown = raw.keys() - config_to_dict(config).keys() - rewritten
-    config.extra = {key: raw[key] for key in unknown if not key.startswith("dms_")}
+    known = config_to_dict(config).keys() | rewritten
+    config.extra = {key: raw[key] for key in raw if key not in known and not key.startswith("dms_")}
     with refusing(f"{where}: is nested too deeply", RecursionError):
         json.dumps(config.extra, indent=2)  # as it will be written
     return config
@@ -474,29 +475,41 @@ def check_weights(weights, model, folder):
         fit(dtype in ("F64", "F32", "F16", "BF16"), f"tensor {name} is {dtype}, as if quantized")
 
 
+def has_metadata(settings):
+    """Can dms_metadata.json state these settings? Who reads it assumes the rest."""
+    is_neuron = settings is not None and settings.source == "neuron" and settings.shift == 0
+    return is_neuron and settings.per == "head" and not settings.disable_eviction
+
+
 def save_model(model, folder, dtype=torch.bfloat16, base=None):
-    """Write the weights, all of them in model.safetensors, dms_metadata.json where those who read
-    that compute the same as we do, and last config.json, DMS settings included; each atomically.
-    base: path or hub id of the unchanged base model: then only the adapters are written, to
-    ADAPTER_FILE, and config.json names the base and its fingerprint."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the weights in dtype, and the config, DMS settings included. base: path or hub id of
+    the unchanged base model: then only the adapters are written, and config.json names the base and
+    its fingerprint."""
     tensors = {name: parameter.detach().to("cpu", dtype).contiguous()
                for name, parameter in model.named_parameters()
                if base is None or "dms_proj_alpha" in name}
-    raw = {**config_to_dict(model.config), "torch_dtype": str(dtype).removeprefix("torch.")}
-    file = "model.safetensors" if base is None else ADAPTER_FILE
+    more = {}
     if base is not None:
         with ExitStack() as stack:
-            raw["dms_base_fingerprint"] = fingerprint(open_weights(weight_files(resolve(base)), stack))
+            more["dms_base_fingerprint"] = fingerprint(open_weights(weight_files(resolve(base)), stack))
         relative = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
-        raw["dms_base_model"] = relative if os.path.isdir(base) else str(base)
-    write_atomic(folder / file, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
-    settings = model.config.dms
-    if settings and settings.source == "neuron" and settings.shift == 0:
-        metadata = {key: getattr(settings, name) for name, key in METADATA_KEYS.items()}
-        write_json(folder / "dms_metadata.json", metadata)
-    write_json(folder / "config.json", raw)
+        more["dms_base_model"] = relative if os.path.isdir(base) else str(base)
+    write_model(folder, model.config, tensors, more)
+
+
+def write_model(folder, config, tensors, more):
+    """Write a model's tensors, dms_metadata.json where that can state the settings, and last
+    config.json, each atomically. more: keys of config.json; those of adapters name their base."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / (ADAPTER_FILE if "dms_base_model" in more else "model.safetensors")
+    write_atomic(file, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+    metadata = folder / "dms_metadata.json"
+    metadata.unlink(missing_ok=True)  # of what was there before
+    if has_metadata(config.dms):
+        write_json(metadata, {key: getattr(config.dms, name) for name, key in METADATA_KEYS.items()})
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**config_to_dict(config), "torch_dtype": dtype, **more})
 
 
 # --------------------------------------------------------------------------------------- Tokenizer

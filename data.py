@@ -8,7 +8,8 @@ Where the retrofit's text comes from: documents of a file, a folder or a hub dat
 The order is a function of (seed, data): each epoch shuffles the files, each file its row groups,
 each group its rows. One document in 50 is held out for measuring. Documents are laid end to end;
 what does not fit into a row is cut off and dropped, so that every row begins with a new document,
-and a place in the data is [epoch, file, row], the last two counted in the shuffled order. Rows of
+and a place in the data is [epoch, file, row, files in all], file and row counted in the shuffled
+order. Rows of
 parquet files are read a group at a time, and made into Python objects when they are drawn.
 
 This file knows nothing of models, steps or devices.
@@ -37,6 +38,7 @@ COLUMNS = ("problem", "generations", "correctness_math_verify", "is_reasoning_co
 ROLES = {"human": "user", "gpt": "assistant"}  # where ShareGPT has words of its own
 REMEDY = "check name and network, or give a local file"
 HELD_OUT = 50  # one document in so many
+NAMED = 20  # rows that are skipped
 MISSES = 1000  # rows on end without a usable document, after which there is no hope
 
 
@@ -55,9 +57,9 @@ def document_of(row):
                 if flags == [True, True]:
                     return exchange(row["problem"], solution)
             return None
-        if "messages" in row:
+        if row.get("messages"):
             return list(row["messages"])  # no text passes for messages
-        if "conversations" in row:
+        if row.get("conversations"):
             return [in_our_words(turn) for turn in row["conversations"]]
         if "response" in row:
             return exchange(row["prompt"], row["response"])
@@ -74,6 +76,13 @@ def exchange(prompt, response):
     """The messages of a prompt, a text or itself messages, and the answer to it."""
     asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     return [*asked, {"role": "assistant", "content": response}]
+
+
+def thought_in(document):
+    """What of a conversation's last answer lies within <think> and </think>; empty where none is."""
+    answer = document[-1].get("content") if isinstance(document, list) and document else None
+    found = re.search("<think>(.*)</think>", answer, re.DOTALL) if isinstance(answer, str) else None
+    return found[1].strip() if found else ""
 
 
 # -------------------------------------------------------------------------------------------- Files
@@ -123,8 +132,8 @@ def find_files(source):
     """(the files of a source, sorted; a function that gives the local path of one; the commit of a
     hub dataset, else None). Raises InputError."""
     path = Path(source)
-    files = sorted(path.glob("[!.]*")) if path.is_dir() else [path] * path.is_file()
-    files = [str(file) for file in files if file.suffix in KINDS]
+    files = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
+    files = [str(file) for file in files if file.is_file() and file.suffix in KINDS]
     if files:
         return files, str, None
     hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\S+))?", source)
@@ -201,6 +210,7 @@ class TextData:
 
     def __post_init__(self):
         self.skipped = set()  # where each of them stands
+        self.problem = "none is a verified solution"  # of the last one
         self.files, self.fetch, self.revision = find_files(self.source)
         groups, _ = open_file(self.fetch(self.files[0]))
         require(groups and groups[-1].stop > 1, f"{self.files[0]}: fewer than 2 usable documents, "
@@ -211,7 +221,10 @@ class TextData:
         """An endless generator of (ids (B, T) int64, documents, the place after it), from a place
         on, None for the beginning. documents: B lists of lengths whose sum is T; the last one of a
         row may be 1. step: not used; other data goes by it. Raises InputError."""
-        documents = self.documents(*place or [])
+        *place, files = place or [len(self.files)]
+        require(files == len(self.files), f"{self.source}: has {len(self.files)} files now, and had "
+                f"{files} when the run began; resume it with the same")
+        documents = self.documents(*place)
         while True:
             yield self.pack(documents, self.batch_size)
 
@@ -252,9 +265,9 @@ class TextData:
                     ids = self.encode(*read(numbers[r]))
                     misses = 0 if ids else misses + 1
                     require(misses < MISSES, f"{self.source}: gives no tokens for {MISSES} rows on "
-                            "end, of those to train on or those held out; mend it")
+                            f"end, of those to train on or those held out; mend it ({self.problem})")
                     if ids:
-                        yield ids, [epoch, f, r + 1]
+                        yield ids, [epoch, f, r + 1, len(files)]
                 begin = 0
             first = 0
             epoch += 1
@@ -267,6 +280,10 @@ class TextData:
             if document is None:
                 return None
             ids = self.tokenizer.encode(document, enable_thinking=True)
+            thought = thought_in(document)
+            if thought and thought not in self.tokenizer.decode(ids):  # some templates leave it out
+                text = self.with_thought(document)
+                ids = self.tokenizer.encode(text, add_special_tokens=False)
             end = self.tokenizer.end_id
             if end not in (None, *ids[-1:]):
                 ids.append(end)
@@ -274,9 +291,18 @@ class TextData:
             require(max(ids) < self.vocab_size, "it has a token that the model does not know")
             return ids
         except InputError as e:
-            if where not in self.skipped:
+            self.problem = e
+            if where not in self.skipped and len(self.skipped) < NAMED:
                 tqdm.write(one_line(f"{where} is skipped: {e}", None), sys.stderr)
             self.skipped.add(where)
+
+    def with_thought(self, messages):
+        """The last answer as it stands behind what the template makes of all before it."""
+        *asked, answer = messages
+        asked = self.tokenizer.apply_chat_template(
+            asked, enable_thinking=True, add_generation_prompt=True)
+        begun = asked.rstrip().endswith("<think>")
+        return asked + (answer["content"].lstrip().removeprefix("<think>") if begun else answer["content"])
 
 
 def ahead(iterator):

@@ -18,10 +18,43 @@ from safetensors.torch import save_file
 from torch.nn.attention import sdpa_kernel
 
 import dms
-from checkpoint import refusing, require, torchrun_place, write_atomic
+from checkpoint import load_model, refusing, require, torchrun_place, write_atomic
 from estimate import recomputes, rows_at_a_time
 from kernels.block import BACKENDS
 from kernels.choose import choose_training_attention
+
+
+def load_pair(options):
+    """The student, ready to be trained, and its teacher: one model where it serves as both."""
+    train_all = options.train == "all"
+    device = "cpu" if options.shard else options.device  # whence shard() takes it, piece by piece
+    teacher = load_model(options.model, device, options.torch_dtype)
+    student = load_model(options.model, device) if train_all else teacher
+    settings = dms.DMSConfig(options.window, options.decision, options.shift, per=options.per,
+                             target_cr=options.target_cr, left=float(options.fade_steps > 0))
+    if train_all:
+        dms.start_retrofit(student, settings)
+    if options.shard:
+        for model in {student, teacher}:
+            shard(model)
+    if not train_all:  # adapters are small: every process has them
+        dms.start_retrofit(student, settings)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(train_all or "dms_proj_alpha" in name)
+    if options.compile:
+        student.compile()
+    return student, teacher
+
+
+def shard(model):
+    """Spread a model's weights over all processes, whose gradients are summed."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for module in (*model.model.layers, model):
+        fully_shard(module)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "hidden")
 
 
 def learning_rate(step, steps, peak):
@@ -51,6 +84,7 @@ def spread(tensor, parameter):
     return tensor
 
 
+SETTLING_ROWS = 32  # held-out sequences by which the offset is settled
 STATE = ("weight", "exp_avg", "exp_avg_sq")  # what is saved of a parameter, beside AdamW's "step"
 
 
@@ -105,7 +139,7 @@ class Distillation:
         at_a_time = rows_at_a_time(ids.shape[1])
         for begin in range(0, len(mine), at_a_time):
             rows = mine[begin : begin + at_a_time]
-            seeds = [(self.options.seed * 2**20 + step) * 2**12 + row for row in rows]
+            seeds = [f"{self.options.seed} {step} {row}" for row in rows]
             kl, let_go = self.compare(ids[rows], [documents[row] for row in rows], seeds)
             parts = torch.stack((kl / predictions, let_go / tokens))
             (parts[0] - weight * parts[1]).backward()
@@ -150,8 +184,7 @@ class Distillation:
         than those that the KL is measured on. Returns the compression ratio."""
         settings = self.student.config.dms
         settings.left = 0.0
-        begin = self.options.eval_rows
-        ids, documents = data.held_out(2 * begin)
+        ids, documents = data.held_out(SETTLING_ROWS)
         ids = ids.to(self.student.device)
         at_a_time = rows_at_a_time(ids.shape[1])
 
@@ -159,27 +192,29 @@ class Distillation:
             """Let go with this offset, which stays."""
             settings.offset = offset
             let_go = 0
-            for row in range(begin, len(ids), at_a_time):
+            for row in range(0, len(ids), at_a_time):
                 some = slice(row, row + at_a_time)
                 packing = dms.Packing.of(documents[some], ids.shape[1], ids.device)
                 let_go += self.student_states(ids[some], packing, None)[1].item()
-            return let_go / sum(map(sum, documents[begin:]))
+            return let_go / sum(map(sum, documents))
 
+        least = 1 - 1 / self.options.target_cr
         most = 1 - 1 / (1.03 * self.options.target_cr)  # texts differ by about as much
         trained = settings.offset
         low = trained - 1
-        if fraction(low) <= most:  # the target is not reached even so: leave it as it was trained
+        if fraction(low) < least:  # the target is not reached even so: leave it as it was trained
             return 1 / (1 - fraction(trained))
         high = trained
         while fraction(high) > most:
-            high += high - low
-        for _ in range(6):
+            low, high = high, high + 2 * (high - low)
+        for _ in range(8):
             middle = (low + high) / 2
             if fraction(middle) > most:
                 low = middle
             else:
                 high = middle
-        return 1 / (1 - fraction(high))
+        # with few texts there may be nothing between `least` and `most`
+        return 1 / (1 - fraction(high if fraction(high) >= least else low))
 
     def save(self, file, step, place):
         """Weights in training, AdamW's state and the place in the data, one safetensors file,

@@ -15,6 +15,7 @@ Letters, the same in all files: B batch, T tokens, L layers, Hq query heads, Hkv
 there is no other), G = Hq / Hkv query heads to a KV head, D head size, C hidden size, V vocabulary.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -192,7 +193,7 @@ class RelaxedAttention:
     dms: DMSConfig
     packing: Packing
     biased_attention: Callable  # (q, k, v, bias, first, window): kernels/training_attention.py
-    seeds: list | None  # of each row's noise; None: no noise, the hard rule
+    seeds: list | None  # a text for each row, of which its noise is; None: no noise, the hard rule
 
     def __post_init__(self):
         self.let_go = {}  # layer -> (Hkv,): how many of this batch's pairs it let go
@@ -220,7 +221,11 @@ class RelaxedAttention:
         generator = torch.Generator(logits.device)
         uniform = torch.empty(logits.shape, device=logits.device)  # in this order in memory
         for row, seed in zip(uniform, self.seeds):
-            row.uniform_(generator=generator.manual_seed((4096 * seed + layer) % 2**63))
+            # 32 bits: a CPU's generator looks at no more
+            digest = hashlib.blake2b(f"{seed} {layer}".encode(), digest_size=4).hexdigest()
+            row.uniform_(generator=generator.manual_seed(int(digest, 16)))
+        if self.dms.per == "layer":  # one decision holds for all heads
+            uniform = uniform[:, :1].expand_as(uniform)
         uniform = uniform.clamp(1e-6, 1 - 1e-6)
         return torch.log(uniform) - torch.log1p(-uniform)
 
@@ -264,11 +269,16 @@ def distillation_loss(
     (the paper), reverse KL by the student's (NVIDIA's code). The logits of V words exist for
     slice_size tokens at a time.
     """
-    slice_loss = SliceKL.apply if torch.is_grad_enabled() else slice_kl  # no gradients, no need
-    total = torch.zeros((), device=student.device)
-    for some, target in zip(student[keep].split(slice_size), teacher[keep].split(slice_size)):
-        total = total + slice_loss(some, target, student_head, teacher_head, reverse)
-    return total
+    given = (student[keep], teacher[keep], student_head, teacher_head, reverse, slice_size)
+    if torch.is_grad_enabled():
+        return SlicedKL.apply(*given)
+    return sum(slice_kl(*some) for some in slices(*given))
+
+
+def slices(student, teacher, student_head, teacher_head, reverse, slice_size):
+    """The arguments of slice_kl, one slice of the tokens after another."""
+    for pair in zip(student.split(slice_size), teacher.split(slice_size)):
+        yield *pair, student_head, teacher_head, reverse
 
 
 def slice_kl(student, teacher, student_head, teacher_head, reverse):
@@ -280,25 +290,30 @@ def slice_kl(student, teacher, student_head, teacher_head, reverse):
     return F.kl_div(log_q, log_p, log_target=True, reduction="sum")  # sum of p (log p - log q)
 
 
-class SliceKL(torch.autograd.Function):
-    """slice_kl, whose gradients are computed on the way forward, while the logits are there: these
-    are neither kept for backward nor computed again there."""
+class SlicedKL(torch.autograd.Function):
+    """The sum of slice_kl. Gradients are computed on the way forward, while the logits of a slice
+    are there: these are neither kept for backward nor computed again there."""
 
     @staticmethod
-    def forward(ctx, student, teacher, student_head, teacher_head, reverse):
-        ctx.trains_head = student_head.requires_grad
+    def forward(ctx, student, teacher, student_head, *more):
+        inputs = [student.detach().requires_grad_(), student_head.detach()]
+        inputs[1].requires_grad_(student_head.requires_grad)
+        trained = [x for x in inputs if x.requires_grad]
+        gradients = [torch.zeros_like(x) for x in trained]
+        total = torch.zeros((), device=student.device)
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (student, student_head)]
-            inputs[1].requires_grad_(ctx.trains_head)
-            kl = slice_kl(inputs[0], teacher, inputs[1], teacher_head, reverse)
-        trained = inputs if ctx.trains_head else inputs[:1]
-        ctx.save_for_backward(*torch.autograd.grad(kl, trained))
-        return kl.detach()
+            for some in slices(inputs[0], teacher, inputs[1], *more):
+                kl = slice_kl(*some)
+                for gradient, part in zip(gradients, torch.autograd.grad(kl, trained)):
+                    gradient += part
+                total += kl.detach()
+        ctx.save_for_backward(*gradients)
+        return total
 
     @staticmethod
     def backward(ctx, gradient):
         of_student, *of_head = (gradient * x for x in ctx.saved_tensors)
-        return of_student, None, *(of_head or [None]), None, None
+        return of_student, None, *(of_head or [None]), None, None, None
 
 
 def start_retrofit(model, settings):

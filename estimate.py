@@ -56,9 +56,11 @@ def step_memory(config, options, seq_len, world):
     # the MLP of one block, computed again, and its gradients: measured
     inside = (6 * inner + 4 * C) * itemsize
     if not (options.recompute or recomputes(seq_len)):
-        kept += (4 * inner + 5 * C) * itemsize  # what products and norms keep: measured
+        # what products and norms keep, more of it if weights are trained: measured
+        kept += (3 + trains_all) * (inner + C) * itemsize
         inside = 2 * inner * itemsize
-    logits = 5.5 * 4 * KL_SLICE * config.vocab_size
+    logits = KL_SLICE * config.vocab_size * (22 if itemsize == 4 else 28)  # 5.5 or 7 times float32
+    logits += trains_all * 2 * 4 * config.vocab_size * C  # the head's gradient: of a slice, of all
     return {"weights": weights / (world if options.shard else 1),
             "adapters": 16 * adapters,
             "kept for backward": config.num_hidden_layers * tokens * kept,

@@ -16,18 +16,18 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Literal
 
-import torch
-from safetensors.torch import save_file
-
-from checkpoint import (ADAPTER_FILE, BLOCK_SIZE, checked, config_to_dict, copy_tokenizer,
-                        find_adapters, fingerprint, load_model, one_line, open_model,
-                        parse_options, path_or_id, read_json, read_text, refusing, require, resolve,
-                        run_script, save_model, write_atomic, write_json, write_text)
+from checkpoint import (BLOCK_SIZE, checked, config_to_dict, copy_tokenizer, find_adapters,
+                        fingerprint, has_metadata, one_line, open_model, parse_options, path_or_id,
+                        read_json, read_text, refusing, require, resolve, run_script, write_model,
+                        write_text)
 from evaluate import print_table
 
 CARD = Path(__file__).resolve().parent / "model_card.md"
+FASTDMS_READS = ("reads this folder; it silences the borrowed channel before RoPE only, so that its "
+                 "logits may differ a little")
+FASTDMS = (("llama", "default"), ("llama", "linear"), ("llama", "llama3"), ("qwen3", "default"))
+WEIGHTS = {"adapters": "the base's weights, unchanged, and the adapters", "all": "trained weights"}
 SOURCES = {"adapter": "an adapter of its layer", "neuron": "a channel of its first query head"}
 
 
@@ -41,7 +41,6 @@ class Options:
     merge: bool = False  # one whole folder: the base's weights and the adapters
     base: str = None  # the base by its hub id, where it is a folder here
     license: str = None  # for the card, such as apache-2.0
-    dtype: Literal["float32", "bfloat16", "float16"] = None  # of a merged model (default: as it is)
 
 
 # ---------------------------------------------------------------------------------------- The card
@@ -52,12 +51,18 @@ def shown(value):
     return f"`{one_line(value).replace('`', '_') or ' '}`"
 
 
+def without_path(value):
+    """A setting's value; of what may be a path of this machine, and no hub id, only the name."""
+    is_path = isinstance(value, str) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value)
+    return Path(value).name if is_path else value
+
+
 def read_run(folder):
     """What a retrofit left beside its model: (its settings, {file: text}, the table of results).
     No path of this machine is in them. Raises InputError."""
     texts = {}
     metrics = folder / "metrics.jsonl"
-    if metrics.exists():
+    if metrics.is_file() and not metrics.is_symlink():
         texts[metrics.name] = read_text(metrics, f"{metrics}: not readable; move it away")
     file = folder / "results.json"
     if not file.exists():
@@ -65,8 +70,7 @@ def read_run(folder):
     run = read_json(file)
     errors = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
     with refusing(f"{file}: not as retrofit.py writes it; move it away", *errors):
-        settings = {key: Path(value).name if os.path.isabs(str(value)) else value
-                    for key, value in run["settings"].items()}
+        settings = {key: without_path(value) for key, value in run["settings"].items()}
         titles = ("dense", f"DMS {settings['target_cr']:g}x", f"window of {run['window_tokens']:d}")
         columns = [run["results"][name] for name in ("dense", "DMS", "window")]
         with redirect_stdout(StringIO()) as printed:
@@ -83,13 +87,14 @@ def card(options, config, base, is_whole, settings, table):
     header = {"base_model": base, "license": options.license, "tags": tags}
     weights = "the adapters alone, to be laid over the base's weights, which are not here"
     if is_whole:
-        is_unchanged = options.merge or settings.get("train") == "adapters"
-        weights = "the base's weights, unchanged, and the adapters" if is_unchanged else "trained weights"
+        train = "adapters" if options.merge else settings.get("train")
+        weights = WEIGHTS.get(train, "all weights; whether the base's were trained is not known")
     dms = config.dms
     block_size = config_to_dict(config).get(BLOCK_SIZE, 1)
     # who computes the same from these files; NVIDIA's code shifts by one, on a GPU with such blocks
     with_nvidia = config.model_type == "qwen3" and dms.shift == 1 and block_size % 256 == 0
-    with_fastdms = (dms.source, dms.shift, dms.per) == ("neuron", 0, "head")
+    kind = (config.rope_scaling or {}).get("rope_type", "default")
+    with_fastdms = has_metadata(dms) and (config.model_type, kind) in FASTDMS
     recipe = [f"- {shown(key)}: {shown(value)}" for key, value in settings.items()]
     reads = {True: "computes the same from this folder", False: "cannot be used with this folder"}
     return read_text(CARD, f"{CARD}: missing").format(
@@ -97,7 +102,7 @@ def card(options, config, base, is_whole, settings, table):
         base=shown(base or f"a {config.model_type} model"), recipe="\n".join(recipe) or "Not known.",
         source=SOURCES[dms.source], window=dms.window, cr=dms.target_cr, results=table,
         weights=weights, nvidia=reads[is_whole and with_nvidia],
-        fastdms=reads[with_fastdms and config.model_type != "qwen2"])
+        fastdms=FASTDMS_READS if with_fastdms else reads[False])
 
 
 # -------------------------------------------------------------------------------------- The script
@@ -134,15 +139,11 @@ def publish(options, stack):
     copy_tokenizer(folder, out)
     for name, text in texts.items():
         write_text(out / name, text)
-    if is_whole:
-        stored = weights["model.norm.weight"].get_tensor("model.norm.weight").dtype
-        dtype = getattr(torch, options.dtype) if options.dtype else stored
-        save_model(load_model(options.model, dtype=dtype, adapter=options.adapter), out, dtype)
-        return
-    tensors = {name: weights[name].get_tensor(name) for name in weights if "dms_proj_alpha" in name}
-    write_atomic(out / ADAPTER_FILE, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
-    naming = {"dms_base_model": base, "dms_base_fingerprint": fingerprint(weights)}
-    write_json(out / "config.json", {**config_to_dict(config), **naming})
+    # every tensor as it is stored, so that nothing is rounded
+    tensors = {name: weights[name].get_tensor(name) for name, _ in model.named_parameters()
+               if is_whole or "dms_proj_alpha" in name}
+    more = {} if is_whole else {"dms_base_model": base, "dms_base_fingerprint": fingerprint(weights)}
+    write_model(out, config, tensors, more)
 
 
 def main(argv=None):

@@ -25,14 +25,12 @@ import torch
 import torch.distributed as distributed
 from tqdm import tqdm
 
-import dms
-from checkpoint import (check_options, choose_device, copy_tokenizer, load_model,
-                        load_tokenizer, locked, parse_config, parse_object, parse_options,
-                        path_or_id, read_json, read_settings, read_text, require, resolve,
-                        run_script, save_model, torchrun_place, write_json,
-                        write_text)
+from checkpoint import (check_options, choose_device, copy_tokenizer, load_tokenizer, locked,
+                        parse_config, parse_object, parse_options, path_or_id, read_json,
+                        read_settings, read_text, refusing, require, resolve, run_script,
+                        save_model, torchrun_place, write_json, write_text)
 from data import DEFAULT, TextData, ahead
-from distillation import Distillation
+from distillation import SETTLING_ROWS, Distillation, load_pair
 from estimate import announce, check_memory
 from evaluate import draw_curves, evaluate, kl_on_text
 
@@ -113,39 +111,6 @@ def config_of(model):
 # ---------------------------------------------------------------------------------------- Training
 
 
-def load_pair(options):
-    """The student, ready to be trained, and its teacher: one model where it serves as both."""
-    train_all = options.train == "all"
-    device = "cpu" if options.shard else options.device  # whence shard() takes it, piece by piece
-    teacher = load_model(options.model, device, options.torch_dtype)
-    student = load_model(options.model, device) if train_all else teacher
-    settings = dms.DMSConfig(options.window, options.decision, options.shift, per=options.per,
-                             target_cr=options.target_cr, left=float(options.fade_steps > 0))
-    if train_all:
-        dms.start_retrofit(student, settings)
-    if options.shard:
-        for model in {student, teacher}:
-            shard(model)
-    if not train_all:  # adapters are small: every process has them
-        dms.start_retrofit(student, settings)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(train_all or "dms_proj_alpha" in name)
-    if options.compile:
-        student.compile()
-    return student, teacher
-
-
-def shard(model):
-    """Spread a model's weights over all processes, whose gradients are summed."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    for module in (*model.model.layers, model):
-        fully_shard(module)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "hidden")
-
-
 def train(options, out):
     """Run the steps that are still to do and write the checkpoint into `out`. Nothing is written
     before the model and the data have been loaded and checked."""
@@ -153,9 +118,7 @@ def train(options, out):
     data = make_data(options)
     options.data_revision = getattr(data, "revision", None)  # what a resumed run goes on with
     run = Distillation(*load_pair(options), options)
-    last_id = int(data.held_out(options.eval_rows)[0].max())
-    vocab_size = run.student.config.vocab_size
-    require(last_id < vocab_size, f"the model has no token {last_id}, the data has")
+    check_data(options, data, run.student.config.vocab_size)
     state = out / "state.safetensors"
     done, place = run.load(state) if state.exists() else (0, None)
     metrics = out / "metrics.jsonl" if is_first else Path(os.devnull)
@@ -187,11 +150,24 @@ def train(options, out):
         draw_curves(out)
 
 
+def check_data(options, data, vocab_size):
+    """Refuse held-out text with tokens that the model lacks, or too short for the target."""
+    ids, documents = data.held_out(SETTLING_ROWS)
+    last_id = int(ids.max())
+    require(last_id < vocab_size, f"the model has no token {last_id}, the data has")
+    lengths = [n for row in documents for n in row]
+    window = options.window + 1
+    most = sum(lengths) / sum(min(n, window) for n in lengths)  # with nothing kept for good
+    require(most >= options.target_cr, f"target CR {options.target_cr:g} is impossible: the documents "
+            f"are so short that the window alone holds 1 / {most:.1f} of them; use longer ones, a "
+            "smaller --window or --target-cr, or --pack-across")
+
+
 def begin_folder(options, out, done):
     """What a run's folder holds from the first step on. done: steps that it has behind it."""
     out.mkdir(parents=True, exist_ok=True)
-    copy_tokenizer(resolve(options.model), out)
     write_json(out / "settings.json", options.settings())
+    copy_tokenizer(resolve(options.model), out)
     metrics = out / "metrics.jsonl"
     lines = []
     if done > 0:
@@ -247,7 +223,7 @@ def parse(argv=None):
         check_options(Options, saved, file)
     for key, value in saved.items():
         started = f"was started with another --{key.replace('_', '-')} ({value!r})"
-        require(key.startswith("eval_") or given.get(key, value) == value,
+        require(key.startswith(("eval_", "max_kl")) or given.get(key, value) == value,
                 f"{out}: {started}; resume it as it is")
     options = Options(**{**saved, **given})  # enough to know which defaults apply
     is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
@@ -303,7 +279,9 @@ def main(argv=None):
             distributed.destroy_process_group()
         if rank == 0:
             print(f"{out}: checkpoint written, {time.time() - begin:.0f} s")
-            evaluate(make_data(options), options, out)
+            problem = f"{out}: is written, but there is no memory to measure it"
+            with refusing(problem, torch.OutOfMemoryError):
+                evaluate(make_data(options), options, out)
             print(f"\n{out / 'results.json'}: written, {time.time() - begin:.0f} s in all")
 
 

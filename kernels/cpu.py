@@ -59,8 +59,10 @@ class Linear(nn.Linear):
     them, where PyTorch's own choice, MKL, takes two to three times as long on some processors."""
 
     def forward(self, x):
+        # the operator has no gradient, and cannot be traced
         must_be_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if must_be_plain or x.dtype != torch.float32 or not x.is_cpu:
+        is_float32 = x.dtype == self.weight.dtype == torch.float32
+        if must_be_plain or not is_float32 or not x.is_cpu or x.shape[-1] != self.in_features:
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 

@@ -56,7 +56,7 @@ def main(shape):
     naive = shape.pop("naive", False)
     options = retrofit.Options(
         seq_len=T, batch_size=1, steps=10, lr=1e-3, train=shape.pop("train", "adapters"),
-        recompute=shape.pop("recompute", False), dtype=shape.pop("dtype", "float32"))
+        recompute=shape.pop("recompute", False), dtype=shape.pop("dtype", "float32"), max_kl=1e9)
     config = ModelConfig("qwen3", **shape, max_position_embeddings=T, tie_word_embeddings=True)
     teacher = Model(config).to(options.torch_dtype).requires_grad_(False)
     trains_all = options.train == "all"

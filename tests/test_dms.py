@@ -149,13 +149,24 @@ def test_noise_follows_from_the_seed_of_a_row_and_the_layer_alone():
         relaxed = RelaxedAttention(settings, packing, relaxed_attention_plain, seeds)
         return relaxed.noise(layer, logits[: len(seeds)])
 
-    together = noise([5, 6, 2**60], 3)
-    assert torch.equal(together[1:2], noise([6], 3))
-    assert torch.equal(together[2:], noise([2**60], 3))
-    assert not torch.equal(together[:1], noise([5], 4))
-    assert not torch.equal(together[0], together[1])
+    together = noise(["0 5 0", "0 5 1", "1 5 0"], 3)
+    assert torch.equal(together[1:2], noise(["0 5 1"], 3))
+    assert torch.equal(together[2:], noise(["1 5 0"], 3))
+    # another layer, another step, another row, another seed
+    every = [noise([seed], 3) for seed in ("0 5 0", "0 261 0", "0 5 1", "1 5 0", "256 5 0")]
+    every.append(noise(["0 5 0"], 4))
+    assert len({tuple(x.flatten().tolist()) for x in every}) == 6
+    # as the CPU's own layout of the logits may be any
+    mixed = torch.zeros(3, 50, 2).transpose(1, 2)
+    packing = Packing.of([[50]], 50, "cpu")
+    relaxed = RelaxedAttention(settings, packing, relaxed_attention_plain, ["0 5 0"])
+    assert torch.equal(relaxed.noise(3, mixed[:1]), together[:1])
+    settings.per = "layer"
+    per_layer = noise(["0 5 0"], 3)
+    assert torch.equal(per_layer[:, 0], per_layer[:, 1])
+    settings.per = "head"
     # logistic: a variance of pi^2 / 3
-    many = torch.cat([noise([seed], 0).flatten() for seed in range(200)])
+    many = torch.cat([noise([f"{seed}"], 0).flatten() for seed in range(200)])
     assert many.mean().item() == pytest.approx(0, abs=0.06)
     assert many.var().item() == pytest.approx(math.pi**2 / 3, rel=0.05)
 

@@ -42,6 +42,7 @@ is_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read
         dict(T=2048, intermediate_size=3072),
         dict(T=4096, vocab_size=50000, num_hidden_layers=3, hidden_size=768),
         dict(T=2048, train="all"),
+        dict(T=4096, dtype="bfloat16"),
     ],
 )
 def test_the_estimate_of_memory_is_within_15_percent(changes):

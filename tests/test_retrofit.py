@@ -18,7 +18,7 @@ from safetensors import safe_open
 import dms
 import retrofit
 from checkpoint import InputError, load_model, locked, save_model
-from distillation import Distillation, learning_rate
+from distillation import Distillation, learning_rate, load_pair
 from dms import DMSConfig
 from kv_cache import KVCache
 from model import Model
@@ -65,7 +65,7 @@ def arguments(teacher, data, out, *more):
         "--device": "cpu",
     }
     pairs = [text for pair in settings.items() for text in pair]
-    return [str(text) for text in (*pairs, *more)]
+    return [str(text) for text in (*pairs, "--pack-across", *more)]  # as the documents are short
 
 
 def start(given):
@@ -157,7 +157,7 @@ def test_with_a_model_and_no_other_argument_it_runs_to_its_table(tmp_path):
     sizes follow the model's context."""
     rows = []
     for i in range(300):
-        solutions = [f"<think>{i} and {i}</think>It is {2 * i}.", "wrong"]
+        solutions = [f"<think>{f'{i} and ' * 80}</think>It is {2 * i}.", "wrong"]
         flags = [i % 3 > 0, False]
         rows.append({"problem": f"What is {i} + {i}?", "generations": solutions,
                      "correctness_math_verify": flags, "messages": None})  # fmt: skip
@@ -336,7 +336,7 @@ def test_compression_is_learned():
     }
     options = retrofit.parse([str(text) for pair in given.items() for text in pair])
     data = retrofit.make_data(options)
-    run = Distillation(*retrofit.load_pair(options), options)
+    run = Distillation(*load_pair(options), options)
     rows = []
     for step, (ids, documents, _) in zip(range(12), data.batches(0)):
         rows.append(run.step(step, ids, documents))
@@ -386,6 +386,14 @@ def rows_of(file, *rows):
     sound = [{"text": f"The river {i} passes the old stone."} for i in range(120)]
     file.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *sound)))
     return file
+
+
+def test_documents_too_short_for_the_target_are_refused_before_training(text_file, tmp_path):
+    given = arguments(TEACHER, text_file, tmp_path / "out", "--window", "6")
+    given.remove("--pack-across")
+    with pytest.raises(InputError, match="so short that the window alone holds 1 / [23].[0-9] of them"):
+        retrofit.main(given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_that_cannot_be_used_are_skipped_and_named(small_teacher, tmp_path, capsys):
