@@ -90,8 +90,8 @@ def test_arithmetic_is_counted_as_for_qwen3_8b():
 
 def test_a_step_without_room_is_refused_with_what_would_fit(monkeypatch, capsys):
     monkeypatch.setattr(estimate, "matmul_rate", lambda device, dtype: 1e14)
-    monkeypatch.setattr(estimate, "free_memory", lambda device: 24e9)
-    with pytest.raises(InputError, match="needs 28.8 GB .* of 24.0; --seq-len 4096 would fit"):
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 26e9)
+    with pytest.raises(InputError, match="needs 29.7 GB .* of 26.0; --seq-len 4096 would fit"):
         estimate.check_memory(options_for(QWEN3_8B), QWEN3_8B, 1)
     monkeypatch.setattr(estimate, "free_memory", lambda device: 12e9)
     with pytest.raises(InputError, match="a shorter --seq-len does not help; --shard"):
