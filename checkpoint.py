@@ -508,7 +508,8 @@ def write_model(folder, config, tensors, more):
     metadata.unlink(missing_ok=True)  # of what was there before
     if has_metadata(config.dms):
         write_json(metadata, {key: getattr(config.dms, name) for name, key in METADATA_KEYS.items()})
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    some = next(iter(tensors.values()))
+    dtype = str(some.dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**config_to_dict(config), "torch_dtype": dtype, **more})
 
 

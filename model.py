@@ -313,7 +313,8 @@ class Model(nn.Module):
         x = self.model.embed_tokens(ids)
         rope = self.rope(ids.shape[1], start, x.dtype)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, rope, functools.partial(attend, layer), recompute)
+            of_layer = functools.partial(attend, layer)
+            x = block(x, rope, of_layer, recompute)
         return self.model.norm(x)
 
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):
