@@ -269,25 +269,29 @@ def distillation_loss(
     (the paper), reverse KL by the student's (NVIDIA's code). The logits of V words exist for
     slice_size tokens at a time.
     """
-    given = (student[keep], teacher[keep], student_head, teacher_head, reverse, slice_size)
+    by_token = (x.flatten(0, 1) for x in (student, teacher, keep))
+    given = (*by_token, student_head, teacher_head, reverse, slice_size)
     if torch.is_grad_enabled():
         return SlicedKL.apply(*given)
     return sum(slice_kl(*some) for some in slices(*given))
 
 
-def slices(student, teacher, student_head, teacher_head, reverse, slice_size):
+def slices(student, teacher, keep, student_head, teacher_head, reverse, slice_size):
     """The arguments of slice_kl, one slice of the tokens after another."""
-    for pair in zip(student.split(slice_size), teacher.split(slice_size)):
-        yield *pair, student_head, teacher_head, reverse
+    parts = (x.split(slice_size) for x in (student, teacher, keep))
+    for some in zip(*parts):
+        yield *some, student_head, teacher_head, reverse
 
 
-def slice_kl(student, teacher, student_head, teacher_head, reverse):
-    """The sum over the n tokens of a slice; student, teacher: (n, C)."""
+def slice_kl(student, teacher, keep, student_head, teacher_head, reverse):
+    """The sum over those of a slice's n tokens that are kept; student, teacher: (n, C). The others
+    are computed, too: so shapes are always the same, which libraries like, and nothing waits."""
     log_p = F.log_softmax(F.linear(teacher, teacher_head).float(), dim=-1)
     log_q = F.log_softmax(F.linear(student, student_head).float(), dim=-1)
     if reverse:
         log_p, log_q = log_q, log_p
-    return F.kl_div(log_q, log_p, log_target=True, reduction="sum")  # sum of p (log p - log q)
+    nats = F.kl_div(log_q, log_p, log_target=True, reduction="none")  # p (log p - log q)
+    return (nats.sum(-1) * keep).sum()
 
 
 class SlicedKL(torch.autograd.Function):
@@ -295,14 +299,14 @@ class SlicedKL(torch.autograd.Function):
     are there: these are neither kept for backward nor computed again there."""
 
     @staticmethod
-    def forward(ctx, student, teacher, student_head, *more):
+    def forward(ctx, student, teacher, keep, student_head, *more):
         inputs = [student.detach().requires_grad_(), student_head.detach()]
         inputs[1].requires_grad_(student_head.requires_grad)
         trained = [x for x in inputs if x.requires_grad]
         gradients = [torch.zeros_like(x) for x in trained]
         total = torch.zeros((), device=student.device)
         with torch.enable_grad():
-            for some in slices(inputs[0], teacher, inputs[1], *more):
+            for some in slices(inputs[0], teacher, keep, inputs[1], *more):
                 kl = slice_kl(*some)
                 for gradient, part in zip(gradients, torch.autograd.grad(kl, trained)):
                     gradient += part
@@ -313,7 +317,7 @@ class SlicedKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         of_student, *of_head = (gradient * x for x in ctx.saved_tensors)
-        return of_student, None, *(of_head or [None]), None, None, None
+        return of_student, None, None, *(of_head or [None]), None, None, None
 
 
 def start_retrofit(model, settings):

@@ -44,7 +44,8 @@ def be_naive():
         return (q @ k.mT / q.shape[3] ** 0.5 + bias).softmax(-1) @ v
 
     def loss(student, teacher, student_head, teacher_head, keep, reverse):
-        return dms.slice_kl(student[keep], teacher[keep], student_head, teacher_head, reverse)
+        by_token = (x.flatten(0, 1) for x in (student, teacher, keep))
+        return dms.slice_kl(*by_token, student_head, teacher_head, reverse)
 
     distillation.choose_training_attention = lambda device: attention
     distillation.recomputes = lambda seq_len: False
