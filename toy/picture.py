@@ -26,7 +26,8 @@ def count_heads():
     """Pairs held by each head at the end of test problems, over the tokens read: [L][Hkv]."""
     model = load_model(FOLDER)
     data = ToyData(load_tokenizer(FOLDER), seq_len=512, batch_size=1, seed=0)
-    ids, lengths = data.held_out(PROBLEMS)
+    ids, documents = data.held_out(PROBLEMS)
+    lengths = torch.tensor([sum(row) for row in documents])
     cache = KVCache(model.config, PROBLEMS)
     model(ids, cache=cache, lengths=lengths, last_only=True)
     pairs = torch.tensor(cache.stats()["pairs_per_head"])
