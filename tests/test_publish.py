@@ -207,8 +207,8 @@ def test_the_card_says_what_it_is_what_came_out_and_how_it_was_made(tmp_path, ca
     text = card_in(tmp_path / "release")
     assert ModelCard(text).data.to_dict() == {
         "base_model": "owner/base", "license": "apache-2.0", "tags": ["dms", "kv-cache-compression"]}
-    for row in ("dense            DMS 8x      window of 48", "needles                                99.5%",
-                "compression ratio                       1.00              9.35              9.12",
+    for row in ("dense            DMS 8x      window of 55", "needles                                99.5%",
+                "compression ratio                       1.00              8.10              7.82",
                 "- `data`: `open-r1/OpenR1-Math-220k`", "- `steps`: `1234`", "- `lr`: `3e-05`",
                 "- `batch_size`: `4`", "- `seq_len`: `512`", "- `window`: `16`", "- `target_cr`: `8.0`",
                 "- `seed`: `7`", "python generate.py --model owner/name", "from model import load_model"):

@@ -361,7 +361,7 @@ def test_compression_is_learned():
         for row, [n] in list(zip(*data.held_out(64)))[32:]:
             run.student(row[None, :n], cache=cache)
             cache.release([0])
-        assert cache.compression_ratio() == pytest.approx(ratio, rel=5e-3)
+        assert cache.compression_ratio() == pytest.approx(ratio, rel=2e-2)
 
 
 def target(cr, window, length, teacher, out):
