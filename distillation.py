@@ -69,15 +69,20 @@ def all_reduce(tensor):
     return tensor
 
 
+def is_spread(tensor):
+    """Has FSDP spread it over processes?"""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor):
-    """A tensor that FSDP may have spread over processes, as one."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """A tensor that may be spread over processes, as one."""
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def spread(tensor, parameter):
     """The inverse: on the parameter's device, and spread as that is."""
     tensor = tensor.to(parameter.device)
-    if hasattr(parameter, "full_tensor"):
+    if is_spread(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
@@ -109,7 +114,7 @@ class Distillation:
         sums = all_reduce(self.differentiate(step, ids, documents, cr))
         kl, self.let_go = sums.tolist()
         for parameter in self.parameters.values():
-            if whole(parameter.grad) is parameter.grad:  # FSDP has summed what it spreads
+            if not is_spread(parameter.grad):  # FSDP has summed what it spreads
                 all_reduce(parameter.grad)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)).item()
         require(math.isfinite(kl + norm) and kl <= options.max_kl,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 
 KEEP = -1e4  # a logit that no noise turns into an eviction
+KL_SLICE = 1024  # tokens whose logits exist at a time
 
 
 @dataclass
@@ -260,7 +261,7 @@ def scheduled_cr(step, steps, target_cr):
 
 
 def distillation_loss(
-    student, teacher, student_head, teacher_head, keep, reverse=False, slice_size=1024
+    student, teacher, student_head, teacher_head, keep, reverse=False, slice_size=KL_SLICE
 ):
     """KL between next-token distributions, the sum over the tokens kept, a float32 scalar.
 

@@ -10,10 +10,9 @@ from dataclasses import replace
 import torch
 
 from checkpoint import require
+from dms import KL_SLICE
 from kernels.pages import free_memory
 from model import Model
-
-KL_SLICE = 1024  # tokens whose logits exist at a time
 
 
 def rows_at_a_time(seq_len):

@@ -4,7 +4,7 @@ and memory of a step of one sequence, beside what estimate.py counts.
 
     python bench/retrofit_step.py --shape qwen3-8b --lengths 8192 32768 --out bench/results/step.json
     python bench/retrofit_step.py                     # on a CPU: 4 layers of Qwen3-0.6B, 1,024 tokens
-    python bench/retrofit_step.py --shape smollm2-135m --dtype float32     # all of a small model
+    python bench/retrofit_step.py --shape smollm2-135m --layers 30 --dtype float32     # all of a small model
 
 A token's time is that of a step over its tokens; MFU is counted operations (estimate.step_flops)
 over time, relative to the rate of large products measured in the same run.
