@@ -37,6 +37,8 @@ COLUMNS = ("problem", "generations", "correctness_math_verify", "is_reasoning_co
            "messages", "conversations", "prompt", "response", "text")  # fmt: skip
 ROLES = {"human": "user", "gpt": "assistant"}  # where ShareGPT has words of its own
 REMEDY = "check name and network, or give a local file"
+# with thinking; and not with the date of the day, by which Llama 3's would change
+TEMPLATE = dict(enable_thinking=True, date_string="26 Jul 2024")
 HELD_OUT = 50  # one document in so many
 NAMED = 20  # rows that are skipped
 MISSES = 1000  # rows on end without a usable document, after which there is no hope
@@ -279,7 +281,7 @@ class TextData:
             document = document_of(row)
             if document is None:
                 return None
-            ids = self.tokenizer.encode(document, enable_thinking=True)
+            ids = self.tokenizer.encode(document, **TEMPLATE)
             thought = thought_in(document)
             if thought and thought not in self.tokenizer.decode(ids):  # some templates leave it out
                 text = self.with_thought(document)
@@ -300,7 +302,7 @@ class TextData:
         """The last answer as it stands behind what the template makes of all before it."""
         *asked, answer = messages
         asked = self.tokenizer.apply_chat_template(
-            asked, enable_thinking=True, add_generation_prompt=True)
+            asked, add_generation_prompt=True, **TEMPLATE)
         begun = asked.rstrip().endswith("<think>")
         return asked + (answer["content"].lstrip().removeprefix("<think>") if begun else answer["content"])
 

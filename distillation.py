@@ -10,6 +10,7 @@ order of sums. Knows nothing of where sequences come from, nor of the command li
 """
 import json
 import math
+from functools import partial
 
 import torch
 import torch.distributed as distributed
@@ -31,7 +32,8 @@ def load_pair(options):
     teacher = load_model(options.model, device, options.torch_dtype)
     student = load_model(options.model, device) if train_all else teacher
     settings = dms.DMSConfig(options.window, options.decision, options.shift, per=options.per,
-                             target_cr=options.target_cr, left=float(options.fade_steps > 0))
+                             target_cr=options.target_cr)
+    settings.borrowed_weight = float(options.fade_steps > 0)
     if train_all:
         dms.start_retrofit(student, settings)
     if options.shard:
@@ -174,52 +176,55 @@ class Distillation:
         return states, relaxed.pairs_let_go()
 
     def fade(self, step):
-        """What is left of a borrowed channel at this step; once it is gone, it begins to decide."""
+        """The borrowed channel's weight at this step; once it is gone, it begins to decide."""
         fade_steps = self.options.fade_steps
-        self.student.config.dms.left = max(1 - step / fade_steps, 0.0) if fade_steps else 0.0
+        weight = max(1 - step / fade_steps, 0.0) if fade_steps else 0.0
+        self.student.config.dms.borrowed_weight = weight
         if fade_steps and step == fade_steps:
             for parameter in dms.clear_borrowed(self.student):
                 del self.optimizer.state[parameter]  # or the old momentum would decide at once
 
     @torch.no_grad()
+    def let_go_with(self, offset, ids, documents):
+        """The fraction of their pairs that hard decisions let go with this offset, which stays."""
+        self.student.config.dms.offset = offset
+        at_a_time = rows_at_a_time(ids.shape[1])
+        pairs = 0
+        for row in range(0, len(ids), at_a_time):
+            some = slice(row, row + at_a_time)
+            packing = dms.Packing.of(documents[some], ids.shape[1], ids.device)
+            pairs += self.student_states(ids[some], packing, None)[1].item()
+        return pairs / sum(map(sum, documents))
+
     def settle_offset(self, data):
         """Set the offset of the decisions so that, without noise, they let go of as many pairs as
         the target and 3 % more ask for: the one-sided loss overshoots, which costs quality. Not
         lower than by 1, less than the noise in training was. Judged by held-out sequences, others
         than those that the KL is measured on. Returns the compression ratio."""
         settings = self.student.config.dms
-        settings.left = 0.0
+        settings.borrowed_weight = 0.0
         ids, documents = data.held_out(SETTLING_ROWS)
-        ids = ids.to(self.student.device)
-        at_a_time = rows_at_a_time(ids.shape[1])
-
-        def fraction(offset):
-            """Let go with this offset, which stays."""
-            settings.offset = offset
-            let_go = 0
-            for row in range(0, len(ids), at_a_time):
-                some = slice(row, row + at_a_time)
-                packing = dms.Packing.of(documents[some], ids.shape[1], ids.device)
-                let_go += self.student_states(ids[some], packing, None)[1].item()
-            return let_go / sum(map(sum, documents))
-
+        let_go = partial(
+            self.let_go_with, ids=ids.to(self.student.device), documents=documents)
         least = 1 - 1 / self.options.target_cr
         most = 1 - 1 / (1.03 * self.options.target_cr)  # texts differ by about as much
         trained = settings.offset
         low = trained - 1
-        if fraction(low) < least:  # the target is not reached even so: leave it as it was trained
-            return 1 / (1 - fraction(trained))
+        if let_go(low) < least:  # the target is not reached even so: leave it as it was trained
+            return 1 / (1 - let_go(trained))
+        # The higher the offset, the less is let go. Look for the lowest that lets go of no more
+        # than `most`: above `low`, and at `high` at the latest.
         high = trained
-        while fraction(high) > most:
+        while let_go(high) > most:
             low, high = high, high + 2 * (high - low)
         for _ in range(8):
             middle = (low + high) / 2
-            if fraction(middle) > most:
+            if let_go(middle) > most:
                 low = middle
             else:
                 high = middle
         # with few texts there may be nothing between `least` and `most`
-        return 1 / (1 - fraction(high if fraction(high) >= least else low))
+        return 1 / (1 - let_go(high if let_go(high) >= least else low))
 
     def save(self, file, step, place):
         """Weights in training, AdamW's state and the place in the data, one safetensors file,
@@ -245,6 +250,7 @@ class Distillation:
                 parameter.data.copy_(state.pop("weight"))
                 state["step"] = saved.get_tensor(f"step.{name}")
                 self.optimizer.state[parameter] = state
-            notes = saved.metadata()
-            self.let_go = json.loads(notes["let_go"])
-            return json.loads(notes["step"]), json.loads(notes["place"])
+            notes = {key: json.loads(text) for key, text in saved.metadata().items()}
+            self.let_go = float(notes["let_go"])
+            place = notes["place"] and [int(number) for number in notes["place"]]
+            return int(notes["step"]), place

@@ -40,7 +40,7 @@ class DMSConfig:
     tau: float = 0.1  # temperature of the relaxed decision, training only
     target_cr: float = 8.0  # what it was trained for; documentation only
     disable_eviction: bool = False
-    left: float = 0.0  # while training fades a borrowed channel out: how much of it is there still
+    borrowed_weight: float = 0.0  # of borrowed channels in the scores, while training fades them out
 
     def logits(self, s):
         """The decision logits z = scale * s - offset: a pair is evicted where z > 0.
@@ -50,7 +50,7 @@ class DMSConfig:
         z = self.scale * s.float() - self.offset
         if self.per == "layer":
             z = z[..., :1].expand_as(z)
-        if self.left > 0:  # a neuron that is being faded out decides nothing yet
+        if self.borrowed_weight > 0:  # a neuron that is being faded out decides nothing yet
             z = torch.full_like(z, KEEP)
         return z.transpose(1, 2)
 
@@ -120,13 +120,13 @@ def borrowed_score(q, kv_heads):
     return by_group[:, :, :, 0, -1]
 
 
-def silence_borrowed(q, kv_heads, left=0.0):
+def silence_borrowed(q, kv_heads, weight=0.0):
     """q (B, T, Hq, D) with the borrowed channels set to 0, so that they take no part in scores.
-    left: what is left of them while they are faded out."""
+    weight: what they still count while they are faded out."""
     group = q.shape[2] // kv_heads
     borrowed = torch.zeros(q.shape[2:], dtype=torch.bool, device=q.device)  # (Hq, D)
     borrowed[::group, -1] = True
-    return q.masked_fill(borrowed, 0) if left == 0 else torch.where(borrowed, left * q, q)
+    return q.masked_fill(borrowed, 0) if weight == 0 else torch.where(borrowed, weight * q, q)
 
 
 # --------------------------------------------------------------------------- Training, section 3.3
@@ -326,13 +326,13 @@ def start_retrofit(model, settings):
 
     settings: a DMSConfig. "adapter" adds fresh float32 adapters, which leave the model as it is.
     "neuron" takes the borrowed channels from it: its other weights have to learn to do without.
-    With settings.left = 1 they are still all there, to be faded out first (section 3.2).
+    With settings.borrowed_weight = 1 they still count, to be faded out first (section 3.2).
     """
     model.config.dms = settings
     if settings.source == "adapter":
         for block in model.model.layers:
             block.self_attn.add_adapter()
-    elif settings.left == 0:
+    elif settings.borrowed_weight == 0:
         clear_borrowed(model)
     return model
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import torch
 
-from checkpoint import require
+from checkpoint import InputError, require
 from dms import KL_SLICE
 from kernels.pages import free_memory
+from kernels.training_attention import KEEPS_SCORES
 from model import Model
 
 
@@ -58,7 +59,10 @@ def step_memory(config, options, seq_len, world):
         # what products and norms keep, more of it if weights are trained: measured
         kept += (3 + trains_all) * (inner + C) * itemsize
         inside = 2 * inner * itemsize
-    logits = KL_SLICE * config.vocab_size * (22 if itemsize == 4 else 28)  # 5.5 or 7 times float32
+    if options.device == "cpu" and seq_len <= KEEPS_SCORES:  # a query's scores: half the keys
+        kept += 4 * config.num_attention_heads * (seq_len + 128) / 2
+    per_logit = 22 if itemsize == 4 else 28  # 5.5 or 7 times float32
+    logits = per_logit * min(KL_SLICE, tokens) * config.vocab_size
     logits += trains_all * 2 * 4 * config.vocab_size * C  # the head's gradient: of a slice, of all
     return {"weights": weights / (world if options.shard else 1),
             "adapters": 16 * adapters,
@@ -96,11 +100,13 @@ def check_memory(options, config, world):
     free = free_memory(torch.device(options.device))
     parts = step_memory(config, options, options.seq_len, world)
     need = sum(parts.values())
+    if need <= free:
+        return
     shorter = [options.seq_len >> n for n in range(1, 12) if options.seq_len >> n > 1]
     fitting = [n for n in shorter if sum(step_memory(config, options, n, world).values()) <= free]
     advice = f"--seq-len {fitting[0]} would fit" if fitting else "a shorter --seq-len does not help"
-    require(need <= free, f"a step needs {need / 1e9:.1f} GB ({listed(parts)}) of "
-            f"{free / 1e9:.1f}; {advice}; --shard over several GPUs needs less")
+    raise InputError(f"a step needs {need / 1e9:.1f} GB ({listed(parts)}) of {free / 1e9:.1f}; "
+                     f"{advice}; --shard over several GPUs needs less")
 
 
 def listed(parts):

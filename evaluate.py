@@ -45,9 +45,10 @@ def kl_on_text(model, reference, data, rows):
 
 
 def measure(model, reference, data, options, desc):
-    """KL to the reference model; accuracy, where the data brings tasks; and the counts of the cache
-    that answered these, or of the one that read the held-out text where there are none."""
-    kl, sequences, cache = kl_on_text(model, reference, data, options.eval_rows)
+    """KL to the reference model, None for the model itself, asked not to evict; accuracy, where the
+    data brings tasks; and the counts of the cache that answered these, or of the one that read the
+    held-out text where there are none."""
+    kl, sequences, cache = kl_on_text(model, reference or model, data, options.eval_rows)
     accuracy = {}
     if hasattr(data, "answer_tasks"):
         rows = min(options.eval_batch, options.eval_problems)
@@ -65,17 +66,19 @@ def evaluate(data, options, out):
     def load(model):
         return load_model(model, options.device, options.torch_dtype)
 
-    dense = load(options.model)
-    results = {"dense": measure(dense, dense, data, options, "dense"),
-               "DMS": measure(load(out), dense, data, options, "DMS")}
+    results = {"dense": measure(load(options.model), None, data, options, "dense")}
+    # Adapters leave their base as it is, so with them one model at a time will do.
+    reference = None if options.train == "adapters" else load(options.model)
+    results["DMS"] = measure(load(out), reference, data, options, "DMS")
+    del reference
     # A sliding window is a DMS model that evicts everything (s = 0 from a fresh adapter, so z = 1).
     # Its budget is what DMS held at the end of an average sequence.
     held = results["DMS"]["pairs"] / results["DMS"]["sequences"]
-    heads = dense.config.num_hidden_layers * dense.config.num_key_value_heads
+    heads = sum(map(len, results["DMS"]["pairs_per_head"]))
     budget = max(round(held / heads), 1)
     settings = dms.DMSConfig(window=budget - 1, offset=-1.0)
     window = dms.start_retrofit(load(options.model), settings)
-    results["window"] = measure(window, dense, data, options, f"window of {budget}")
+    results["window"] = measure(window, None, data, options, f"window of {budget}")
     on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     is_gpu = options.device.startswith("cuda")
     settings = {**options.settings(), "model": Path(options.model).name}

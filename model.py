@@ -180,8 +180,8 @@ class Attention(nn.Module):
         # a borrowed channel is no part of the query, whether anything is evicted or not
         neuron = config.dms is not None and config.dms.source == "neuron"
         q = self.q_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hq, D)
-        if neuron and config.dms.left > 0:
-            q = dms.silence_borrowed(q, Hkv, config.dms.left)  # faded out, as if by its weights
+        if neuron and config.dms.borrowed_weight > 0:  # faded out, as if by its weights
+            q = dms.silence_borrowed(q, Hkv, config.dms.borrowed_weight)
         k = self.k_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hkv, D)
         v = self.v_proj(x).unflatten(2, (-1, config.head_dim))
         if config.model_type == "qwen3":
@@ -197,13 +197,13 @@ class Attention(nn.Module):
             logits = config.dms.logits(s)
 
         if neuron:
-            q = dms.silence_borrowed(q, Hkv, config.dms.left)
+            q = dms.silence_borrowed(q, Hkv, config.dms.borrowed_weight)
         q = apply_rope(q, *rope)
         k = apply_rope(k, *rope)
         if neuron:
             # RoPE has turned channel D/2 - 1 partly into the silent one. The released models were
             # trained with it silent in the score, so it is silenced again.
-            q = dms.silence_borrowed(q, Hkv, config.dms.left)
+            q = dms.silence_borrowed(q, Hkv, config.dms.borrowed_weight)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits
 
 

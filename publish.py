@@ -20,7 +20,7 @@ from pathlib import Path
 from checkpoint import (BLOCK_SIZE, checked, config_to_dict, copy_tokenizer, find_adapters,
                         fingerprint, has_metadata, one_line, open_model, parse_options, path_or_id,
                         read_json, read_text, refusing, require, resolve, run_script, write_model,
-                        write_text)
+                        write_json, write_text)
 from evaluate import print_table
 
 CARD = Path(__file__).resolve().parent / "model_card.md"
@@ -28,6 +28,7 @@ FASTDMS_READS = ("reads this folder; it silences the borrowed channel before RoP
                  "logits may differ a little")
 FASTDMS = (("llama", "default"), ("llama", "linear"), ("llama", "llama3"), ("qwen3", "default"))
 WEIGHTS = {"adapters": "the base's weights, unchanged, and the adapters", "all": "trained weights"}
+PLACES = ("name_or_path", "tokenizer_file")  # where older libraries note where a tokenizer lay
 SOURCES = {"adapter": "an adapter of its layer", "neuron": "a channel of its first query head"}
 
 
@@ -122,21 +123,27 @@ def publish(options, stack):
     require(config.dms, f"{options.model}: is a dense model; retrofit it, or give its --adapter")
     folder = resolve(options.model)
     stated = checked(read_json(folder / "config.json"), "dms_base_model", str, folder)
-    named = options.model if options.adapter else stated
-    is_whole = options.merge or named is None
-    require(named or not options.merge, f"{folder}: is whole as it is; leave out --merge")
+    # what the adapters belong to; None where the folder has weights of its own for everything
+    adapted = options.model if options.adapter else stated
+    is_whole = options.merge or adapted is None
+    require(adapted or not options.merge, f"{folder}: is whole as it is; leave out --merge")
     require(config.dms.shift == 1 or not options.merge,
             "--merge: these adapters have shift 0, and NVIDIA's code would shift them by one all the "
             "same; leave it out: this engine can use them as they are")
-    is_here = os.path.isdir(folder / (named or "."))
-    base = options.base or (None if is_here else named)
-    require(is_whole or base, f"{named}: is a folder of this machine; give its hub id with --base")
+    is_here = os.path.isdir(folder / (adapted or "."))
+    base = options.base or (None if is_here else adapted)  # by its hub id
+    require(is_whole or base, f"{adapted}: is a folder of this machine; give its hub id with --base")
     run_folder = find_adapters(options.adapter)[0].parent if options.adapter else folder
     settings, texts, table = read_run(run_folder)
     texts["README.md"] = card(options, config, base, is_whole, settings, table)
 
     out.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(folder, out)
+    file = out / "tokenizer_config.json"
+    stated = read_json(file) if file.exists() else {}
+    places = {key: without_path(stated[key]) for key in PLACES if key in stated}
+    if places.items() - stated.items():
+        write_json(file, {**stated, **places})
     for name, text in texts.items():
         write_text(out / name, text)
     # every tensor as it is stored, so that nothing is rounded

@@ -45,7 +45,7 @@ if triton is not None:
     def _attend(
         q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, part_ptr, lse_ptr, scale, table_stride,
         G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
-        SPLIT: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+        SPLIT: tl.constexpr, BLOCK: tl.constexpr):
         """part (N, splits, G, D) and lse (N, splits, G), float32, of program (row, split).
         Logarithms are to base 2: scale has the factor log2(e)."""
         row = tl.program_id(0).to(tl.int64)
@@ -75,10 +75,6 @@ if triton is not None:
             mask = held[:, None] & (d < D)[None, :]
             k = tl.load(k_ptr + where, mask=mask, other=0.0)
             v = tl.load(v_ptr + where, mask=mask, other=0.0)
-            if UPCAST:
-                q = q.to(tl.float32)
-                k = k.to(tl.float32)
-                v = v.to(tl.float32)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (16, BLOCK)
             score = tl.where(held[None, :], score, float("-inf"))
             highest = tl.maximum(top, tl.max(score, 1))
@@ -135,15 +131,16 @@ def tokens_per_split(rows, capacity):
 def decode_attention(q, k_pages, v_pages, table, length):
     """decode_attention_plain by Triton: D up to 256 (made for 64, 96, 128 and 256), G from 1 to 16,
     any page_size that is a power of two, float32, float16 or bfloat16."""
+    dtype = q.dtype
+    assert dtype == k_pages.dtype == v_pages.dtype, "decode_attention: q and pages differ in dtype"
+    if q.is_cpu and dtype == torch.bfloat16:  # the interpreter multiplies it as if it were integers
+        q, k_pages, v_pages = (x.float() for x in (q, k_pages, v_pages))
     q = q.contiguous()
     check_launch("decode_attention", q, k_pages, v_pages, length)
     N, G, D = q.shape
     page_size = k_pages.shape[1]
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    assert D <= 256 and 1 <= G <= 16, f"decode_attention: D = {D}, G = {G} are not covered"
-    assert page_size & (page_size - 1) == 0, f"decode_attention: page_size = {page_size}"
-    assert q.dtype in dtypes, f"decode_attention: dtype {q.dtype} is not covered"
-    assert q.dtype == k_pages.dtype == v_pages.dtype, "decode_attention: q and pages differ in dtype"
+    is_covered = D <= 256 and G <= 16 and page_size.bit_count() == 1 and dtype.itemsize <= 4
+    assert is_covered, f"decode_attention: {D=}, {G=}, {page_size=}, {dtype} are not covered"
 
     width = max(triton.next_power_of_2(D), 16)
     capacity = table.shape[1] * page_size
@@ -155,10 +152,9 @@ def decode_attention(q, k_pages, v_pages, table, length):
     sizes = dict(G=G, D=D, WIDTH=width, SPLIT=split)
     scale = D**-0.5 * math.log2(math.e)
     warps = 8 if q.dtype == torch.float32 else 4  # 4 spill in float32
-    # the interpreter, on a CPU, multiplies bfloat16 as if it were integers: UPCAST
     _attend[N, splits](
         q, k_pages, v_pages, table, length, part, lse, scale, table.stride(0), **sizes,
-        PAGE=page_size, BLOCK=16384 // (width * q.element_size()), UPCAST=q.is_cpu,
+        PAGE=page_size, BLOCK=16384 // (width * q.element_size()),
         num_warps=warps, num_stages=3)
     _merge[N, G](part, lse, length, y, splits, **sizes, BLOCK=16, num_warps=4)
-    return y
+    return y.to(dtype)

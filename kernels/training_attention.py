@@ -37,19 +37,20 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import check_launch, tl, triton
 
+KEEPS_SCORES = 1024  # longer sequences compute their scores again in backward
+
 
 def relaxed_attention_plain(q, k, v, bias, first, window, block=128):
     """q: (B, Hq, T, D); k, v: (B, Hkv, T, D); bias: (B, Hkv, T) float32; first: (B, T) int32, the
     position at which each token's document begins. Returns (B, Hq, T, D) in q's dtype, with
     gradients of q, k, v and bias; in between all is float32. Takes `block` queries at a time, each
-    against the keys up to its end, so that memory grows with block * T; long sequences compute each
-    block's scores again in backward.
+    against the keys up to its end; beyond KEEPS_SCORES tokens memory grows with block * T only.
     """
     T = q.shape[2]
     by_group = q.float().unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, T, D)
     context = (k.float(), v.float(), bias)
     attend = attend_rows
-    if T > 1024:
+    if T > KEEPS_SCORES:
         attend = functools.partial(checkpoint, attend_rows, use_reentrant=False)
     outputs = []
     for start in range(0, T, block):

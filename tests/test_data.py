@@ -140,12 +140,17 @@ def test_an_end_token_is_appended_unless_it_is_there(tmp_path):
         assert document[-1] == TOKENIZER.end_id
 
 
-def test_thinking_is_asked_of_the_chat_template(tmp_path):
+def test_of_the_chat_template_thinking_is_asked_and_a_date_that_stays(tmp_path):
+    """Templates of Llama 3 write the date of the day, unless they are given one: a run that is
+    resumed tomorrow would see other text."""
     tokenizer = load_tokenizer(ROOT / "toy" / "teacher")
-    tokenizer.template = "{{ enable_thinking }} {{ messages[0].content }}"
+    tokenizer.template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ enable_thinking }} {{ messages[0].content }} {{ date_string }}"
+    )
     file = write_lines(tmp_path / "rows.jsonl", [{"messages": [ASKED]}] * 2)
-    ids, _, _ = next(TextData(str(file), tokenizer, VOCABULARY, 10, 1, 0).batches(0))
-    assert tokenizer.decode(ids[0].tolist()).startswith("True How many?")
+    ids, _, _ = next(TextData(str(file), tokenizer, VOCABULARY, 30, 1, 0).batches(0))
+    assert tokenizer.decode(ids[0].tolist()).startswith("True How many? 26 Jul 2024")
 
 
 def test_rows_that_cannot_be_used_are_skipped_and_named_once(tmp_path, capsys):

@@ -243,11 +243,11 @@ def test_a_borrowed_neuron_is_faded_out_from_all_to_nothing():
     model = small_model(1)
     ids = torch.randint(0, 67, (1, 50))
     whole = model(ids)
-    settings = DMSConfig(window=0, source="neuron", left=1.0)
+    settings = DMSConfig(window=0, source="neuron", borrowed_weight=1.0)
     dms.start_retrofit(model, settings)
 
     def faded(left):
-        settings.left = left
+        settings.borrowed_weight = left
         relaxed = relaxed_attention(model, [[50]], 50, [1])
         logits = model.lm_head(model.hidden(ids, relaxed))
         assert relaxed.pairs_let_go().item() == 0
@@ -258,7 +258,7 @@ def test_a_borrowed_neuron_is_faded_out_from_all_to_nothing():
     assert distances == sorted(distances)
     assert distances[0] > 0
     almost = faded(1e-9)
-    settings.left = 0.0
+    settings.borrowed_weight = 0.0
     dms.clear_borrowed(model)
     torch.testing.assert_close(almost, model(ids), atol=1e-4, rtol=1e-4)
 

@@ -39,7 +39,7 @@ is_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read
     "changes",
     [
         dict(T=4096),
-        dict(T=2048, intermediate_size=3072),
+        dict(T=1024, intermediate_size=3072),
         dict(T=4096, vocab_size=50000, num_hidden_layers=3, hidden_size=768),
         dict(T=2048, train="all"),
         dict(T=4096, dtype="bfloat16"),

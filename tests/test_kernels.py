@@ -188,10 +188,10 @@ def test_refusals(monkeypatch):
     some = held_pairs([5, 2], 2, 64, 4, torch.float32, seed=3, device=DEVICE)
     q, k_pages, _, _, length = some
     for change, says in (
-        (dict(q=q.repeat(1, 1, 5)), "decode_attention: D = 320"),
-        (dict(q=q[:, :1].expand(-1, 17, -1)), "decode_attention: D = 64, G = 17"),
-        (dict(k_pages=k_pages[:, :3].contiguous()), "decode_attention: page_size = 3"),
-        (dict(q=q.double()), "decode_attention: dtype torch.float64"),
+        (dict(q=q.repeat(1, 1, 5)), "decode_attention: D=320, .* not covered"),
+        (dict(q=q[:, :1].expand(-1, 17, -1)), "decode_attention: D=64, G=17, .* not covered"),
+        (dict(k_pages=k_pages[:, :3].contiguous()), "decode_attention: .* page_size=3, .* not covered"),
+        (dict(q=q.double()), "decode_attention: q and pages differ in dtype"),
         (dict(k_pages=k_pages.half()), "decode_attention: q and pages differ in dtype"),
         (dict(length=length.to("meta")), "decode_attention: tensors on several devices"),
         (dict(k_pages=k_pages.mT.contiguous().mT), "decode_attention: .* contiguous"),

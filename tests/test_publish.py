@@ -272,6 +272,16 @@ def test_adapters_alone_are_for_this_engine_only(tmp_path):
     assert card_in(tmp_path / "release").count("cannot be used with this folder") == 2
 
 
+def test_where_a_tokenizer_lay_is_not_in_a_release(tmp_path):
+    retrofitted(tmp_path)
+    file = tmp_path / "adapters" / "tokenizer_config.json"
+    stated = json.loads(file.read_text())
+    file.write_text(json.dumps({**stated, "name_or_path": "/home/me/base", "tokenizer_file": None}))
+    call(tmp_path / "adapters", tmp_path / "release", "--merge")
+    released = json.loads((tmp_path / "release" / "tokenizer_config.json").read_text())
+    assert released == {**stated, "name_or_path": "base", "tokenizer_file": None}
+
+
 def test_no_path_of_this_machine_is_in_a_release(tmp_path):
     base_model(tmp_path / "base")
     edit(tmp_path / "base" / "config.json", lambda raw: raw.update(_name_or_path=str(tmp_path)))
