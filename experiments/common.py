@@ -1,0 +1,126 @@
+"""What the experiments share: retrofits that are made once, answers to the toy tasks, results files.
+
+Every experiment is one command. It writes each row of its results file, experiments/results/*.json,
+as it comes; started again it goes on with the rows that are missing (--fresh: with none), and makes
+no retrofit twice (out/experiments/).
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import load_model, load_tokenizer, write_json  # noqa: E402
+from generate import Sequence, generate  # noqa: E402
+from kv_cache import KVCache  # noqa: E402
+from toy import tasks  # noqa: E402
+
+RESULTS = ROOT / "experiments" / "results"
+RETROFITS = ROOT / "out" / "experiments"
+TEACHER = ROOT / "toy" / "teacher"
+
+
+def arguments(description, name):
+    """A parser with what every experiment takes; its results go to RESULTS / name by default."""
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=RESULTS / name, help="the results file")
+    p.add_argument("--fresh", action="store_true", help="forget the rows that are there")
+    return p
+
+
+class Results:
+    """A results file: {"settings": ..., "machine": ..., "rows": [...]}, written row by row."""
+
+    def __init__(self, args):
+        settings = {key: value for key, value in vars(args).items() if key not in ("out", "fresh")}
+        settings = json.loads(json.dumps(settings, default=str))
+        self.file = args.out
+        self.data = {"settings": settings, "machine": machine(), "rows": []}
+        if self.file.exists() and not args.fresh:
+            before = json.loads(self.file.read_text())
+            if before["settings"] != settings:
+                sys.exit(f"{self.file}: has rows of other settings; add --fresh, or give another --out")
+            self.data["rows"] = before["rows"]
+
+    def find(self, **keys):
+        """The rows with these values."""
+        return [row for row in self.data["rows"] if keys.items() <= row.items()]
+
+    def has(self, **keys):
+        return bool(self.find(**keys))
+
+    def add(self, **row):
+        self.data["rows"].append(row)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, self.data)
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        print(", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+
+
+def machine():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": (names or [platform.machine()])[0], "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+
+def retrofitted(name, *flags):
+    """The folder of a retrofit of the toy teacher, made by retrofit.py with these flags unless it is
+    there; one that was interrupted is continued. Its own measuring is cut short."""
+    out = RETROFITS / name
+    if not (out / "config.json").exists():
+        more = ["--resume"] if (out / "settings.json").exists() else []
+        command = [sys.executable, ROOT / "retrofit.py", "--out", out, *flags, *more]
+        command += ["--eval-problems", 1, "--eval-rows", 1]
+        subprocess.run([str(word) for word in command], check=True)
+    return out
+
+
+def problems(task, count, seed, level="easy"):
+    """`count` test problems of a task, others for every seed."""
+    rng = random.Random(f"experiment {task} {level} {seed}")
+    return [tasks.make_problem(task, rng, "test", level) for _ in range(count)]
+
+
+def answer(model, tokenizer, some, batch=100, max_new_tokens=256, sampling=None, copies=1, seed=0):
+    """Free-running answers to some problems by the engine, `copies` each, side by side: (the answers
+    as texts, a list for each problem; the cache, whose stats() count what that took)."""
+    cache = KVCache(model.config, min(batch, len(some) * copies), model.device, model.dtype)
+    prompts = [tokenizer.encode(tasks.messages(p, False), add_generation_prompt=True) for p in some]
+    sequences = [
+        Sequence(prompt, max_new_tokens, seed=seed * 1_000_003 + i * copies + copy)
+        for i, prompt in enumerate(prompts) for copy in range(copies)
+    ]  # fmt: skip
+    for _ in generate(model, cache, sequences, {tokenizer.end_id}, sampling):
+        pass
+    texts = [tokenizer.decode(s.new, skip_special_tokens=True) for s in sequences]
+    return [texts[i : i + copies] for i in range(0, len(texts), copies)], cache
+
+
+def accuracy(some, texts):
+    """The share of problems whose answer, one text each, is correct."""
+    return sum(map(tasks.is_correct, some, texts)) / len(some)
+
+
+def mean_and_spread(values):
+    """The mean and the standard deviation over seeds."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def load(folder):
+    """(model, tokenizer) of a folder."""
+    return load_model(folder), load_tokenizer(folder)
