@@ -91,7 +91,11 @@ def spread(tensor, parameter):
     return tensor
 
 
-SETTLING_ROWS = 32  # held-out sequences by which the offset is settled
+def settling_rows(seq_len):
+    """The held-out sequences by which the offset is settled: some 16,000 tokens, but 8 to 32."""
+    return max(8, min(2**14 // seq_len, 32))
+
+
 STATE = ("weight", "exp_avg", "exp_avg_sq")  # what is saved of a parameter, beside AdamW's "step"
 
 
@@ -203,7 +207,7 @@ class Distillation:
         than those that the KL is measured on. Returns the compression ratio."""
         settings = self.student.config.dms
         settings.borrowed_weight = 0.0
-        ids, documents = data.held_out(SETTLING_ROWS)
+        ids, documents = data.held_out(settling_rows(self.options.seq_len))
         let_go = partial(
             self.let_go_with, ids=ids.to(self.student.device), documents=documents)
         least = 1 - 1 / self.options.target_cr

@@ -12,7 +12,7 @@ import torch
 
 import dms
 from checkpoint import load_model, read_lines, require, write_json
-from distillation import SETTLING_ROWS
+from distillation import settling_rows
 from kv_cache import KVCache
 
 TABLE = {"kl": "KL to the teacher, nats", "peak_pairs": "peak pairs held",
@@ -25,9 +25,10 @@ def kl_on_text(model, reference, data, rows):
     """(KL to the reference model, which does not evict, on held-out documents that are read through
     a cache, the mean over tokens in nats; how many documents; that cache)."""
     cache = KVCache(model.config, 1, model.device, model.dtype)
-    ids, documents = data.held_out(SETTLING_ROWS + rows)
-    ids = ids[SETTLING_ROWS:]
-    documents = documents[SETTLING_ROWS:]
+    skipped = settling_rows(data.seq_len)
+    ids, documents = data.held_out(skipped + rows)
+    ids = ids[skipped:]
+    documents = documents[skipped:]
     nats = 0.0
     tokens = 0
     for row, lengths in zip(ids.to(model.device), documents):

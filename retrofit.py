@@ -30,7 +30,7 @@ from checkpoint import (check_options, choose_device, copy_tokenizer, load_token
                         read_settings, read_text, refusing, require, resolve, run_script,
                         save_model, torchrun_place, write_json, write_text)
 from data import DEFAULT, TextData, ahead
-from distillation import SETTLING_ROWS, Distillation, load_pair
+from distillation import Distillation, load_pair, settling_rows
 from estimate import announce, check_memory
 from evaluate import draw_curves, evaluate, kl_on_text
 
@@ -152,7 +152,7 @@ def train(options, out):
 
 def check_data(options, data, vocab_size):
     """Refuse held-out text with tokens that the model lacks, or too short for the target."""
-    ids, documents = data.held_out(SETTLING_ROWS)
+    ids, documents = data.held_out(settling_rows(options.seq_len))
     last_id = int(ids.max())
     require(last_id < vocab_size, f"the model has no token {last_id}, the data has")
     lengths = [n for row in documents for n in row]
