@@ -126,6 +126,8 @@ def convert(file, out):
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "tokenizer.json", tokenizer_of(fields).to_str())
     end = fields["tokenizer.ggml.tokens"][fields["tokenizer.ggml.eos_token_id"]]
+    write_json(out / "generation_config.json", {
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"], "do_sample": False})  # fmt: skip
     write_json(out / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
         "chat_template": fields["tokenizer.chat_template"]})  # fmt: skip
@@ -158,7 +160,8 @@ def compare(out):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("out/smollm2-135m"))
     p.add_argument("--gguf", help="the file, if it is here already")
     args = p.parse_args()

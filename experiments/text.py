@@ -25,7 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import run_script, write_text  # noqa: E402
 
-TRAINING = {"django==5.2": r"/docs/(?!releases).*\.txt$", "sqlalchemy==2.0.41": r"/doc/build/(?!changelog).*\.rst$"}
+TRAINING = {
+    "django==5.2": r"/docs/(?!releases).*\.txt$",
+    "sqlalchemy==2.0.41": r"/doc/build/(?!changelog).*\.rst$",
+}
 HELD_OUT = {"sympy==1.13.3": r"/doc/src/.*\.(rst|md)$"}
 CHARACTERS = 6000  # of a document at least: some 1,400 tokens
 
@@ -38,8 +41,8 @@ def files_of(package, pattern):
         subprocess.run(pip, check=True)
         [archive] = Path(folder).iterdir()
         with tarfile.open(archive) as opened:
-            members = sorted((m for m in opened if m.isfile() and re.search(pattern, m.name)), key=lambda m: m.name)
-            return [opened.extractfile(member).read().decode("utf-8", "replace") for member in members]
+            names = sorted(m.name for m in opened if m.isfile() and re.search(pattern, m.name))
+            return [opened.extractfile(name).read().decode("utf-8", "replace") for name in names]
 
 
 def documents_of(text):
@@ -56,11 +59,13 @@ def write_documents(packages, file):
     texts = [text for package, pattern in packages.items() for text in files_of(package, pattern)]
     documents = [document for text in texts for document in documents_of(text)]
     write_text(file, "".join(json.dumps({"text": document}) + "\n" for document in documents))
-    print(f"{file}: {len(documents):,} documents, {sum(map(len, documents)) / 1e6:.1f} million characters")
+    millions = sum(map(len, documents)) / 1e6
+    print(f"{file}: {len(documents):,} documents, {millions:.1f} million characters")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("out/text"))
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,79 @@
+"""
+Many prompts in the same memory: `generate.py --requests`, dense and DMS, tokens a second and bytes.
+
+    python experiments/real_model.py; python experiments/text.py        # once
+    python experiments/real_throughput.py                               # some 30 minutes
+
+64 prompts of 1,000 to 4,000 tokens, documentation to be continued by 128 tokens, in a cache of
+--memory GB. Every run is the command that a user would type; its own report has tokens, pairs,
+bytes and seconds.
+"""
+
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import ROOT, Results, arguments
+from real_quality import MODEL, RETROFIT, TEXT, texts_of
+
+from checkpoint import load_tokenizer
+
+
+def write_prompts(file, count, shortest, longest):
+    """Prompts of so many tokens, evenly spread, each from another place of the held-out text."""
+    tokenizer = load_tokenizer(MODEL)
+    rng = random.Random(0)
+    texts = texts_of(TEXT)
+    rows = []
+    for i in range(count):
+        length = shortest + (longest - shortest) * i // max(count - 1, 1)
+        text = "".join(rng.sample(texts, length // 1000 + 2))
+        ids = tokenizer.encode(text)[:length]
+        rows.append({"prompt": tokenizer.decode(ids)})
+    rng.shuffle(rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def answer(model, prompts, args):
+    """Run generate.py; {seconds, tokens drawn, report}."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "answers.jsonl"
+        command = [sys.executable, ROOT / "generate.py", "--model", model, "--requests", prompts,
+                   "--out", out, "--memory", args.memory, "--max-new-tokens", args.new_tokens]  # fmt: skip
+        begin = time.time()
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+        seconds = time.time() - begin
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+    tokens = sum(sum(row["generated"]["tokens"]) for row in rows)
+    [report] = re.findall(r"^\[(.*tokens, prompts included.*)\]$", done.stderr, re.MULTILINE)
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
+            "answers": len(rows), "report": report}  # fmt: skip
+
+
+def main():
+    p = arguments(__doc__, "real-throughput.json")
+    p.add_argument("--prompts", type=int, default=64)
+    p.add_argument("--shortest", type=int, default=1000)
+    p.add_argument("--longest", type=int, default=4000)
+    p.add_argument("--new-tokens", type=int, default=128)
+    p.add_argument("--memory", type=float, default=0.5, help="GB of cache")
+    p.add_argument("--crs", type=float, nargs="+", default=[8, 4])
+    args = p.parse_args()
+    results = Results(args)
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        write_prompts(prompts, args.prompts, args.shortest, args.longest)
+        models = {"dense": MODEL}
+        models |= {f"DMS {cr:g}x": ROOT / "experiments" / RETROFIT.format(cr) for cr in args.crs}
+        for name, model in models.items():
+            if model.exists() and not results.has(method=name):
+                results.add(method=name, **answer(model, prompts, args))
+
+
+if __name__ == "__main__":
+    main()
