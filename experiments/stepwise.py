@@ -1,0 +1,43 @@
+"""
+Free-running answers by an attention of one's own, where the engine's cache is not what is measured.
+
+A cache here is any callable that Model.hidden can `attend` by, one token a call for every sequence.
+It finds in `active` which of the sequences are not over yet, and in `answering` which of them read
+their prompt no more: (B,) bool each, set before every step.
+"""
+
+import torch
+
+from toy import tasks
+
+
+def encode(tokenizer, some, room):
+    """The prompts of some problems with room for answers: ids (B, T), lengths (B,)."""
+    prompts = [tokenizer.encode(tasks.messages(p, False), add_generation_prompt=True) for p in some]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.zeros(len(prompts), int(lengths.max()) + room, dtype=torch.int64)
+    for row, prompt in zip(ids, prompts):
+        row[: len(prompt)] = torch.tensor(prompt)
+    return ids, lengths
+
+
+@torch.inference_mode()
+def answer(model, tokenizer, some, cache, max_new_tokens=256):
+    """Greedy answers to some problems, side by side, a token at a time from the beginning of their
+    prompts. The last token drawn is not fed. Returns texts."""
+    ids, lengths = encode(tokenizer, some, max_new_tokens)
+    ends = lengths.clone()  # of each text, so far
+    cache.active = torch.ones(len(ids), dtype=torch.bool)
+    for t in range(ids.shape[1] - 1):
+        cache.answering = cache.active & (t + 1 >= lengths)
+        states = model.hidden(ids[:, t : t + 1], cache, t)  # (B, 1, C)
+        drawn = model.lm_head(states[:, -1]).argmax(-1)
+        draws = cache.answering.clone()
+        ids[draws, t + 1] = drawn[draws]
+        ends[draws] += 1
+        is_over = (drawn == tokenizer.end_id) | (ends - lengths >= max_new_tokens)
+        cache.active = cache.active & ~(draws & is_over)
+        if not cache.active.any():
+            break
+    answers = [row[begin:end] for row, begin, end in zip(ids, lengths, ends)]
+    return [tokenizer.decode(a.tolist(), skip_special_tokens=True) for a in answers]
