@@ -28,9 +28,18 @@ which is what makes DMC dear: at DMS's few steps it stands here on DMS's ground.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common import ROOT, RETROFITS, TEACHER, Results, accuracy, arguments, load, problems
-from common import answer as answer_by_engine
-from stepwise import answer
+from common import (
+    RETROFITS,
+    ROOT,
+    TEACHER,
+    Results,
+    accuracy,
+    answer,
+    arguments,
+    load,
+    problems,
+)
+from stepwise import answer_in_batches
 from tqdm import tqdm
 
 import retrofit
@@ -54,9 +63,14 @@ def merge(k, v, merging, importance):
     """The pairs k', v' (B, Hkv, T, D) as they are when token t has come. merging: (B, Hkv, T), the
     logit of a[t]."""
     steps = F.logsigmoid(merging).clamp(min=LEAST).double().cumsum(-1)
-    product = steps[..., :, None] - steps[..., None, :]  # (B, Hkv, T, T): log of a[j + 1] ... a[t]
+    product = (
+        steps[..., :, None] - steps[..., None, :]
+    )  # (B, Hkv, T, T): log of a[j + 1] ... a[t]
     future = torch.ones_like(product[0, 0], dtype=torch.bool).triu(1)
-    share = product.masked_fill(future, float("-inf")).exp().float() * importance[..., None, :]
+    share = (
+        product.masked_fill(future, float("-inf")).exp().float()
+        * importance[..., None, :]
+    )
     share = share / share.sum(-1, keepdim=True)
     return share @ k, share @ v
 
@@ -66,7 +80,9 @@ class MergingAttention(RelaxedAttention):
 
     def __call__(self, layer, q, k, v, logits):
         gate, importance = gate_and_importance(logits, self.dms)
-        noisy = self.noisy_decisions(layer, gate)  # about token t: does t + 1 take its place?
+        noisy = self.noisy_decisions(
+            layer, gate
+        )  # about token t: does t + 1 take its place?
         self.let_go[layer] = self.count_let_go(noisy)
         merging = F.pad(noisy[..., :-1], (1, 0), value=KEEP)
         k, v = merge(k, v, merging, importance)
@@ -98,15 +114,27 @@ class MergingCache:
         self.active = torch.ones(B, dtype=torch.bool)
 
     def __call__(self, layer, q, k, v, logits):
-        """q (B, Hq, 1, D); k, v (B, Hkv, 1, D); logits (B, 2 Hkv, 1) -> (B, Hq, 1, D)."""
-        gate, importance = gate_and_importance(logits[..., 0, None], self.dms)
-        self.store(layer, k[:, :, 0], v[:, :, 0], gate[..., 0] > 0, importance[..., 0])
+        """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, 2 Hkv, T) -> (B, Hq, T, D)."""
+        gate, importance = gate_and_importance(logits, self.dms)
+        T = q.shape[2]
         if layer == 0:
-            self.tokens += int(self.active.sum())
+            self.tokens += T * int(self.active.sum())
+        attended = []
+        for t in range(T):
+            self.store(
+                layer, k[:, :, t], v[:, :, t], gate[..., t] > 0, importance[..., t]
+            )
+            attended.append(self.attend(layer, q[:, :, t : t + 1]))
+        return torch.cat(attended, dim=2)
+
+    def attend(self, layer, q):
+        """Of one token, to all pairs held: q (B, Hq, 1, D) -> (B, Hq, 1, D)."""
         length = self.length[layer]
         longest = int(length.max())
-        in_use = torch.arange(longest) < length[:, :, None, None]  # (B, Hkv, 1, longest)
-        group = q.shape[1] // k.shape[1]
+        in_use = (
+            torch.arange(longest) < length[:, :, None, None]
+        )  # (B, Hkv, 1, longest)
+        group = q.shape[1] // self.keys.shape[2]
         return F.scaled_dot_product_attention(
             q,
             self.keys[layer, :, :, :longest].repeat_interleave(group, dim=1),
@@ -125,12 +153,16 @@ class MergingCache:
         total = before + importance[b, head]
         share = (importance[b, head] / total)[:, None]
         for held, new in ((self.keys, k), (self.values, v)):
-            held[layer, b, head, slot] = torch.lerp(held[layer, b, head, slot], new[b, head], share)
+            held[layer, b, head, slot] = torch.lerp(
+                held[layer, b, head, slot], new[b, head], share
+            )
         self.weight[layer, b, head] = total
 
-    def compression_ratio(self):
-        layers, _, heads = self.length.shape
-        return self.tokens * layers * heads / int(self.length.sum())
+    def dense_pairs(self):
+        return self.tokens * self.length[:, 0].numel()
+
+    def pairs(self):
+        return int(self.length.sum())
 
 
 def start(options):
@@ -158,7 +190,9 @@ def train(seed, steps):
     bar = tqdm(range(done, steps), "DMC", initial=done, total=steps)
     for step, (ids, documents, place) in zip(bar, data.batches(done)):
         row = run.step(step, ids, documents)
-        bar.set_postfix_str(f"KL {row['kl']:.4f}, {row['cr']:.2f}x of {row['target_cr']:.2f}x")
+        bar.set_postfix_str(
+            f"KL {row['kl']:.4f}, {row['cr']:.2f}x of {row['target_cr']:.2f}x"
+        )
         if (step + 1) % options.save_every == 0 or step + 1 == steps:
             run.save(file, step + 1, place)
     torch.set_float32_matmul_precision("highest")
@@ -173,32 +207,30 @@ def held_out_kl(run, data, rows):
     nats = 0.0
     tokens = 0
     for row in range(SETTLING_ROWS, len(ids)):
-        nats += run.compare(ids[row : row + 1], documents[row : row + 1], None)[0].item()
+        nats += run.compare(ids[row : row + 1], documents[row : row + 1], None)[
+            0
+        ].item()
         tokens += sum(documents[row]) - 1
     return nats / tokens
 
 
 def measure_dmc(run, tokenizer, some, batch):
     """(accuracy, compression ratio) of some problems."""
-    texts = []
-    tokens = 0
-    pairs = 0
-    model = run.student
-    for begin in range(0, len(some), batch):
-        part = some[begin : begin + batch]
-        cache = MergingCache(model.config, len(part), model.config.max_position_embeddings)
-        texts += answer(model, tokenizer, part, cache)
-        tokens += cache.tokens
-        pairs += int(cache.length.sum())
-    layers, _, heads = cache.length.shape
-    return accuracy(some, texts), tokens * layers * heads / pairs
+    config = run.student.config
+
+    def make_cache(B):
+        return MergingCache(config, B, config.max_position_embeddings)
+
+    texts, caches = answer_in_batches(run.student, tokenizer, some, make_cache, batch)
+    ratio = sum(c.dense_pairs() for c in caches) / sum(c.pairs() for c in caches)
+    return accuracy(some, texts), ratio
 
 
 def measure_engine(folder, some, batch):
     """The same by the engine's own cache."""
     model, tokenizer = load(folder)
-    texts, cache = answer_by_engine(model, tokenizer, some, batch)
-    return accuracy(some, [text for text, in texts]), cache.compression_ratio()
+    texts, cache = answer(model, tokenizer, some, batch)
+    return accuracy(some, [text for (text,) in texts]), cache.compression_ratio()
 
 
 def main():
@@ -207,7 +239,9 @@ def main():
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--problems", type=int, default=500, help="of each task")
     p.add_argument("--batch", type=int, default=100)
-    p.add_argument("--dms", default=str(ROOT / "toy" / "retrofitted"), help="what it stands beside")
+    p.add_argument(
+        "--dms", default=str(ROOT / "toy" / "retrofitted"), help="what it stands beside"
+    )
     args = p.parse_args()
     results = Results(args)
     _, tokenizer = load(TEACHER)
@@ -215,7 +249,13 @@ def main():
         run, data, ratio = train(seed, args.steps)
         if not results.has(method="DMC", seed=seed, task="held-out text"):
             kl = held_out_kl(run, data, 32)
-            results.add(method="DMC", seed=seed, task="held-out text", kl=kl, compression_ratio=ratio)
+            results.add(
+                method="DMC",
+                seed=seed,
+                task="held-out text",
+                kl=kl,
+                compression_ratio=ratio,
+            )
         for task in tasks.TASKS:
             some = problems(task, args.problems, seed)
             ways = {

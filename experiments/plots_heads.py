@@ -64,7 +64,9 @@ def draw_lengths(axes, lengths):
     row = max(lengths, key=lambda row: row["tokens"][-1] - row["prompt_tokens"])
     pairs = np.array(row["pairs_by_head"])  # (n, L, Hkv)
     for layer in range(pairs.shape[1]):
-        lines = axes.plot(row["tokens"], pairs[:, layer], color=f"C{layer}", linewidth=0.9)
+        lines = axes.plot(
+            row["tokens"], pairs[:, layer], color=f"C{layer}", linewidth=0.9
+        )
         lines[0].set_label(f"layer {layer}")
     axes.axvline(row["prompt_tokens"], color="gray", linestyle=":")
     axes.set_xlabel(f"tokens of a text of {row['task']} (dotted: the answer begins)")
