@@ -12,12 +12,13 @@ which a query may score highest. Two measurements:
 toy    On the dense toy teacher, greedy answers, free-running. It attends to as many pages as hold
        the pairs that DMS 8x reads a head and decode step on the same problems, by the engine's
        count, rounded up. Bounds are read, too, two vectors a page, which is as much as a pair: for
-       "pairs and bounds" the pages are fewer, so that both together cost what DMS reads.
+       "pairs and bounds" the pages are fewer, so that both together cost what DMS reads, but for
+       the newest page, which is always read.
 file   Time and bytes of a decode step's attention for Qwen3-0.6B's shape, one sequence, made-up
        queries and keys. All pairs lie in a file, mapped into memory, the bounds in memory; chosen
        pages are asked for at once, layer by layer. "cold": the system's copy of the file is dropped
-       before every step (what the device delivered is counted where the system says so); "warm": it
-       may stay in memory, which is paging's best case. DMS 8x holds its pairs in the engine's
+       before every step (what the device delivered is counted where the system says so); "warm": the
+       file was read through, and the system keeps of it in memory what it can. DMS 8x holds its pairs in the engine's
        pages, heads uneven. Neither projects nor stores anything.
 
 What differs from that paper: pages are chosen for a KV head, by the highest bound of its query
@@ -26,17 +27,10 @@ left dense there, are not; prompts are read densely there and here. Made-up quer
 every step chooses other pages than the step before. The toy part says which share is new there.
 """
 
+import itertools
+
 import torch
-from common import (
-    RETROFITS,
-    ROOT,
-    TEACHER,
-    Results,
-    accuracy,
-    arguments,
-    load,
-    problems,
-)
+from common import RETROFITS, ROOT, TEACHER, Results, accuracy, arguments, load, problems
 from paging_file import run_file
 from quest import QuestCache
 from stepwise import answer_in_batches
@@ -45,6 +39,8 @@ from checkpoint import run_script
 from generate import Sequence, generate
 from kv_cache import KVCache
 from toy import tasks
+
+COUNTED = ("pairs", "pairs and bounds")  # as what DMS may read
 
 
 def measure_quest(task, page_size, budget, count_bounds, args):
@@ -56,15 +52,13 @@ def measure_quest(task, page_size, budget, count_bounds, args):
 
     some = problems(task, args.problems, args.seed)
     texts, caches = answer_in_batches(model, tokenizer, some, make_cache, args.batch)
-    counts = {
-        key: sum(cache.counts[key] for cache in caches) for key in caches[0].counts
-    }
-    steps = counts.pop("steps") * config.num_hidden_layers * config.num_key_value_heads
-    by_step = {f"{key}_read": counts[key] / steps for key in ("pairs", "bounds")}
+    steps = sum(cache.steps for cache in caches)
+    steps *= config.num_hidden_layers * config.num_key_value_heads
     return {
         "accuracy": accuracy(some, texts),
-        **by_step,
-        "pairs_fetched": counts["fetched"] / steps,
+        "pairs_read": sum(cache.pairs for cache in caches) / steps,
+        "bounds_read": sum(cache.bounds for cache in caches) / steps,
+        "pairs_fetched": sum(cache.fetched for cache in caches) / steps,
     }
 
 
@@ -94,27 +88,26 @@ def measure_engine(folder, task, args):
 
 
 def run_toy(results, args):
-    for task in tasks.TASKS:
+    for task in args.tasks:
         for method, folder in (("dense", TEACHER), ("DMS", args.dms)):
             keys = dict(part="toy", task=task, method=method)
             if not results.has(**keys):
                 results.add(**keys, **measure_engine(folder, task, args))
         [dms] = results.find(part="toy", task=task, method="DMS")
-        for page_size in args.page_sizes:
-            for counted in ("pairs", "pairs and bounds"):
-                keys = dict(part="toy", task=task, method="Quest", page_size=page_size,
-                            counted=counted)  # fmt: skip
-                if not results.has(**keys):
-                    with_bounds = counted == "pairs and bounds"
-                    row = measure_quest(
-                        task, page_size, dms["pairs_read"], with_bounds, args
-                    )
-                    results.add(**keys, **row)
+        for page_size, counted in itertools.product(args.page_sizes, COUNTED):
+            keys = dict(part="toy", task=task, method="Quest", page_size=page_size)
+            keys["counted"] = counted
+            if not results.has(**keys):
+                budget = dms["pairs_read"]
+                with_bounds = counted == "pairs and bounds"
+                row = measure_quest(task, page_size, budget, with_bounds, args)
+                results.add(**keys, **row)
 
 
 def main():
     p = arguments(__doc__, "paging.json")
-    p.add_argument("--problems", type=int, default=200, help="of each toy task")
+    p.add_argument("--tasks", nargs="*", default=tasks.TASKS, choices=tasks.TASKS)
+    p.add_argument("--problems", type=int, default=200, help="of each task")
     p.add_argument("--batch", type=int, default=100)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dms", default=str(ROOT / "toy" / "retrofitted"))

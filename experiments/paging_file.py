@@ -57,12 +57,13 @@ class SlowPages:
 
     def fetch(self, layer, chosen):
         """The pages (HEADS, n) of a layer's heads, as keys and values (HEADS * n, page_size, D)."""
-        numbers = (chosen + torch.arange(HEADS)[:, None] * self.per_head).flatten()
-        first = layer * HEADS * self.per_head
+        first = torch.arange(HEADS)[:, None] * self.per_head
+        numbers = (first + chosen).flatten()
+        of_layer = layer * HEADS * self.per_head
         for number in numbers.tolist():  # so that the device has many at once to do
-            begin = (first + number) * self.page_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-            end = (first + number + 1) * self.page_bytes
-            self.map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+            begin = (of_layer + number) * self.page_bytes
+            before = begin % mmap.PAGESIZE  # where the system's page begins
+            self.map.madvise(mmap.MADV_WILLNEED, begin - before, before + self.page_bytes)
         pages = self.pages[layer].index_select(0, numbers)
         return pages[:, 0].contiguous(), pages[:, 1].contiguous()
 
@@ -99,29 +100,33 @@ def measure_quest_step(slow, pages, attend, cold, args):
     """Medians over steps, after one that is not counted."""
     runs = []
     bytes_delivered = []
-    if not cold:
-        slow.warm()
-    for _ in range(args.steps + 1):
+    for step in range(args.steps + 1):
         q = torch.randn(slow.layers, HEADS, GROUP, D).to(slow.pages.dtype)
         if cold:
             slow.drop()
+        elif step == 0:
+            slow.warm()
         before = delivered()
-        runs.append(quest_step(slow, q, pages, attend))
-        bytes_delivered.append(None if before is None else delivered() - before)
-    choosing, fetching, attending = (statistics.median(part) for part in zip(*runs[1:]))
+        run = quest_step(slow, q, pages, attend)
+        after = delivered()
+        if step > 0:
+            runs.append(run)
+            bytes_delivered.append(after and after - before)
+    choosing, fetching, attending = (statistics.median(part) for part in zip(*runs))
     of_bounds = 2 * slow.least[0].nbytes * slow.layers
-    moved = slow.layers * HEADS * pages * slow.page_bytes
-    known = None not in bytes_delivered
+    fetched = slow.layers * HEADS * pages * slow.page_bytes
+    buffer = fetched // slow.layers
+    in_file = slow.pages.nbytes
     return {
-        "seconds": statistics.median(map(sum, runs[1:])),
+        "seconds": statistics.median(map(sum, runs)),
         "choosing": choosing,
         "fetching": fetching,
         "attending": attending,
-        "bytes_fetched": moved,
-        "bytes_delivered": statistics.median(bytes_delivered[1:]) if known else None,
-        "bytes_in_memory": of_bounds + moved // slow.layers,
-        "bytes_read_in_memory": of_bounds + moved,
-        "bytes_in_file": slow.pages.nbytes,
+        "bytes_fetched": fetched,
+        "bytes_delivered": None if after is None else statistics.median(bytes_delivered),
+        "bytes_in_memory": of_bounds + buffer + (0 if cold else in_file),
+        "bytes_read_in_memory": of_bounds + fetched,
+        "bytes_in_file": in_file,
     }
 
 
@@ -156,8 +161,13 @@ def measure_dms_step(context, attend, dtype, args):
         runs.append(time.perf_counter() - begin)
     read = 2 * int(length.sum()) * D * dtype.itemsize
     held = len(pool) * PagePool.page_bytes(page_size, D, dtype)
-    return {"seconds": statistics.median(runs[1:]), "bytes_fetched": 0, "bytes_in_memory": held,
-            "bytes_read_in_memory": read, "bytes_in_file": 0}  # fmt: skip
+    return {
+        "seconds": statistics.median(runs[1:]),
+        "bytes_fetched": 0,
+        "bytes_in_memory": held,
+        "bytes_read_in_memory": read,
+        "bytes_in_file": 0,
+    }
 
 
 def run_file(results, args):
@@ -177,9 +187,8 @@ def run_file(results, args):
             pages = context // args.cr // args.file_page_size
             for state in ("cold", "warm"):
                 row = measure_quest_step(slow, pages, attend, state == "cold", args)
-                if not results.has(**keys, state=state):
-                    results.add(
-                        **keys, state=state, page_size=args.file_page_size, **row
-                    )
+                keys["state"] = state
+                if not results.has(**keys):
+                    results.add(**keys, page_size=args.file_page_size, **row)
         finally:
             file.unlink(missing_ok=True)

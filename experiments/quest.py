@@ -28,7 +28,8 @@ def choose(bound, pages):
     bounds (..., P)."""
     bound = bound.clone()
     bound[..., -1] = math.inf
-    return bound.topk(min(pages, bound.shape[-1]), dim=-1).indices
+    pages = min(pages, bound.shape[-1])
+    return bound.topk(pages, dim=-1).indices
 
 
 class QuestCache:
@@ -48,62 +49,70 @@ class QuestCache:
         self.values = torch.zeros_like(self.keys)
         self.least = torch.full((*heads, pages, config.head_dim), math.inf)
         self.greatest = torch.full_like(self.least, -math.inf)
-        self.before = torch.zeros(
-            *heads, pages, dtype=torch.bool
-        )  # chosen a step before
+        # of each head the pages that it chose a step before
+        self.before = torch.zeros(*heads, pages, dtype=torch.bool)
         self.seen = [0] * self.layers
-        self.counts = {
-            "steps": 0,
-            "pairs": 0,
-            "bounds": 0,
-            "fetched": 0,
-        }  # sums over heads
+        # sums over the steps of sequences that are answering, and over heads
+        self.steps = 0
+        self.pairs = 0
+        self.bounds = 0
+        self.fetched = 0
 
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D) -> (B, Hq, T, D)."""
         begin = self.seen[layer]
         end = begin + k.shape[2]
         self.store(layer, k, v, begin, end)
-        mask = torch.ones(end - begin, end, dtype=torch.bool).tril(begin)
-        if begin > 0:
-            seen_pages = self.pages_for(layer, q, end)  # (B, Hkv, P)
-            by_pair = seen_pages.repeat_interleave(self.page_size, dim=2)[
-                :, :, None, :end
-            ]
-            mask = by_pair.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-            self.count(layer, seen_pages, by_pair)
-        held = (self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
-        return F.scaled_dot_product_attention(q, *held, attn_mask=mask, enable_gqa=True)
+        if begin == 0:  # the prompts
+            mask = torch.ones(end, end, dtype=torch.bool).tril()
+        else:
+            pages = self.pages_for(layer, q, end)  # (B, Hkv, P)
+            pairs = pages.repeat_interleave(self.page_size, dim=2)
+            pairs = pairs[:, :, None, :end]  # (B, Hkv, 1, end)
+            mask = pairs.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            self.count(layer, pages, pairs)
+        return F.scaled_dot_product_attention(
+            q,
+            self.keys[layer, :, :, :end],
+            self.values[layer, :, :, :end],
+            attn_mask=mask,
+            enable_gqa=True,
+        )
 
     def store(self, layer, k, v, begin, end):
         self.keys[layer, :, :, begin:end] = k
         self.values[layer, :, :, begin:end] = v
         self.seen[layer] = end
-        index = (torch.arange(begin, end) // self.page_size)[:, None].expand_as(k)
+        page = torch.arange(begin, end) // self.page_size
+        index = page[:, None].expand_as(k)
         self.least[layer].scatter_reduce_(2, index, k, "amin")
         self.greatest[layer].scatter_reduce_(2, index, k, "amax")
 
     def pages_for(self, layer, q, end):
         """Which pages each head attends to, (B, Hkv, P) bool: all, where a prompt is read."""
         P = -(-end // self.page_size)
-        of_layer = (self.least[layer, :, :, :P], self.greatest[layer, :, :, :P])
-        by_group = q[:, :, 0].unflatten(1, (of_layer[0].shape[1], -1))  # (B, Hkv, G, D)
-        left = self.budget - (P if self.count_bounds else 0)
-        pages = max(math.ceil(left / self.page_size), 1)
-        chosen = choose(bounds(by_group, *of_layer), pages)
-        is_chosen = torch.zeros(*chosen.shape[:2], P, dtype=torch.bool).scatter_(
-            2, chosen, True
-        )
-        return is_chosen | ~self.answering[:, None, None]
+        least = self.least[layer, :, :, :P]
+        greatest = self.greatest[layer, :, :, :P]
+        Hkv = least.shape[1]
+        by_group = q[:, :, 0].unflatten(1, (Hkv, -1))  # (B, Hkv, G, D)
+        budget = self.budget
+        if self.count_bounds:
+            budget -= P
+        count = max(math.ceil(budget / self.page_size), 1)
+        chosen = choose(bounds(by_group, least, greatest), count)
+        pages = torch.zeros(least.shape[:3], dtype=torch.bool)
+        pages.scatter_(2, chosen, True)
+        return pages | ~self.answering[:, None, None]
 
     def count(self, layer, pages, pairs):
-        """Of the sequences that are answering; fetched: pairs of pages not chosen a step before."""
-        P = pages.shape[2]
-        new = pages & ~self.before[layer, :, :, :P]
-        self.before[layer] = False
-        self.before[layer, :, :, :P] = pages & self.answering[:, None, None]
-        answering = int(self.answering.sum())
-        self.counts["steps"] += answering if layer == 0 else 0
-        self.counts["pairs"] += int(pairs[self.answering].sum())
-        self.counts["bounds"] += answering * pages[0].numel()
-        self.counts["fetched"] += int(new[self.answering].sum()) * self.page_size
+        """Note what is read. fetched: pairs of pages that were not chosen a step before."""
+        before = self.before[layer, :, :, : pages.shape[2]]  # a view
+        new = pages & ~before
+        before.copy_(pages & self.answering[:, None, None])
+        if layer == 0:
+            self.steps += int(self.answering.sum())
+        read = pairs[self.answering]
+        fetched = new[self.answering]
+        self.pairs += int(read.sum())
+        self.bounds += fetched.numel()
+        self.fetched += int(fetched.sum()) * self.page_size

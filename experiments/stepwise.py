@@ -36,18 +36,22 @@ def answer(model, tokenizer, some, cache, max_new_tokens=256):
     shared = int(lengths.min()) - 1  # so many tokens all prompts have, and one more
     model.hidden(ids[:, :shared], cache)
     for t in range(shared, ids.shape[1] - 1):
-        cache.answering = cache.active & (t + 1 >= lengths)
+        cache.answering = cache.active & (t >= lengths)
         states = model.hidden(ids[:, t : t + 1], cache, t)  # (B, 1, C)
         drawn = model.lm_head(states[:, -1]).argmax(-1)
-        draws = cache.answering.clone()
+        draws = cache.active & (t + 1 >= lengths)
         ids[draws, t + 1] = drawn[draws]
         ends[draws] += 1
-        is_over = (drawn == tokenizer.end_id) | (ends - lengths >= max_new_tokens)
-        cache.active = cache.active & ~(draws & is_over)
+        is_end = drawn == tokenizer.end_id
+        is_long = ends - lengths >= max_new_tokens
+        cache.active = cache.active & ~(draws & (is_end | is_long))
         if not cache.active.any():
             break
-    answers = [row[begin:end] for row, begin, end in zip(ids, lengths, ends)]
-    return [tokenizer.decode(a.tolist(), skip_special_tokens=True) for a in answers]
+    texts = []
+    for row, begin, end in zip(ids, lengths, ends):
+        new = row[begin:end].tolist()
+        texts.append(tokenizer.decode(new, skip_special_tokens=True))
+    return texts
 
 
 def answer_in_batches(model, tokenizer, some, make_cache, batch):
