@@ -62,16 +62,12 @@ def gate_and_importance(logits, dms):
 def merge(k, v, merging, importance):
     """The pairs k', v' (B, Hkv, T, D) as they are when token t has come. merging: (B, Hkv, T), the
     logit of a[t]."""
+    T = k.shape[2]
     steps = F.logsigmoid(merging).clamp(min=LEAST).double().cumsum(-1)
-    product = (
-        steps[..., :, None] - steps[..., None, :]
-    )  # (B, Hkv, T, T): log of a[j + 1] ... a[t]
-    future = torch.ones_like(product[0, 0], dtype=torch.bool).triu(1)
-    share = (
-        product.masked_fill(future, float("-inf")).exp().float()
-        * importance[..., None, :]
-    )
-    share = share / share.sum(-1, keepdim=True)
+    product = steps[..., :, None] - steps[..., None, :]  # log of a[j + 1] ... a[t]
+    weight = product.float() + importance.log()[..., None, :]  # (B, Hkv, T, T)
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    share = weight.masked_fill(future, float("-inf")).softmax(-1)
     return share @ k, share @ v
 
 
@@ -80,9 +76,8 @@ class MergingAttention(RelaxedAttention):
 
     def __call__(self, layer, q, k, v, logits):
         gate, importance = gate_and_importance(logits, self.dms)
-        noisy = self.noisy_decisions(
-            layer, gate
-        )  # about token t: does t + 1 take its place?
+        # about token t: does t + 1 take its place?
+        noisy = self.noisy_decisions(layer, gate)
         self.let_go[layer] = self.count_let_go(noisy)
         merging = F.pad(noisy[..., :-1], (1, 0), value=KEEP)
         k, v = merge(k, v, merging, importance)
@@ -121,9 +116,8 @@ class MergingCache:
             self.tokens += T * int(self.active.sum())
         attended = []
         for t in range(T):
-            self.store(
-                layer, k[:, :, t], v[:, :, t], gate[..., t] > 0, importance[..., t]
-            )
+            merges = gate[..., t] > 0
+            self.store(layer, k[:, :, t], v[:, :, t], merges, importance[..., t])
             attended.append(self.attend(layer, q[:, :, t : t + 1]))
         return torch.cat(attended, dim=2)
 
@@ -131,32 +125,33 @@ class MergingCache:
         """Of one token, to all pairs held: q (B, Hq, 1, D) -> (B, Hq, 1, D)."""
         length = self.length[layer]
         longest = int(length.max())
-        in_use = (
-            torch.arange(longest) < length[:, :, None, None]
-        )  # (B, Hkv, 1, longest)
-        group = q.shape[1] // self.keys.shape[2]
+        slot = torch.arange(longest)
+        in_use = slot < length[:, :, None, None]  # (B, Hkv, 1, longest)
+        group = q.shape[1] // in_use.shape[1]
         return F.scaled_dot_product_attention(
             q,
-            self.keys[layer, :, :, :longest].repeat_interleave(group, dim=1),
-            self.values[layer, :, :, :longest].repeat_interleave(group, dim=1),
+            self.keys[layer, :, :, :longest],
+            self.values[layer, :, :, :longest],
             attn_mask=in_use.repeat_interleave(group, dim=1),
+            enable_gqa=True,
         )
 
     def store(self, layer, k, v, merges, importance):
         """k, v: (B, Hkv, D); merges, importance: (B, Hkv)."""
         length = self.length[layer]
         merges = merges & (length > 0)
-        b, head = self.active[:, None].expand_as(merges).nonzero(as_tuple=True)
-        length[b, head] += (~merges)[b, head]
+        is_fed = self.active[:, None].expand_as(merges)
+        b, head = is_fed.nonzero(as_tuple=True)
+        merges = merges[b, head]
+        importance = importance[b, head]
+        length[b, head] += ~merges
         slot = length[b, head] - 1
-        before = self.weight[layer, b, head] * merges[b, head]
-        total = before + importance[b, head]
-        share = (importance[b, head] / total)[:, None]
-        for held, new in ((self.keys, k), (self.values, v)):
-            held[layer, b, head, slot] = torch.lerp(
-                held[layer, b, head, slot], new[b, head], share
-            )
+        total = self.weight[layer, b, head] * merges + importance
         self.weight[layer, b, head] = total
+        share = (importance / total)[:, None]
+        for held, new in ((self.keys, k), (self.values, v)):
+            place = (layer, b, head, slot)
+            held[place] = torch.lerp(held[place], new[b, head], share)
 
     def dense_pairs(self):
         return self.tokens * self.length[:, 0].numel()
@@ -190,9 +185,8 @@ def train(seed, steps):
     bar = tqdm(range(done, steps), "DMC", initial=done, total=steps)
     for step, (ids, documents, place) in zip(bar, data.batches(done)):
         row = run.step(step, ids, documents)
-        bar.set_postfix_str(
-            f"KL {row['kl']:.4f}, {row['cr']:.2f}x of {row['target_cr']:.2f}x"
-        )
+        said = f"KL {row['kl']:.4f}, {row['cr']:.2f}x of {row['target_cr']:.2f}x"
+        bar.set_postfix_str(said)
         if (step + 1) % options.save_every == 0 or step + 1 == steps:
             run.save(file, step + 1, place)
     torch.set_float32_matmul_precision("highest")
@@ -207,9 +201,9 @@ def held_out_kl(run, data, rows):
     nats = 0.0
     tokens = 0
     for row in range(SETTLING_ROWS, len(ids)):
-        nats += run.compare(ids[row : row + 1], documents[row : row + 1], None)[
-            0
-        ].item()
+        some = slice(row, row + 1)
+        kl, _ = run.compare(ids[some], documents[some], None)
+        nats += kl.item()
         tokens += sum(documents[row]) - 1
     return nats / tokens
 
@@ -239,23 +233,15 @@ def main():
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--problems", type=int, default=500, help="of each task")
     p.add_argument("--batch", type=int, default=100)
-    p.add_argument(
-        "--dms", default=str(ROOT / "toy" / "retrofitted"), help="what it stands beside"
-    )
+    p.add_argument("--dms", default=str(ROOT / "toy" / "retrofitted"), help="its folder")
     args = p.parse_args()
     results = Results(args)
     _, tokenizer = load(TEACHER)
     for seed in args.seeds:
         run, data, ratio = train(seed, args.steps)
-        if not results.has(method="DMC", seed=seed, task="held-out text"):
-            kl = held_out_kl(run, data, 32)
-            results.add(
-                method="DMC",
-                seed=seed,
-                task="held-out text",
-                kl=kl,
-                compression_ratio=ratio,
-            )
+        keys = dict(seed=seed, task="held-out text", method="DMC")
+        if not results.has(**keys):
+            results.add(**keys, kl=held_out_kl(run, data, 32), compression_ratio=ratio)
         for task in tasks.TASKS:
             some = problems(task, args.problems, seed)
             ways = {
@@ -264,10 +250,10 @@ def main():
                 "DMC": lambda: measure_dmc(run, tokenizer, some, args.batch),
             }
             for method, measure in ways.items():
-                if not results.has(method=method, seed=seed, task=task):
+                keys = dict(seed=seed, task=task, method=method)
+                if not results.has(**keys):
                     right, ratio = measure()
-                    results.add(method=method, seed=seed, task=task, accuracy=right,
-                                compression_ratio=ratio)  # fmt: skip
+                    results.add(**keys, accuracy=right, compression_ratio=ratio)
 
 
 if __name__ == "__main__":
