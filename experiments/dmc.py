@@ -1,7 +1,7 @@
 """
 DMS beside its predecessor: Dynamic Memory Compression (Nawrot et al., arXiv 2403.09636).
 
-    python experiments/dmc.py                            # TIME
+    python experiments/dmc.py                            # about 15 minutes a seed
     python experiments/dmc.py --steps 10 --problems 5 --fresh --out trial.json
 
 DMC's KV heads decide for every token whether its pair is appended, or merged into the last pair:

@@ -2,7 +2,7 @@
 DMS beside paging: keep all pairs in slower memory and fetch pages by relevance, as Quest does (Tang
 et al., arXiv 2406.10774).
 
-    python experiments/paging.py                         # TIME
+    python experiments/paging.py       # about 15 minutes, 4 GB of disk for a while
     python experiments/paging.py --problems 3 --page-sizes 8 --contexts 2048 --layers 2 --steps 2 \\
         --fresh --out trial.json
 
