@@ -626,7 +626,8 @@ def path_or_id(text):
 
 def parse_options(options, argv=None):
     """{field: value} of what the command line gives of a dataclass of options: --NAME VALUE for a
-    field, --NAME alone for a bool. The comment behind a field is its help."""
+    field, --NAME alone for a bool; for one whose default is "" that is "-". The comment behind a
+    field is its help."""
     source = inspect.getsource(options).replace("%", "%%")  # which argparse reads as %
     comments = dict(re.findall(r"^    (\w+): .*# (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
@@ -635,6 +636,8 @@ def parse_options(options, argv=None):
         how = dict(type=type(choices[0]), choices=choices) if choices else dict(type=field.type)
         if field.type in (bool, list):
             how = dict(action="store_true" if field.type is bool else "append")
+        if field.default == "":  # its value may be left out
+            how = dict(nargs="?", const="-")
         flag = f"{'-' if len(field.name) == 1 else '--'}{field.name}".replace("_", "-")
         parser.add_argument(flag, **how, help=comments.get(field.name))
     given = vars(parser.parse_args(argv))

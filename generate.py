@@ -8,6 +8,7 @@ Generate from a dense or DMS checkpoint with the compacting cache, and see what 
     python generate.py --requests in.jsonl --out out.jsonl   # many; goes on where it was stopped
     torchrun --nproc-per-node 8 generate.py --requests ...   # over GPUs: out.0-of-8.jsonl, ...
     python generate.py --show-evictions                   # each token by how many heads hold it
+    python generate.py --show-evictions page.html         # and what each of them holds
     python generate.py --dense                            # the same, nothing evicted
 
 The text goes to standard output; the closing line with speed and memory goes to standard error.
@@ -36,6 +37,7 @@ from checkpoint import (InputError, check_ids, checked, choose_device, load_mode
 from kernels.decode_step import DecodeStep, sample
 from kv_cache import CacheFull, KVCache
 from model import Model
+from show import held_by_heads, show_evictions
 
 SHIPPED = Path(__file__).resolve().parent / "toy" / "retrofitted"
 
@@ -320,7 +322,7 @@ class Options:
     stop: list = ()  # a string that ends the text; may be repeated
     seed: int = 0
     dense: bool = False  # switch eviction off
-    show_evictions: bool = False  # print the text by how many heads hold each token
+    show_evictions: str = ""  # each token by how many heads hold it: printed, or a .html file
     compile: bool = False  # torch.compile what lies between attentions (for a GPU)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = None  # (default: bfloat16 on a GPU)
@@ -529,23 +531,9 @@ def one_prompt(session, prompt, check=None):
     if options.n > 1 or check:
         print(f"[{check(said['texts']) if check else verdict}]", file=sys.stderr)
     if options.show_evictions:
-        show_evictions(session, chains[0])
-
-
-def show_evictions(session, chain):
-    """Print the text that the cache has read, each token shaded by the share of (layer, head) pairs
-    that still hold it: bright for all, dark for few; where the output is no terminal, the share in
-    tenths follows each token in brackets."""
-    cache = session.cache
-    heads = list(itertools.product(range(cache.layers), range(cache.kv_heads)))
-    holders = torch.zeros(chain.fed)
-    for layer, head in heads:
-        holders[cache.positions(chain.row, layer, head).long()] += 1
-    for token, share in zip(chain.ids, (holders / len(heads)).tolist()):
-        text = session.tokenizer.decode([token])
-        shaded = f"\x1b[38;5;{236 + int(share * 19)}m{text}\x1b[0m"  # 232 to 255 are greys
-        print(shaded if sys.stdout.isatty() else f"{text}[{int(share * 10)}]", end="")
-    print()
+        chain = chains[0]
+        held = held_by_heads(session.cache, chain.row)
+        show_evictions(options.show_evictions, session.tokenizer, chain.ids[: chain.fed], held)
 
 
 def parse(argv=None):

@@ -64,7 +64,8 @@ class Results:
         self.data["rows"].append(row)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.file, self.data)
-        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        shown = {k: v for k, v in row.items() if not isinstance(v, (list, dict))}
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in shown.items()}
         print(", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
 
 

@@ -483,6 +483,10 @@ def test_show_evictions(tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert "[10]" in shown.stdout
     assert "[0]" in shown.stdout or "[1]" in shown.stdout
+    page = run("--show-evictions", "page.html", "--max-new-tokens", "6", cwd=tmp_path)
+    assert page.returncode == 0, page.stderr
+    assert "[10]" not in page.stdout
+    assert "<span> code</span>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 CONVERSATION = [
