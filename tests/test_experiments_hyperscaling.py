@@ -1,0 +1,73 @@
+"""experiments/hyperscaling.py: what W chains take, and the area between frontiers."""
+
+import math
+
+import pytest
+from conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def script():
+    """It imports from its own folder, as scripts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "experiments")
+        import hyperscaling
+
+        yield hyperscaling
+
+
+@pytest.mark.parametrize("folder", ["teacher", "retrofitted"])
+@pytest.mark.parametrize("width", [1, 4])
+def test_costs_are_those_of_the_engine(script, folder, width):
+    """What is added up for a group of chains is what the cache counts that runs them alone, ended
+    chains giving back their pages."""
+    common = script.common
+    model, tokenizer = common.load(common.ROOT / "toy" / folder)
+    [problem] = common.problems("arithmetic", 1, 0, "hard")
+    limits = (30, 200)
+    chains = script.sample_chains(model, tokenizer, problem, 4, limits, 2.0, "seed")
+    ends = (chains.held > 0).sum(1)
+    assert len(set(ends.tolist())) > 1  # some are over before others
+    for limit in limits:
+        prompt = tokenizer.encode(common.tasks.messages(problem, False), add_generation_prompt=True)
+        cache = script.KVCache(model.config, width)
+        alone = [script.Sequence(prompt, limit, f"seed {i}") for i in range(width)]
+        for _ in script.generate(model, cache, alone, {tokenizer.end_id}, {"temperature": 2.0}):
+            pass
+        stats = cache.stats()
+        taken = script.cost(chains, slice(0, width), limit)
+        assert taken == {budget: stats[budget] for budget in script.BUDGETS}
+
+
+def test_votes(script):
+    assert script.vote(["3", "4", "3", None], "3") == (1.0, False)
+    assert script.vote(["3", "4", "4", "3", None], "3") == (0.5, True)
+    assert script.vote(["4", None, None, None], "3") == (0.0, False)
+    assert script.vote([None], "3") == (0.0, False)
+
+
+def test_the_area_between_frontiers(script):
+    """Ours has 0.6 from 1 on and 0.8 from 10 on, theirs 0.5 from 1, a worse point at 30, and 0.9 at
+    100: over [1, 100] the gain is 0.1 for the first half of the logarithmic axis, 0.3 for the
+    second."""
+
+    def points(pairs):
+        return [{"reads": cost, "accuracy": accuracy} for cost, accuracy in pairs]
+
+    ours = points([(1, 0.6), (10, 0.8), (1000, 0.7)])
+    theirs = points([(1, 0.5), (30, 0.4), (100, 0.9)])
+    gain, low, high = script.mean_gain(ours, theirs, "reads")
+    assert (low, high) == (1, 100)
+    assert gain == pytest.approx(0.2)
+    back, _, _ = script.mean_gain(theirs, ours, "reads")
+    assert back == pytest.approx(-0.2)
+    assert script.mean_gain(ours, points([(2000, 1.0)]), "reads") is None
+    assert script.mean_gain(ours, ours, "reads")[0] == 0
+
+
+def test_jackknife(script):
+    """Left out of a mean one at a time, values give the mean's own standard error."""
+    values = [1.0, 2.0, 4.0, 9.0]
+    without = [(sum(values) - value) / 3 for value in values]
+    deviation = script.common.statistics.stdev(values)
+    assert script.jackknife(without) == pytest.approx(deviation / math.sqrt(4))
