@@ -145,14 +145,14 @@ def sliding_window(budget):
     return start_retrofit(load_model(TEACHER), DMSConfig(window=budget - 1, offset=-1.0))
 
 
-def kl_to_teacher(model, tokenizer, rows=32):
+def kl_to_teacher(model, tokenizer, rows):
     """Nats a token on held-out problems with their answers, read through the cache."""
     data = ToyData(tokenizer, 512, 1, 0)
     nats, _, _ = kl_on_text(model, load_model(TEACHER), data, rows)
     return nats
 
 
-def measure(model, tokenizer, count, seed=0):
+def measure(model, tokenizer, count, seed=0, kl_rows=32):
     """Accuracy of greedy answers to `count` problems of each task, KL to the teacher, and over all
     answers the compression (tokens fed x heads / pairs held at the ends) and reads of the cache."""
     row = {}
@@ -165,7 +165,7 @@ def measure(model, tokenizer, count, seed=0):
         pairs += cache.ended_pairs
         reads += cache.stats()["reads"]
     heads = cache.layers * cache.kv_heads
-    row["kl"] = kl_to_teacher(model, tokenizer)
+    row["kl"] = kl_to_teacher(model, tokenizer, kl_rows)
     return {**row, "compression": tokens * heads / pairs, "reads": reads}
 
 

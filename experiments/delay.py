@@ -65,8 +65,12 @@ def add_point(results, part, window, steps, seed, problems):
 def main():
     p = common.arguments(__doc__, "delay.json")
     p.add_argument("--windows", type=int, nargs="*", default=[0, 4, 16, 32, 48, 64])
-    p.add_argument("--steps", type=int, default=common.STEPS, help="of the part `window`")
-    p.add_argument("--samples", type=int, nargs="*", default=[50, 125, 250, 500], help="steps")
+    p.add_argument(
+        "--steps", type=int, default=common.STEPS, help="of the part `window`"
+    )
+    p.add_argument(
+        "--samples", type=int, nargs="*", default=[50, 125, 250, 500], help="steps"
+    )
     p.add_argument("--sample-windows", type=int, nargs="*", default=[0, USUAL])
     p.add_argument("--problems", type=int, default=200, help="of each task")
     p.add_argument("--seeds", type=int, default=1)
@@ -79,7 +83,9 @@ def main():
             for window in args.sample_windows:
                 add_point(results, "samples", window, steps, seed, args.problems)
     columns = (*common.tasks.TASKS, "kl", "compression", "refused")
-    common.print_table(results.data["rows"], "part", "window", "steps", "seed", *columns)
+    common.print_table(
+        results.data["rows"], "part", "window", "steps", "seed", *columns
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ temperature 1, majority vote; dense beside DMS. After the paper's sections 4 and
     python experiments/hyperscaling.py                                     # 30 minutes on two cores
     python experiments/hyperscaling.py --steps 10 --ratios 8 --chains 4 --problems 2 --block 2
 
+The shipped recipe trains all weights on easy problems alone: what comes out does them as well as
+the teacher, but has lost the hard ones, with eviction switched off, too. It is shown as "DMS 8x of
+easy text". The others are retrofitted by the same recipe on training problems of all levels.
+
 A point is (limit of new tokens, W chains in parallel, compression). 32 chains are sampled once for
 each problem, which share its prompt; what fewer would give is the mean over disjoint groups of
 them, and what the shorter limit would give is their beginning, as what a chain draws depends on its
@@ -29,18 +33,51 @@ standard error, leaving out one block of problems at a time.
 """
 
 import itertools
+import json
 import math
+import random
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 import common
+from checkpoint import write_text
 from generate import Sequence, generate
 from kv_cache import KVCache
 from toy import tasks
 
+RECIPE = (
+    "--train all --window 16 --lr 1e-3 --batch-size 4 --seq-len 512".split()
+)  # the toy's own
+DOCUMENTS = 2200  # of 500 steps, and some that are held out
+LENGTH = 510  # so that little of a row's 512 tokens is left for the beginning of another problem
+EASY = "DMS 8x of easy text"
 BUDGETS = ("reads", "peak_pairs", "peak_page_bytes")
+MEANS = ("accuracy", "tied", "unanswered", *BUDGETS)  # of a point
+
+
+def write_text_of_all_levels(file):
+    """Training problems with their answers, as many of each task as retrofit.py has of easy ones,
+    one to a row of 512 tokens."""
+    rng = random.Random("text of all levels")
+    lines = []
+    for _ in range(DOCUMENTS):
+        task = rng.choice((*tasks.TASKS, "arithmetic"))
+        problem = tasks.make_problem(task, rng, "train", LENGTH)
+        lines.append(json.dumps({"messages": tasks.messages(problem)}) + "\n")
+    write_text(file, "".join(lines))
+
+
+def retrofit_of(ratio, steps, seed):
+    """The folder of a retrofit on problems of all levels."""
+    file = common.RETROFITS / "all-levels.jsonl"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text_of_all_levels(file)
+    flags = ("--data", file, "--target-cr", ratio, "--steps", steps, "--seed", seed)
+    name = f"dms-{ratio}x-all-levels-seed{seed}-{steps}steps"
+    return common.retrofitted(name, *flags, *RECIPE)
 
 
 @dataclass
@@ -48,18 +85,21 @@ class Chains:
     """What was sampled for one problem, and what it took. k counts the tokens a chain has drawn."""
 
     answers: dict  # limit -> of each chain its answer, None for none
-    held: torch.Tensor  # (chains, k): pairs held as token k is drawn, 0 once the chain is over
+    held: (
+        torch.Tensor
+    )  # (chains, k): pairs held as token k is drawn, 0 once the chain is over
     pages: torch.Tensor  # (chains, k): pages that hold them
     prompt_reads: int
     shared_pages: int  # of the prompt, that all chains share to their ends
     page_bytes: int
-    stats: dict  # the cache's own
 
 
 def sample_chains(model, tokenizer, problem, count, limits, temperature, seed):
     """Sample `count` chains for a problem, to the largest of the limits."""
     cache = KVCache(model.config, count, model.device, model.dtype)
-    prompt = tokenizer.encode(tasks.messages(problem, False), add_generation_prompt=True)
+    prompt = tokenizer.encode(
+        tasks.messages(problem, False), add_generation_prompt=True
+    )
     chains = [Sequence(prompt, max(limits), f"{seed} {i}") for i in range(count)]
     held = torch.zeros(count, max(limits), dtype=torch.int64)
     pages = torch.zeros_like(held)
@@ -73,14 +113,13 @@ def sample_chains(model, tokenizer, problem, count, limits, temperature, seed):
         held[running, k] = of_sequences(cache.rows.length, cache)[running]
         in_use = cache.rows.is_page(cache.page_size).sum(2)  # (L, N)
         pages[running, k] = of_sequences(in_use, cache)[running]
-    stats = cache.stats()
-    assert stats["reads"] == prompt_reads + int(held[:, 1:].sum())
+    assert cache.stats()["reads"] == prompt_reads + int(held[:, 1:].sum())
     answers = {limit: [] for limit in limits}
     for limit in limits:
         for chain in sorted(chains, key=lambda chain: chain.row):
             text = tokenizer.decode(chain.new[:limit], skip_special_tokens=True)
             answers[limit].append(tasks.final_answer(problem, text))
-    return Chains(answers, held, pages, prompt_reads, shared_pages, cache.page_bytes, stats)
+    return Chains(answers, held, pages, prompt_reads, shared_pages, cache.page_bytes)
 
 
 def of_sequences(by_row, cache):
@@ -120,20 +159,27 @@ def vote(answers, expected):
     return score, len(level) > 1
 
 
-def points_of(problem, chains, widths):
-    """{(limit, W): {name: mean over the groups of W chains}} of one problem."""
+def point_of(chains, group, limit, expected):
+    """What a group of chains, a slice, gives with a limit: {name: number}."""
+    answers = chains.answers[limit][group]
+    score, level = vote(answers, expected)
+    return {
+        "accuracy": score,
+        "tied": float(level),
+        "unanswered": answers.count(None) / len(answers),
+        **cost(chains, group, limit),
+    }
+
+
+def points_of(problem, chains, places):
+    """{(limit, W): the mean point over the groups of W chains} of one problem."""
     expected = tasks.final_answer(problem, problem.answer)
     points = {}
-    for limit, answers in chains.answers.items():
-        for width in widths:
-            groups = [slice(i, i + width) for i in range(0, len(answers), width)]
-            rows = []
-            for group in groups:
-                score, level = vote(answers[group], expected)
-                unanswered = answers[group].count(None) / width
-                shares = {"accuracy": score, "tied": float(level), "unanswered": unanswered}
-                rows.append({**shares, **cost(chains, group, limit)})
-            points[limit, width] = mean_of(rows)
+    for limit, width in places:
+        starts = range(0, len(chains.held), width)
+        groups = [slice(start, start + width) for start in starts]
+        rows = [point_of(chains, group, limit, expected) for group in groups]
+        points[limit, width] = mean_of(rows)
     return points
 
 
@@ -183,11 +229,10 @@ def points_over(blocks):
     points = []
     for (method, limit, width), rows in groups.items():
         numbers = [{name: row[name] for name in MEANS} for row in rows]
-        points.append({"method": method, "limit": limit, "width": width, **mean_of(numbers)})
+        points.append(
+            {"method": method, "limit": limit, "width": width, **mean_of(numbers)}
+        )
     return points
-
-
-MEANS = ("accuracy", "tied", "unanswered", *BUDGETS)
 
 
 def gain_of(blocks, methods, budget):
@@ -198,34 +243,44 @@ def gain_of(blocks, methods, budget):
     return mean_gain(ours, theirs, budget)
 
 
-def add_gains(results):
-    """The points and the gains over all blocks, as rows."""
-    blocks = results.find(part="block")
-    for point in points_over(blocks):
-        results.add(part="point", **point)
-    methods = sorted({row["method"] for row in blocks} - {"dense"})
-    places = sorted({(row["seed"], row["block"]) for row in blocks})
-    for name, members in [(method, [method]) for method in methods] + [("DMS", methods)]:
-        for budget in BUDGETS:
-            whole = gain_of(blocks, members, budget)
-            if whole is None:
-                results.add(part="gain", method=name, budget=budget, gain=None)
-                continue
-            others = []
-            for place in places:
-                rest = [row for row in blocks if (row["seed"], row["block"]) != place]
-                others.append(gain_of(rest, members, budget) if rest else None)
-            spread = jackknife([gain[0] for gain in others if gain])
-            gain, low, high = whole
-            keys = {"part": "gain", "method": name, "budget": budget}
-            results.add(**keys, gain=gain, spread=spread, low=low, high=high)
+def spread_of_gain(blocks, methods, budget):
+    """The jackknife's standard error of a gain: by leaving out one block at a time."""
+    gains = []
+    for place in sorted({(row["seed"], row["block"]) for row in blocks}):
+        rest = [row for row in blocks if (row["seed"], row["block"]) != place]
+        gain = gain_of(rest, methods, budget) if rest else None
+        if gain:
+            gains.append(gain[0])
+    return jackknife(gains)
 
 
 def jackknife(values):
-    """The standard error of a mean from its values with one part left out at a time."""
+    """The standard error of a mean, given what it is with one part left out at a time."""
     n = len(values)
-    mean = sum(values) / max(n, 1)
-    return math.sqrt((n - 1) / n * sum((value - mean) ** 2 for value in values)) if n > 1 else None
+    if n < 2:
+        return None
+    mean = sum(values) / n
+    squares = sum((value - mean) ** 2 for value in values)
+    return math.sqrt((n - 1) / n * squares)
+
+
+def add_gains(results):
+    """The points and the gains over all blocks, as rows; those that are there are made anew."""
+    blocks = results.find(part="block")
+    results.data["rows"] = blocks
+    for point in points_over(blocks):
+        results.add(part="point", **point)
+    methods = dict.fromkeys(row["method"] for row in blocks if row["method"] != "dense")
+    members = {method: [method] for method in methods}
+    members["DMS"] = [method for method in methods if method != EASY]
+    for name, budget in itertools.product(members, BUDGETS):
+        keys = {"part": "gain", "method": name, "budget": budget}
+        gain = gain_of(blocks, members[name], budget)
+        if gain is None:
+            results.add(**keys, gain=None)
+            continue
+        spread = spread_of_gain(blocks, members[name], budget)
+        results.add(**keys, gain=gain[0], spread=spread, low=gain[1], high=gain[2])
 
 
 def add_block(results, keys, model, tokenizer, problems, args):
@@ -239,7 +294,7 @@ def add_block(results, keys, model, tokenizer, problems, args):
         seed = f"{keys['seed']} {problem.prompt}"
         given = (args.chains, args.limits, args.temperature, seed)
         chains = sample_chains(model, tokenizer, problem, *given)
-        points.append(points_of(problem, chains, widths_of(args)))
+        points.append(points_of(problem, chains, missing))
     for limit, width in missing:
         mean = mean_of([of_problem[limit, width] for of_problem in points])
         results.add(**keys, limit=limit, width=width, **mean)
@@ -261,7 +316,9 @@ def draw(results, file):
             of_method = [point for point in points if point["method"] == method]
             costs, accuracies = zip(*frontier(of_method, budget))
             [line] = axes.step(costs, accuracies, where="post", label=method)
-            everywhere = [[point[name] for point in of_method] for name in (budget, "accuracy")]
+            everywhere = [
+                [point[name] for point in of_method] for name in (budget, "accuracy")
+            ]
             axes.scatter(*everywhere, s=12, color=line.get_color())
         axes.set_xscale("log")
         axes.set_xlabel(f"{budget.replace('_', ' ')} of a problem")
@@ -275,17 +332,22 @@ def main():
     p.add_argument("--ratios", type=int, nargs="*", default=[4, 8])
     p.add_argument("--steps", type=int, default=common.STEPS, help="of the retrofits")
     p.add_argument("--chains", type=int, default=32, help="a power of two")
-    p.add_argument("--limits", type=int, nargs="*", default=[170, 256], help="of new tokens")
+    p.add_argument(
+        "--limits", type=int, nargs="*", default=[170, 256], help="of new tokens"
+    )
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--problems", type=int, default=200)
     p.add_argument("--block", type=int, default=20, help="problems of one row")
     p.add_argument("--seeds", type=int, default=1)
     args = p.parse_args()
+    if args.problems % args.block:
+        p.error("--problems must be a multiple of --block")
     results = common.Results(args)
     for seed in range(args.seeds):
         folders = {"dense": common.TEACHER}
         for ratio in args.ratios:
-            folders[f"DMS {ratio}x"] = common.standard(ratio, seed, args.steps)
+            folders[f"DMS {ratio}x"] = retrofit_of(ratio, args.steps, seed)
+        folders[EASY] = common.standard(8, seed, args.steps)
         problems = common.problems("arithmetic", args.problems, seed, "hard")
         for method, folder in folders.items():
             loaded = common.load(folder)
@@ -293,8 +355,7 @@ def main():
                 keys = {"part": "block", "method": method, "seed": seed, "block": block}
                 some = problems[block : block + args.block]
                 add_block(results, keys, *loaded, some, args)
-    if not results.has(part="gain"):
-        add_gains(results)
+    add_gains(results)
     draw(results, args.out.with_suffix(".png"))
 
 

@@ -29,10 +29,14 @@ def test_costs_are_those_of_the_engine(script, folder, width):
     ends = (chains.held > 0).sum(1)
     assert len(set(ends.tolist())) > 1  # some are over before others
     for limit in limits:
-        prompt = tokenizer.encode(common.tasks.messages(problem, False), add_generation_prompt=True)
+        prompt = tokenizer.encode(
+            common.tasks.messages(problem, False), add_generation_prompt=True
+        )
         cache = script.KVCache(model.config, width)
         alone = [script.Sequence(prompt, limit, f"seed {i}") for i in range(width)]
-        for _ in script.generate(model, cache, alone, {tokenizer.end_id}, {"temperature": 2.0}):
+        for _ in script.generate(
+            model, cache, alone, {tokenizer.end_id}, {"temperature": 2.0}
+        ):
             pass
         stats = cache.stats()
         taken = script.cost(chains, slice(0, width), limit)
