@@ -17,27 +17,23 @@ def script():
 
 
 @pytest.mark.parametrize("folder", ["teacher", "retrofitted"])
-@pytest.mark.parametrize("width", [1, 4])
-def test_costs_are_those_of_the_engine(script, folder, width):
+def test_costs_are_those_of_the_engine(script, folder):
     """What is added up for a group of chains is what the cache counts that runs them alone, ended
     chains giving back their pages."""
     common = script.common
     model, tokenizer = common.load(common.ROOT / "toy" / folder)
     [problem] = common.problems("arithmetic", 1, 0, "hard")
-    limits = (30, 200)
-    chains = script.sample_chains(model, tokenizer, problem, 4, limits, 2.0, "seed")
+    sampling = {"temperature": 2.0}  # so that they end at different times
+    chains = script.sample_chains(model, tokenizer, problem, 3, (30, 200), 2.0, "seed")
     ends = (chains.held > 0).sum(1)
-    assert len(set(ends.tolist())) > 1  # some are over before others
-    for limit in limits:
-        prompt = tokenizer.encode(
-            common.tasks.messages(problem, False), add_generation_prompt=True
-        )
+    assert len(set(ends.tolist())) > 1
+    messages = common.tasks.messages(problem, False)
+    prompt = tokenizer.encode(messages, add_generation_prompt=True)
+    for limit, width in [(200, 3), (30, 3), (200, 1)]:
         cache = script.KVCache(model.config, width)
         alone = [script.Sequence(prompt, limit, f"seed {i}") for i in range(width)]
-        for _ in script.generate(
-            model, cache, alone, {tokenizer.end_id}, {"temperature": 2.0}
-        ):
-            pass
+        steps = script.generate(model, cache, alone, {tokenizer.end_id}, sampling)
+        assert sum(map(len, steps)) == (chains.held[:width, :limit] > 0).sum()
         stats = cache.stats()
         taken = script.cost(chains, slice(0, width), limit)
         assert taken == {budget: stats[budget] for budget in script.BUDGETS}
@@ -75,3 +71,17 @@ def test_jackknife(script):
     without = [(sum(values) - value) / 3 for value in values]
     deviation = script.common.statistics.stdev(values)
     assert script.jackknife(without) == pytest.approx(deviation / math.sqrt(4))
+
+
+def test_training_text_is_hard_and_of_the_training_split(script):
+    """Its arithmetic is like the problems asked, none of which it holds; a row takes one whole."""
+    common = script.common
+    rng = script.random.Random(0)
+    drawn = [script.draw_problem(rng) for _ in range(20)]
+    arithmetic = [problem for problem in drawn if problem.task == "arithmetic"]
+    assert arithmetic and all(map(script.is_hard, arithmetic))
+    assert not any(map(script.is_hard, common.problems("arithmetic", 10, 0, "easy")))
+    assert sum(map(script.is_hard, common.problems("arithmetic", 10, 0, "hard"))) > 7
+    tokenizer = common.load_tokenizer(common.TEACHER)
+    for problem in drawn:
+        assert 500 < len(tokenizer.encode(common.tasks.messages(problem))) <= 512
