@@ -282,7 +282,7 @@ def jackknife(values):
 def add_gains(results):
     """The points and the gains over all blocks, as rows; those that are there are made anew."""
     blocks = results.find(part="block")
-    results.data["rows"] = blocks
+    results.data["rows"] = list(blocks)
     for point in points_over(blocks):
         results.add(part="point", **point)
     methods = dict.fromkeys(row["method"] for row in blocks if row["method"] != "dense")

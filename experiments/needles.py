@@ -9,10 +9,10 @@ A text is filler with four facts in it ("The code of rosa is 52."), of which the
 one. This one lies at a depth: 0 at the text's beginning, 1 right before the question; the other
 three lie anywhere. Training asks for at least half of a text's facts, so it has seen no such text.
 
-The dense teacher was trained on texts to 512 tokens: where it fails by itself, what follows from it
-need not do better, though eviction may help there: what is gone cannot distract. For every length
-the window's budget is what a head of the retrofit holds at the end, on average over the depths. It
-was trained to 8x on other texts; how far these are compressed is in the rows.
+The dense teacher was trained on texts to 512 tokens: lengths where it fails by itself say little
+about eviction, which may then do better or worse. For every length the window's budget is what a
+head of the retrofit holds at the end, on average over the depths. That was trained to 8x on other
+texts, with more facts; how far it compresses these is in the rows.
 """
 
 import random

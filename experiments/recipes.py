@@ -2,7 +2,7 @@
 Recipes: what a retrofit is made of, one thing changed at a time, all to 8x on the toy world.
 
     python experiments/recipes.py                                     # 40 minutes on two cores
-    python experiments/recipes.py --steps 10 --problems 2 --recipes usual per-layer    # a trial
+    python experiments/recipes.py --steps 10 --fade-steps 2 --problems 2    # a trial
 
 The usual recipe is retrofit.py's for the toy: decisions from adapters, all weights trained, forward
 KL, a shift of one, decisions per head, a window of 16. Two recipes differ in more than one thing:
@@ -17,36 +17,55 @@ that the cache counted while answering.
 
 import common
 
-NEURON = ("--decision", "neuron", "--train", "all", "--fade-steps")
-RECIPES = {
-    "usual": (),
-    "frozen": ("--train", "adapters"),
-    "neuron": (*NEURON, "200"),
-    "neuron-unfaded": (*NEURON, "0"),
-    "reverse-kl": ("--reverse-kl",),
-    "shift-0": ("--shift", "0"),
-    "per-layer": ("--per", "layer"),
-    "paper": (*NEURON, "200", "--shift", "0"),
-    "nvidia": ("--train", "adapters", "--reverse-kl"),
-}
 RATIO = 8
+NAMES = (
+    "usual",
+    "frozen",
+    "neuron",
+    "neuron-unfaded",
+    "reverse-kl",
+    "shift-0",
+    "per-layer",
+    "paper",
+    "nvidia",
+)
 
 
-def retrofit_of(recipe, steps, seed):
+def flags_of(recipe, fade_steps):
+    """What retrofit.py is told besides ratio, steps and seed."""
+    neuron = ["--decision", "neuron", "--train", "all"]
+    faded = [*neuron, "--fade-steps", str(fade_steps)]
+    return {
+        "usual": [],
+        "frozen": ["--train", "adapters"],
+        "neuron": faded,
+        "neuron-unfaded": neuron,
+        "reverse-kl": ["--reverse-kl"],
+        "shift-0": ["--shift", "0"],
+        "per-layer": ["--per", "layer"],
+        "paper": [*faded, "--shift", "0"],
+        "nvidia": ["--train", "adapters", "--reverse-kl"],
+    }[recipe]
+
+
+def retrofit_of(recipe, steps, fade_steps, seed):
     """The folder of a retrofit by a recipe."""
     if recipe == "usual":
         return common.standard(RATIO, seed, steps)
-    flags = ("--target-cr", RATIO, "--seed", seed, "--steps", steps)
     name = f"dms-{RATIO}x-{recipe}-seed{seed}-{steps}steps"
-    return common.retrofitted(name, *flags, *RECIPES[recipe])
+    if recipe in ("neuron", "paper"):
+        name += f"-{fade_steps}faded"
+    flags = ["--target-cr", RATIO, "--seed", seed, "--steps", steps]
+    return common.retrofitted(name, *flags, *flags_of(recipe, fade_steps))
 
 
 def main():
     p = common.arguments(__doc__, "recipes.json")
-    p.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
+    p.add_argument("--recipes", nargs="*", choices=NAMES, default=NAMES)
     p.add_argument(
         "--steps", type=int, default=common.STEPS, help="after those of fading"
     )
+    p.add_argument("--fade-steps", type=int, default=200, help="of a borrowed neuron")
     p.add_argument("--problems", type=int, default=200, help="of each task")
     p.add_argument("--seeds", type=int, default=1)
     args = p.parse_args()
@@ -55,11 +74,11 @@ def main():
         for recipe in args.recipes:
             if results.has(recipe=recipe, seed=seed):
                 continue
-            model, tokenizer = common.load(retrofit_of(recipe, args.steps, seed))
+            folder = retrofit_of(recipe, args.steps, args.fade_steps, seed)
+            model, tokenizer = common.load(folder)
             measured = common.measure(model, tokenizer, args.problems, seed)
-            results.add(
-                recipe=recipe, seed=seed, flags=" ".join(RECIPES[recipe]), **measured
-            )
+            flags = " ".join(flags_of(recipe, args.fade_steps))
+            results.add(recipe=recipe, seed=seed, flags=flags, **measured)
     columns = ("recipe", "seed", *common.tasks.TASKS, "kl", "compression")
     common.print_table(results.data["rows"], *columns)
 

@@ -1,6 +1,8 @@
 """experiments/hyperscaling.py: what W chains take, and the area between frontiers."""
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
@@ -85,3 +87,28 @@ def test_training_text_is_hard_and_of_the_training_split(script):
     tokenizer = common.load_tokenizer(common.TEACHER)
     for problem in drawn:
         assert 500 < len(tokenizer.encode(common.tasks.messages(problem))) <= 512
+
+
+def test_gains_are_made_anew_from_blocks(script, tmp_path):
+    """Half the reads for the same accuracy: dense gains nothing by more chains, and the gain over
+    the shared budgets is what two blocks differ in."""
+    arguments = SimpleNamespace(out=tmp_path / "hyperscaling.json", fresh=False)
+    results = script.common.Results(arguments)
+    for method, block, width in itertools.product(["dense", "DMS 8x"], [0, 1], [1, 4]):
+        numbers = dict.fromkeys(script.MEANS, 0.5)
+        for budget in script.BUDGETS:
+            numbers[budget] = width * (2.0 if method == "dense" else 1.0)
+        if method != "dense":
+            numbers["accuracy"] = 0.6 + 0.2 * block
+        keys = {"method": method, "seed": 0, "block": block, "width": width}
+        results.add(part="block", limit=256, **keys, **numbers)
+    for _ in range(2):
+        script.add_gains(results)
+        assert len(results.find(part="block")) == 8
+        assert len(results.find(part="point")) == 4
+        gains = results.find(part="gain")
+        assert len(gains) == 2 * len(script.BUDGETS)
+        for row in gains:
+            assert (row["low"], row["high"]) == (2, 4)
+            assert row["gain"] == pytest.approx(0.2)  # 0.1 and 0.3
+            assert row["spread"] == pytest.approx(0.1)
