@@ -21,13 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import load_model, load_tokenizer, write_json  # noqa: E402
+from dms import DMSConfig, start_retrofit  # noqa: E402
+from evaluate import kl_on_text  # noqa: E402
 from generate import Sequence, generate  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
 from toy import tasks  # noqa: E402
+from toy.data import ToyData  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
 RETROFITS = ROOT / "out" / "experiments"
 TEACHER = ROOT / "toy" / "teacher"
+STEPS = 500  # of retrofit.py on the toy
 
 
 def arguments(description, name):
@@ -125,3 +129,51 @@ def mean_and_spread(values):
 def load(folder):
     """(model, tokenizer) of a folder."""
     return load_model(folder), load_tokenizer(folder)
+
+
+def standard(cr, seed, steps=STEPS):
+    """The retrofit by retrofit.py's own defaults but for its ratio, seed and steps, as a folder. All
+    experiments share it."""
+    name = f"dms-{cr:g}x-seed{seed}"
+    if steps != STEPS:
+        name += f"-{steps}steps"
+    return retrofitted(name, "--target-cr", cr, "--seed", seed, "--steps", steps)
+
+
+def sliding_window(budget):
+    """The teacher with a sliding window of `budget` tokens, the query's own among them: a DMS model
+    that evicts everything (s = 0 from a fresh adapter, so z = 1)."""
+    return start_retrofit(load_model(TEACHER), DMSConfig(window=budget - 1, offset=-1.0))
+
+
+def kl_to_teacher(model, tokenizer, rows):
+    """Nats a token on held-out problems with their answers, read through the cache."""
+    data = ToyData(tokenizer, 512, 1, 0)
+    nats, _, _ = kl_on_text(model, load_model(TEACHER), data, rows)
+    return nats
+
+
+def measure(model, tokenizer, count, seed=0, kl_rows=32):
+    """Accuracy of greedy answers to `count` problems of each task, KL to the teacher, and over all
+    answers the compression (tokens fed x heads / pairs held at the ends) and reads of the cache."""
+    row = {}
+    tokens = pairs = reads = 0
+    for task in tasks.TASKS:
+        some = problems(task, count, seed)
+        texts, cache = answer(model, tokenizer, some)
+        row[task] = accuracy(some, [text for [text] in texts])
+        tokens += cache.ended_tokens
+        pairs += cache.ended_pairs
+        reads += cache.stats()["reads"]
+    heads = cache.layers * cache.kv_heads
+    row["kl"] = kl_to_teacher(model, tokenizer, kl_rows)
+    return {**row, "compression": tokens * heads / pairs, "reads": reads}
+
+
+def print_table(rows, *columns):
+    """Rows of results, one a line; what a row lacks is left out."""
+    print("\n" + "".join(f"{column:>16}" for column in columns))
+    for row in rows:
+        cells = [row.get(column, "") for column in columns]
+        shown = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        print("".join(f"{cell:>16}" for cell in shown))
