@@ -33,9 +33,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
-import common
+import shared
 import presses
-from common import tasks
+from shared import tasks
 
 from dms import DMSConfig, start_retrofit
 
@@ -60,7 +60,7 @@ def make_exam(tokenizer, level, seed, task, count):
     """Problems whose prompts have few lengths, since kvpress reads only prompts of one length side
     by side: of DRAWN times as many, those of the most frequent lengths."""
     lengths = defaultdict(list)
-    for problem in common.problems(task, DRAWN * count, seed, level):
+    for problem in shared.problems(task, DRAWN * count, seed, level):
         lengths[len(presses.prompt_ids(tokenizer, problem))].append(problem)
     groups = sorted(lengths.values(), key=len, reverse=True)
     problems = tuple(itertools.chain(*groups))[:count]
@@ -73,7 +73,7 @@ def ask(results, exam, method, ratio, answer, **more):
     if not results.has(**keys):
         start = time.perf_counter()
         texts, counts = answer()
-        accuracy = common.accuracy(exam.problems, texts)
+        accuracy = shared.accuracy(exam.problems, texts)
         seconds = time.perf_counter() - start
         results.add(**keys, **more, accuracy=accuracy, **counts, seconds=seconds)
     return results.find(**keys)[0]
@@ -81,13 +81,13 @@ def ask(results, exam, method, ratio, answer, **more):
 
 def by_engine(tokenizer, exam, folder, window=None):
     """Answers by the model of a folder, in a sliding window if one is given: (texts, counts)."""
-    model = common.load_model(folder)
+    model = shared.load_model(folder)
     if window:
         # a fresh adapter scores 0, so that with this offset every token is evicted
         start_retrofit(model, DMSConfig(window=window - 1, offset=-1.0))
-    texts, cache = common.answer(model, tokenizer, exam.problems, max_new_tokens=exam.limit)
+    texts, cache = shared.answer(model, tokenizer, exam.problems, max_new_tokens=exam.limit)
     # with its first token, which is not fed, a sequence ends: what the prompts left is counted
-    _, prompts = common.answer(model, tokenizer, exam.problems, max_new_tokens=1)
+    _, prompts = shared.answer(model, tokenizer, exam.problems, max_new_tokens=1)
     heads = cache.layers * cache.kv_heads * len(exam.problems)
     most = cache.ended_pairs / heads  # what a head holds does not shrink
     counts = {
@@ -110,21 +110,21 @@ def retrofit(ratio, seed, steps):
     if steps:
         name += f"-{steps}steps"
         flags += ["--steps", steps]
-    return common.retrofitted(name, *flags)
+    return shared.retrofitted(name, *flags)
 
 
 def compare(results, tokenizer, exam, ratio, folder):
     """The rows of all methods at one ratio; folder: the DMS model."""
     engine = partial(by_engine, tokenizer, exam)
     press = partial(by_press, tokenizer, exam)
-    dense = ask(results, exam, "dense", 1, lambda: engine(common.TEACHER))
+    dense = ask(results, exam, "dense", 1, lambda: engine(shared.TEACHER))
     held = ask(results, exam, "DMS", ratio, lambda: engine(folder))
 
     def budget(key):
         return round(max(dense[key] / ratio, held[key]))
 
     most = budget("peak_pairs")
-    ask(results, exam, "window", ratio, lambda: engine(common.TEACHER, most), budget=most)
+    ask(results, exam, "window", ratio, lambda: engine(shared.TEACHER, most), budget=most)
     prompt = budget("prompt_pairs")
     for name in presses.PRESSES:
         ask(results, exam, name, ratio, lambda: press(name, prompt, False), budget=prompt)
@@ -134,14 +134,14 @@ def compare(results, tokenizer, exam, ratio, folder):
 
 
 def mean(rows, key):
-    return common.mean_and_spread([row[key] for row in rows])[0]
+    return shared.mean_and_spread([row[key] for row in rows])[0]
 
 
 def cells(rows):
     """A method's accuracy on a task and its spread over seeds, and what it held."""
     if not rows:
         return " " * 25
-    accuracy, spread = common.mean_and_spread([100 * row["accuracy"] for row in rows])
+    accuracy, spread = shared.mean_and_spread([100 * row["accuracy"] for row in rows])
     held = f"{mean(rows, 'prompt_pairs'):5.0f} >{mean(rows, 'peak_pairs'):4.0f}"
     return f"{accuracy:9.1f} ±{spread:4.1f}{held}"
 
@@ -160,7 +160,7 @@ def print_table(results, level, ratio, methods):
 
 
 def parse():
-    p = common.arguments(__doc__, "accuracy.json")
+    p = shared.arguments(__doc__, "accuracy.json")
     p.add_argument("--problems", type=int, default=80, help="of each task, level and seed")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8, 12])
@@ -173,7 +173,7 @@ def parse():
 
 def ask_all(args, results, seed):
     """The rows of one seed."""
-    tokenizer = common.load_tokenizer(common.TEACHER)
+    tokenizer = shared.load_tokenizer(shared.TEACHER)
     folders = {}
     for ratio in args.ratios if args.levels else []:
         folders[ratio] = retrofit(ratio, seed, args.steps)
@@ -181,7 +181,7 @@ def ask_all(args, results, seed):
         for task in tasks.TASKS:
             exam = make_exam(tokenizer, level, seed, task, args.problems)
             if level in args.longer:
-                ask(results, exam, "dense", 1, lambda: by_engine(tokenizer, exam, common.TEACHER))
+                ask(results, exam, "dense", 1, lambda: by_engine(tokenizer, exam, shared.TEACHER))
                 continue
             for ratio, folder in folders.items():
                 compare(results, tokenizer, exam, ratio, folder)
@@ -189,7 +189,7 @@ def ask_all(args, results, seed):
 
 def main():
     args = parse()
-    results = common.Results(args)
+    results = shared.Results(args)
     for seed in range(args.seeds):
         ask_all(args, results, seed)
     methods = ["dense", "DMS", "window", *presses.PRESSES]

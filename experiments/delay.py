@@ -17,7 +17,7 @@ points), the KL to the teacher in nats, and the compression that the cache count
 one that has not learned to forget in so few steps shows there.
 """
 
-import common
+import shared
 from checkpoint import InputError
 from retrofit import check, check_data, config_of, make_data, parse
 
@@ -31,7 +31,7 @@ def flags_of(window, steps, seed):
 
 def why_refused(window, steps, seed):
     """What retrofit.py would say against such a retrofit, None for nothing."""
-    flags = [*flags_of(window, steps, seed), "--out", common.RETROFITS / "refused"]
+    flags = [*flags_of(window, steps, seed), "--out", shared.RETROFITS / "refused"]
     options = parse([str(flag) for flag in flags])
     try:
         check(options)
@@ -44,9 +44,9 @@ def why_refused(window, steps, seed):
 def retrofit_of(window, steps, seed):
     """The folder of a retrofit with a window."""
     if window == USUAL:
-        return common.standard(RATIO, seed, steps)
+        return shared.standard(RATIO, seed, steps)
     name = f"dms-{RATIO}x-window{window}-seed{seed}-{steps}steps"
-    return common.retrofitted(name, *flags_of(window, steps, seed))
+    return shared.retrofitted(name, *flags_of(window, steps, seed))
 
 
 def add_point(results, part, window, steps, seed, problems):
@@ -58,15 +58,15 @@ def add_point(results, part, window, steps, seed, problems):
     if refused:
         results.add(**keys, refused=refused)
         return
-    model, tokenizer = common.load(retrofit_of(window, steps, seed))
-    results.add(**keys, **common.measure(model, tokenizer, problems, seed))
+    model, tokenizer = shared.load(retrofit_of(window, steps, seed))
+    results.add(**keys, **shared.measure(model, tokenizer, problems, seed))
 
 
 def main():
-    p = common.arguments(__doc__, "delay.json")
+    p = shared.arguments(__doc__, "delay.json")
     p.add_argument("--windows", type=int, nargs="*", default=[0, 4, 16, 32, 48, 64])
     p.add_argument(
-        "--steps", type=int, default=common.STEPS, help="of the part `window`"
+        "--steps", type=int, default=shared.STEPS, help="of the part `window`"
     )
     p.add_argument(
         "--samples", type=int, nargs="*", default=[50, 125, 250, 500], help="steps"
@@ -75,15 +75,15 @@ def main():
     p.add_argument("--problems", type=int, default=200, help="of each task")
     p.add_argument("--seeds", type=int, default=1)
     args = p.parse_args()
-    results = common.Results(args)
+    results = shared.Results(args)
     for seed in range(args.seeds):
         for window in args.windows:
             add_point(results, "window", window, args.steps, seed, args.problems)
         for steps in args.samples:
             for window in args.sample_windows:
                 add_point(results, "samples", window, steps, seed, args.problems)
-    columns = (*common.tasks.TASKS, "kl", "compression", "refused")
-    common.print_table(
+    columns = (*shared.tasks.TASKS, "kl", "compression", "refused")
+    shared.print_table(
         results.data["rows"], "part", "window", "steps", "seed", *columns
     )
 

@@ -28,7 +28,7 @@ which is what makes DMC dear: at DMS's few steps it stands here on DMS's ground.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common import (
+from shared import (
     RETROFITS,
     ROOT,
     TEACHER,

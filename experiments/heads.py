@@ -21,7 +21,7 @@ import re
 
 import torch
 
-from common import ROOT, Results, arguments, load, problems
+from shared import ROOT, Results, arguments, load, problems
 
 from checkpoint import run_script
 from generate import Sequence, generate

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 
 import torch
 
-import common
+import shared
 from checkpoint import write_text
 from generate import Sequence, generate
 from kv_cache import KVCache
@@ -86,13 +86,13 @@ def write_hard_text(file):
 
 def retrofit_of(ratio, steps, seed):
     """The folder of a retrofit on text with hard arithmetic."""
-    file = common.RETROFITS / "hard.jsonl"
+    file = shared.RETROFITS / "hard.jsonl"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_hard_text(file)
     flags = ("--data", file, "--target-cr", ratio, "--steps", steps, "--seed", seed)
     name = f"dms-{ratio}x-hard-seed{seed}-{steps}steps"
-    return common.retrofitted(name, *flags, *RECIPE)
+    return shared.retrofitted(name, *flags, *RECIPE)
 
 
 @dataclass
@@ -343,9 +343,9 @@ def draw(results, file):
 
 
 def main():
-    p = common.arguments(__doc__, "hyperscaling.json")
+    p = shared.arguments(__doc__, "hyperscaling.json")
     p.add_argument("--ratios", type=int, nargs="*", default=[4, 8])
-    p.add_argument("--steps", type=int, default=common.STEPS, help="of the retrofits")
+    p.add_argument("--steps", type=int, default=shared.STEPS, help="of the retrofits")
     p.add_argument("--chains", type=int, default=32, help="a power of two")
     p.add_argument(
         "--limits", type=int, nargs="*", default=[170, 256], help="of new tokens"
@@ -357,15 +357,15 @@ def main():
     args = p.parse_args()
     if args.problems % args.block:
         p.error("--problems must be a multiple of --block")
-    results = common.Results(args)
+    results = shared.Results(args)
     for seed in range(args.seeds):
-        folders = {"dense": common.TEACHER}
+        folders = {"dense": shared.TEACHER}
         for ratio in args.ratios:
             folders[f"DMS {ratio}x"] = retrofit_of(ratio, args.steps, seed)
-        folders[EASY] = common.standard(8, seed, args.steps)
-        problems = common.problems("arithmetic", args.problems, seed, "hard")
+        folders[EASY] = shared.standard(8, seed, args.steps)
+        problems = shared.problems("arithmetic", args.problems, seed, "hard")
         for method, folder in folders.items():
-            loaded = common.load(folder)
+            loaded = shared.load(folder)
             for block in range(0, args.problems, args.block):
                 keys = {"part": "block", "method": method, "seed": seed, "block": block}
                 some = problems[block : block + args.block]

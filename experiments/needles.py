@@ -17,7 +17,7 @@ texts, with more facts; how far it compresses these is in the rows.
 
 import random
 
-import common
+import shared
 from toy import tasks
 
 RATIO = 8
@@ -54,9 +54,9 @@ def add_point(results, keys, model, tokenizer, args):
     ]
     # a cache's pool is as large as this says; there is nothing else that it limits
     model.config.max_position_embeddings = max(args.lengths) + 64
-    texts, cache = common.answer(model, tokenizer, some, batch=16, max_new_tokens=16)
+    texts, cache = shared.answer(model, tokenizer, some, batch=16, max_new_tokens=16)
     held = cache.ended_pairs / len(some) / (cache.layers * cache.kv_heads)
-    accuracy = common.accuracy(some, [text for [text] in texts])
+    accuracy = shared.accuracy(some, [text for [text] in texts])
     results.add(
         **keys,
         accuracy=accuracy,
@@ -84,30 +84,30 @@ def budget_of(results, length, seed):
 
 
 def main():
-    p = common.arguments(__doc__, "needles.json")
+    p = shared.arguments(__doc__, "needles.json")
     p.add_argument(
         "--lengths", type=int, nargs="*", default=[256, 512, 768, 1024, 1536, 2048]
     )
     p.add_argument(
         "--depths", type=float, nargs="*", default=[0.0, 0.25, 0.5, 0.75, 1.0]
     )
-    p.add_argument("--steps", type=int, default=common.STEPS, help="of the retrofit")
+    p.add_argument("--steps", type=int, default=shared.STEPS, help="of the retrofit")
     p.add_argument("--problems", type=int, default=30, help="of each length and depth")
     p.add_argument("--seeds", type=int, default=3)
     args = p.parse_args()
-    results = common.Results(args)
+    results = shared.Results(args)
     for seed in range(args.seeds):
-        folder = common.standard(RATIO, seed, args.steps)
+        folder = shared.standard(RATIO, seed, args.steps)
         for length in args.lengths:
             add_depths(
                 results,
                 "dense",
                 length,
                 seed,
-                lambda: common.load(common.TEACHER),
+                lambda: shared.load(shared.TEACHER),
                 args,
             )
-            add_depths(results, "DMS", length, seed, lambda: common.load(folder), args)
+            add_depths(results, "DMS", length, seed, lambda: shared.load(folder), args)
             budget = budget_of(results, length, seed)
             add_depths(results, "window", length, seed, lambda: window_of(budget), args)
     columns = (
@@ -119,11 +119,11 @@ def main():
         "pairs_of_a_head",
         "compression",
     )
-    common.print_table(results.data["rows"], *columns)
+    shared.print_table(results.data["rows"], *columns)
 
 
 def window_of(budget):
-    return common.sliding_window(budget), common.load_tokenizer(common.TEACHER)
+    return shared.sliding_window(budget), shared.load_tokenizer(shared.TEACHER)
 
 
 if __name__ == "__main__":

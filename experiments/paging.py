@@ -30,7 +30,7 @@ every step chooses other pages than the step before. The toy part says which sha
 import itertools
 
 import torch
-from common import RETROFITS, ROOT, TEACHER, Results, accuracy, arguments, load, problems
+from shared import RETROFITS, ROOT, TEACHER, Results, accuracy, arguments, load, problems
 from paging_file import run_file
 from quest import QuestCache
 from stepwise import answer_in_batches

@@ -29,9 +29,9 @@ from collections import defaultdict
 from contextlib import nullcontext
 from functools import cache as remember
 
-import common
+import shared
 import torch
-from common import tasks
+from shared import tasks
 
 import kvpress
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -78,7 +78,7 @@ def load(attention):
     logging.getLogger("kvpress").setLevel(logging.ERROR)
     disable_progress_bar()
     how = {"dtype": torch.float32, "attn_implementation": attention}
-    return AutoModelForCausalLM.from_pretrained(str(common.TEACHER), **how)
+    return AutoModelForCausalLM.from_pretrained(str(shared.TEACHER), **how)
 
 
 def compress_to(pairs, tokens, name, settings):
@@ -216,22 +216,22 @@ def answer(name, tokenizer, some, budget, bounded, limit, settings=None):
 
 
 def main():
-    p = common.arguments(__doc__, "presses.json")
+    p = shared.arguments(__doc__, "presses.json")
     p.add_argument("--problems", type=int, default=60, help="of each task")
     p.add_argument("--pairs", type=int, default=56, help="of a head after the prompt: 8x of 450")
     args = p.parse_args()
-    results = common.Results(args)
-    tokenizer = common.load_tokenizer(common.TEACHER)
+    results = shared.Results(args)
+    tokenizer = shared.load_tokenizer(shared.TEACHER)
     for name, tried in TRIED.items():
         for settings in tried:
             if results.has(method=name, settings=settings):
                 continue
             row = {"method": name, "settings": settings}
             for task in tasks.TASKS:
-                some = common.problems(task, args.problems, "settings")
+                some = shared.problems(task, args.problems, "settings")
                 limit = answer_limit(tokenizer, some)
                 texts, _ = answer(name, tokenizer, some, args.pairs, False, limit, settings)
-                row[task] = common.accuracy(some, texts)
+                row[task] = shared.accuracy(some, texts)
             results.add(**row)
 
 

@@ -18,7 +18,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, Results, arguments, load, mean_and_spread
+from shared import ROOT, Results, arguments, load, mean_and_spread
 
 import dms
 from kv_cache import KVCache

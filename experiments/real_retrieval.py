@@ -15,7 +15,7 @@ import random
 import sys
 
 import torch
-from common import ROOT, Results, arguments, load
+from shared import ROOT, Results, arguments, load
 from real_quality import MODEL, PRESSES, RETROFIT, TEXT, mean_length, texts_of, window_model
 
 from generate import Sequence, generate

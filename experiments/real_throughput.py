@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, Results, arguments
+from shared import ROOT, Results, arguments
 from real_quality import MODEL, RETROFIT, TEXT, texts_of
 
 from checkpoint import load_tokenizer

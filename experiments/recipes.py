@@ -15,7 +15,7 @@ points), the KL to the teacher in nats, always forward and on the same text, and
 that the cache counted while answering.
 """
 
-import common
+import shared
 
 RATIO = 8
 NAMES = (
@@ -51,36 +51,36 @@ def flags_of(recipe, fade_steps):
 def retrofit_of(recipe, steps, fade_steps, seed):
     """The folder of a retrofit by a recipe."""
     if recipe == "usual":
-        return common.standard(RATIO, seed, steps)
+        return shared.standard(RATIO, seed, steps)
     name = f"dms-{RATIO}x-{recipe}-seed{seed}-{steps}steps"
     if recipe in ("neuron", "paper"):
         name += f"-{fade_steps}faded"
     flags = ["--target-cr", RATIO, "--seed", seed, "--steps", steps]
-    return common.retrofitted(name, *flags, *flags_of(recipe, fade_steps))
+    return shared.retrofitted(name, *flags, *flags_of(recipe, fade_steps))
 
 
 def main():
-    p = common.arguments(__doc__, "recipes.json")
+    p = shared.arguments(__doc__, "recipes.json")
     p.add_argument("--recipes", nargs="*", choices=NAMES, default=NAMES)
     p.add_argument(
-        "--steps", type=int, default=common.STEPS, help="after those of fading"
+        "--steps", type=int, default=shared.STEPS, help="after those of fading"
     )
     p.add_argument("--fade-steps", type=int, default=200, help="of a borrowed neuron")
     p.add_argument("--problems", type=int, default=200, help="of each task")
     p.add_argument("--seeds", type=int, default=1)
     args = p.parse_args()
-    results = common.Results(args)
+    results = shared.Results(args)
     for seed in range(args.seeds):
         for recipe in args.recipes:
             if results.has(recipe=recipe, seed=seed):
                 continue
             folder = retrofit_of(recipe, args.steps, args.fade_steps, seed)
-            model, tokenizer = common.load(folder)
-            measured = common.measure(model, tokenizer, args.problems, seed)
+            model, tokenizer = shared.load(folder)
+            measured = shared.measure(model, tokenizer, args.problems, seed)
             flags = " ".join(flags_of(recipe, args.fade_steps))
             results.add(recipe=recipe, seed=seed, flags=flags, **measured)
-    columns = ("recipe", "seed", *common.tasks.TASKS, "kl", "compression")
-    common.print_table(results.data["rows"], *columns)
+    columns = ("recipe", "seed", *shared.tasks.TASKS, "kl", "compression")
+    shared.print_table(results.data["rows"], *columns)
 
 
 if __name__ == "__main__":

@@ -822,7 +822,6 @@ def loading():
     """bench/loading.py, which imports from its own folder as scripts do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "bench")
-        patch.delitem(sys.modules, "common", raising=False)  # another folder's, experiments/
         import loading
 
         yield loading

@@ -9,10 +9,10 @@ pytest.importorskip("kvpress")
 sys.path.insert(0, str(REPOSITORY / "experiments"))
 
 import accuracy  # noqa: E402
-import common  # noqa: E402
+import shared  # noqa: E402
 import presses  # noqa: E402
 
-TOKENIZER = common.load_tokenizer(common.TEACHER)
+TOKENIZER = shared.load_tokenizer(shared.TEACHER)
 
 
 def make_exam(task, count=2, level="easy"):
@@ -22,7 +22,7 @@ def make_exam(task, count=2, level="easy"):
 @pytest.mark.parametrize("name", ["KeyDiff", "SnapKV", "ObservedAttention", "KVzip"])
 def test_a_press_that_keeps_all_gives_the_dense_models_answers(name):
     exam = make_exam("needles", 3)
-    expected, dense = accuracy.by_engine(TOKENIZER, exam, common.TEACHER)
+    expected, dense = accuracy.by_engine(TOKENIZER, exam, shared.TEACHER)
     texts, counts = accuracy.by_press(TOKENIZER, exam, name, 1000, False)
     assert texts == expected
     assert counts == pytest.approx(dense)
@@ -47,15 +47,15 @@ def test_bounded_answers_stay_within_the_budget_and_an_interval():
 
 def test_a_window_holds_what_it_claims_and_dense_holds_all():
     exam = make_exam("needles")
-    _, window = accuracy.by_engine(TOKENIZER, exam, common.TEACHER, 30)
+    _, window = accuracy.by_engine(TOKENIZER, exam, shared.TEACHER, 30)
     assert window == {"prompt_pairs": 30, "peak_pairs": 30, "stored_pairs": 30}
-    _, dense = accuracy.by_engine(TOKENIZER, exam, common.TEACHER)
+    _, dense = accuracy.by_engine(TOKENIZER, exam, shared.TEACHER)
     tokens = [len(presses.prompt_ids(TOKENIZER, problem)) for problem in exam.problems]
     assert dense["prompt_pairs"] == sum(tokens) / len(tokens)
 
 
 def test_the_command_writes_each_row_once_and_a_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "retrofitted", lambda *flags: common.ROOT / "toy" / "retrofitted")
+    monkeypatch.setattr(shared, "retrofitted", lambda *flags: shared.ROOT / "toy" / "retrofitted")
     monkeypatch.setattr(presses, "PRESSES", {"Knorm": presses.PRESSES["Knorm"]})
     monkeypatch.setattr(presses, "BOUNDED", ["Knorm"])
     out = tmp_path / "accuracy.json"

@@ -30,7 +30,7 @@ def test_windows_without_room_are_refused(scripts):
 def test_a_refused_window_is_a_row(scripts, tmp_path):
     delay, _ = scripts
     arguments = SimpleNamespace(out=tmp_path / "delay.json", fresh=False)
-    results = delay.common.Results(arguments)
+    results = delay.shared.Results(arguments)
     for _ in range(2):
         delay.add_point(results, "window", 64, 500, 0, 1)
     [row] = results.data["rows"]
@@ -40,15 +40,15 @@ def test_a_refused_window_is_a_row(scripts, tmp_path):
 def test_measuring(scripts):
     """A window over everything is the dense model; one of 40 holds 40 pairs of each head."""
     delay, _ = scripts
-    common = delay.common
-    teacher, tokenizer = common.load(common.TEACHER)
-    dense = common.measure(teacher, tokenizer, 1, kl_rows=1)
-    everything = common.measure(common.sliding_window(1000), tokenizer, 1, kl_rows=1)
+    shared = delay.shared
+    teacher, tokenizer = shared.load(shared.TEACHER)
+    dense = shared.measure(teacher, tokenizer, 1, kl_rows=1)
+    everything = shared.measure(shared.sliding_window(1000), tokenizer, 1, kl_rows=1)
     assert dense["compression"] == everything["compression"] == 1
     assert abs(dense["kl"]) < 1e-4 and abs(everything["kl"]) < 1e-4
     assert {**dense, "kl": 0} == {**everything, "kl": 0}
     assert dense["needles"] == dense["variables"] == 1
-    short = common.measure(common.sliding_window(40), tokenizer, 1, kl_rows=1)
+    short = shared.measure(shared.sliding_window(40), tokenizer, 1, kl_rows=1)
     fed = (
         short["compression"] * 40 * 3
     )  # to three sequences, with answers to 256 tokens
@@ -66,7 +66,7 @@ def test_recipes_are_what_they_say(scripts):
     names = {}
     for recipe in recipes.NAMES:
         flags = recipes.flags_of(recipe, 200)
-        options = parse([*flags, "--out", str(delay.common.RETROFITS / "nowhere")])
+        options = parse([*flags, "--out", str(delay.shared.RETROFITS / "nowhere")])
         check(options)
         different = {k for k, v in vars(options).items() if v != getattr(usual, k)} - {
             "out"

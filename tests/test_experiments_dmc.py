@@ -9,7 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
-import common  # noqa: E402
+import shared  # noqa: E402
 import dmc  # noqa: E402
 import stepwise  # noqa: E402
 
@@ -81,9 +81,9 @@ def test_before_its_first_step_it_is_the_teacher(tmp_path):
 def test_answers_without_merging_are_the_engine_s(tmp_path):
     run = make_run(tmp_path, 0.0)
     run.student.config.dms.offset = 5.0
-    model, tokenizer = common.load(dmc.TEACHER)
+    model, tokenizer = shared.load(dmc.TEACHER)
     some = [tasks.make_problem(task, random.Random(task), "test", 110) for task in tasks.TASKS]
-    theirs, _ = common.answer(model, tokenizer, some, max_new_tokens=30)
+    theirs, _ = shared.answer(model, tokenizer, some, max_new_tokens=30)
     cache = dmc.MergingCache(run.student.config, len(some), 200)
     ours = stepwise.answer(run.student, tokenizer, some, cache, max_new_tokens=30)
     assert ours == [text for text, in theirs]

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import heads  # noqa: E402
 import plots_heads  # noqa: E402
-from common import load  # noqa: E402
+from shared import load  # noqa: E402
 
 from kv_cache import KVCache  # noqa: E402
 from toy import tasks  # noqa: E402

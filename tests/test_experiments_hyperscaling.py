@@ -22,14 +22,14 @@ def script():
 def test_costs_are_those_of_the_engine(script, folder):
     """What is added up for a group of chains is what the cache counts that runs them alone, ended
     chains giving back their pages."""
-    common = script.common
-    model, tokenizer = common.load(common.ROOT / "toy" / folder)
-    [problem] = common.problems("arithmetic", 1, 0, "hard")
+    shared = script.shared
+    model, tokenizer = shared.load(shared.ROOT / "toy" / folder)
+    [problem] = shared.problems("arithmetic", 1, 0, "hard")
     sampling = {"temperature": 2.0}  # so that they end at different times
     chains = script.sample_chains(model, tokenizer, problem, 3, (30, 200), 2.0, "seed")
     ends = (chains.held > 0).sum(1)
     assert len(set(ends.tolist())) > 1
-    messages = common.tasks.messages(problem, False)
+    messages = shared.tasks.messages(problem, False)
     prompt = tokenizer.encode(messages, add_generation_prompt=True)
     for limit, width in [(200, 3), (30, 3), (200, 1)]:
         cache = script.KVCache(model.config, width)
@@ -71,29 +71,29 @@ def test_jackknife(script):
     """Left out of a mean one at a time, values give the mean's own standard error."""
     values = [1.0, 2.0, 4.0, 9.0]
     without = [(sum(values) - value) / 3 for value in values]
-    deviation = script.common.statistics.stdev(values)
+    deviation = script.shared.statistics.stdev(values)
     assert script.jackknife(without) == pytest.approx(deviation / math.sqrt(4))
 
 
 def test_training_text_is_hard_and_of_the_training_split(script):
     """Its arithmetic is like the problems asked, none of which it holds; a row takes one whole."""
-    common = script.common
+    shared = script.shared
     rng = script.random.Random(0)
     drawn = [script.draw_problem(rng) for _ in range(20)]
     arithmetic = [problem for problem in drawn if problem.task == "arithmetic"]
     assert arithmetic and all(map(script.is_hard, arithmetic))
-    assert not any(map(script.is_hard, common.problems("arithmetic", 10, 0, "easy")))
-    assert sum(map(script.is_hard, common.problems("arithmetic", 10, 0, "hard"))) > 7
-    tokenizer = common.load_tokenizer(common.TEACHER)
+    assert not any(map(script.is_hard, shared.problems("arithmetic", 10, 0, "easy")))
+    assert sum(map(script.is_hard, shared.problems("arithmetic", 10, 0, "hard"))) > 7
+    tokenizer = shared.load_tokenizer(shared.TEACHER)
     for problem in drawn:
-        assert 500 < len(tokenizer.encode(common.tasks.messages(problem))) <= 512
+        assert 500 < len(tokenizer.encode(shared.tasks.messages(problem))) <= 512
 
 
 def test_gains_are_made_anew_from_blocks(script, tmp_path):
     """Half the reads for the same accuracy: dense gains nothing by more chains, and the gain over
     the shared budgets is what two blocks differ in."""
     arguments = SimpleNamespace(out=tmp_path / "hyperscaling.json", fresh=False)
-    results = script.common.Results(arguments)
+    results = script.shared.Results(arguments)
     for method, block, width in itertools.product(["dense", "DMS 8x"], [0, 1], [1, 4]):
         numbers = dict.fromkeys(script.MEANS, 0.5)
         for budget in script.BUDGETS:

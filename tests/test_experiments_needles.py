@@ -35,10 +35,10 @@ def test_a_window_holds_its_budget(script, tmp_path):
     """As long as the text it is the dense model; a short one holds what it says, sees the fact
     right before the question, and not the one before that."""
     arguments = SimpleNamespace(out=tmp_path / "needles.json", fresh=False)
-    results = script.common.Results(arguments)
+    results = script.shared.Results(arguments)
     given = SimpleNamespace(problems=6, lengths=[128], depths=[0.0, 1.0])
     models = {
-        "dense": lambda: script.common.load(script.common.TEACHER),
+        "dense": lambda: script.shared.load(script.shared.TEACHER),
         "all": lambda: script.window_of(300),
         "short": lambda: script.window_of(40),
     }

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
-import common  # noqa: E402
+import shared  # noqa: E402
 import paging  # noqa: E402
 import paging_file  # noqa: E402
 import stepwise  # noqa: E402
@@ -39,15 +39,15 @@ def test_bounds():
 
 
 def test_with_room_for_all_pages_answers_are_the_engine_s():
-    model, tokenizer = common.load(common.TEACHER)
+    model, tokenizer = shared.load(shared.TEACHER)
     some = some_problems()
-    theirs, cache = common.answer(model, tokenizer, some, max_new_tokens=30)
+    theirs, cache = shared.answer(model, tokenizer, some, max_new_tokens=30)
     quest = QuestCache(model.config, len(some), 8, budget=10_000)
     assert stepwise.answer(model, tokenizer, some, quest, 30) == [text for text, in theirs]
     # every step of an answer reads every pair before it
     heads = cache.layers * cache.kv_heads
     args = type("Args", (), dict(problems=3, batch=2, seed=0))
-    dense = paging.measure_engine(common.TEACHER, "needles", args)
+    dense = paging.measure_engine(shared.TEACHER, "needles", args)
     all_pages = paging.measure_quest("needles", 8, 10_000, False, args)
     assert dense["accuracy"] == all_pages["accuracy"]
     assert dense["pairs_read"] == pytest.approx(all_pages["pairs_read"])
@@ -56,7 +56,7 @@ def test_with_room_for_all_pages_answers_are_the_engine_s():
 
 def test_only_chosen_pages_are_read():
     """Beside attention over the chosen pairs, chosen here."""
-    model, _ = common.load(common.TEACHER)
+    model, _ = shared.load(shared.TEACHER)
     config = model.config
     torch.manual_seed(0)
     page_size, budget, T = 4, 10, 30
