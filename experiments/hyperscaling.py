@@ -5,10 +5,10 @@ temperature 1, majority vote; dense beside DMS. After the paper's sections 4 and
     python experiments/hyperscaling.py                                     # 25 minutes on two cores
     python experiments/hyperscaling.py --steps 10 --ratios 8 --chains 4 --problems 2 --block 2
 
-The shipped recipe trains all weights on easy problems alone: what comes out does them as well as
-the teacher, but has lost the hard ones, with eviction switched off, too. It is shown as "DMS 8x of
-easy text". The others are retrofitted by the same recipe on training problems whose arithmetic is
-hard, as a model should be on text like that which it is used for.
+The shipped recipe trains all weights on easy problems alone: what comes out does them about as well
+as the teacher, but has lost the hard ones, with eviction switched off, too. It is shown as "DMS 8x
+of easy text". The others are retrofitted by the same recipe on training problems whose arithmetic
+is hard, as a model should be on text like that which it is used for.
 
 A point is (limit of new tokens, W chains in parallel, compression). 32 chains are sampled once for
 each problem, which share its prompt; what fewer would give is the mean over disjoint groups of
@@ -21,7 +21,7 @@ reads             the prompt's, fed once, then what each chain attends to for ea
                   draws: pairs of the prompt count for every chain, since each one reads them
 peak_pairs        the most pairs that chains which are not over hold at once; again each its own
 peak_page_bytes   the most bytes of their pages, where pages that forks share count once. Dense
-                  chains share nearly all of the prompt, DMS chains of this size next to nothing
+                  chains share nearly all of the prompt, DMS chains little: a page is 32 pairs
 
 So peak_pairs favours compression, as the paper's peak tokens do, and peak_page_bytes is what a
 machine needs. A problem scores 1 if most of the chains that answer are right, 1/k where k answers
@@ -52,7 +52,7 @@ from toy import tasks
 RECIPE = (
     "--train all --window 16 --lr 1e-3 --batch-size 4 --seq-len 512".split()
 )  # the toy's own
-DOCUMENTS = 2200  # of 500 steps, and some that are held out
+DOCUMENTS = 4300  # two for each row of 500 steps, the second cut short; some held out
 LENGTH = 510  # so that little of a row's 512 tokens is left for the beginning of another problem
 EASY = "DMS 8x of easy text"
 BUDGETS = ("reads", "peak_pairs", "peak_page_bytes")
