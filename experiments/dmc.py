@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import retrofit
 from checkpoint import run_script
-from distillation import SETTLING_ROWS, Distillation, load_pair
+from distillation import Distillation, load_pair, settling_rows
 from dms import KEEP, RelaxedAttention
 from kernels.choose import choose_training_attention
 from toy import tasks
@@ -197,10 +197,11 @@ def train(seed, steps):
 @torch.no_grad()
 def held_out_kl(run, data, rows):
     """KL to the teacher by hard decisions, in nats a token; other texts than the offset's."""
-    ids, documents = data.held_out(SETTLING_ROWS + rows)
+    skipped = settling_rows(data.seq_len)
+    ids, documents = data.held_out(skipped + rows)
     nats = 0.0
     tokens = 0
-    for row in range(SETTLING_ROWS, len(ids)):
+    for row in range(skipped, len(ids)):
         some = slice(row, row + 1)
         kl, _ = run.compare(ids[some], documents[some], None)
         nats += kl.item()
