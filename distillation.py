@@ -10,7 +10,7 @@ order of sums. Knows nothing of where sequences come from, nor of the command li
 """
 import json
 import math
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.distributed as distributed
@@ -190,7 +190,7 @@ class Distillation:
 
     @torch.no_grad()
     def let_go_with(self, offset, ids, documents):
-        """The fraction of their pairs that hard decisions let go with this offset, which stays."""
+        """The fraction of their pairs that hard decisions let go with this offset, which is set."""
         self.student.config.dms.offset = offset
         at_a_time = rows_at_a_time(ids.shape[1])
         pairs = 0
@@ -208,13 +208,15 @@ class Distillation:
         settings = self.student.config.dms
         settings.borrowed_weight = 0.0
         ids, documents = data.held_out(settling_rows(self.options.seq_len))
-        let_go = partial(
-            self.let_go_with, ids=ids.to(self.student.device), documents=documents)
+        # asked once for each offset
+        let_go = cache(partial(
+            self.let_go_with, ids=ids.to(self.student.device), documents=documents))
         least = 1 - 1 / self.options.target_cr
         most = 1 - 1 / (1.03 * self.options.target_cr)  # texts differ by about as much
         trained = settings.offset
         low = trained - 1
         if let_go(low) < least:  # the target is not reached even so: leave it as it was trained
+            settings.offset = trained
             return 1 / (1 - let_go(trained))
         # The higher the offset, the less is let go. Look for the lowest that lets go of no more
         # than `most`: above `low`, and at `high` at the latest.
@@ -228,7 +230,8 @@ class Distillation:
             else:
                 high = middle
         # with few texts there may be nothing between `least` and `most`
-        return 1 / (1 - let_go(high if let_go(high) >= least else low))
+        settings.offset = high if let_go(high) >= least else low
+        return 1 / (1 - let_go(settings.offset))
 
     def save(self, file, step, place):
         """Weights in training, AdamW's state and the place in the data, one safetensors file,
