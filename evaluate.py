@@ -45,6 +45,12 @@ def kl_on_text(model, reference, data, rows):
     return nats / max(tokens, 1), sum(map(len, documents)), cache
 
 
+def sliding_window(model, pairs):
+    """A dense model, which is changed, with a sliding window of so many pairs: a DMS model that
+    evicts everything (s = 0 from a fresh adapter, so z = 1)."""
+    return dms.start_retrofit(model, dms.DMSConfig(window=pairs - 1, offset=-1.0))
+
+
 def measure(model, reference, data, options, desc):
     """KL to the reference model, None for the model itself, asked not to evict; accuracy, where the
     data brings tasks; and the counts of the cache that answered these, or of the one that read the
@@ -72,13 +78,11 @@ def evaluate(data, options, out):
     reference = None if options.train == "adapters" else load(options.model)
     results["DMS"] = measure(load(out), reference, data, options, "DMS")
     del reference
-    # A sliding window is a DMS model that evicts everything (s = 0 from a fresh adapter, so z = 1).
-    # Its budget is what DMS held at the end of an average sequence.
+    # The window's budget is what DMS held at the end of an average sequence.
     held = results["DMS"]["pairs"] / results["DMS"]["sequences"]
     heads = sum(map(len, results["DMS"]["pairs_per_head"]))
     budget = max(round(held / heads), 1)
-    settings = dms.DMSConfig(window=budget - 1, offset=-1.0)
-    window = dms.start_retrofit(load(options.model), settings)
+    window = sliding_window(load(options.model), budget)
     results["window"] = measure(window, None, data, options, f"window of {budget}")
     on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     is_gpu = options.device.startswith("cuda")

@@ -37,8 +37,6 @@ import shared
 import presses
 from shared import tasks
 
-from dms import DMSConfig, start_retrofit
-
 DRAWN = 10  # problems for one that is asked
 
 
@@ -61,7 +59,7 @@ def make_exam(tokenizer, level, seed, task, count):
     by side: of DRAWN times as many, those of the most frequent lengths."""
     lengths = defaultdict(list)
     for problem in shared.problems(task, DRAWN * count, seed, level):
-        lengths[len(presses.prompt_ids(tokenizer, problem))].append(problem)
+        lengths[len(shared.prompt_ids(tokenizer, problem))].append(problem)
     groups = sorted(lengths.values(), key=len, reverse=True)
     problems = tuple(itertools.chain(*groups))[:count]
     return Exam(level, seed, task, problems, presses.answer_limit(tokenizer, problems))
@@ -83,8 +81,7 @@ def by_engine(tokenizer, exam, folder, window=None):
     """Answers by the model of a folder, in a sliding window if one is given: (texts, counts)."""
     model = shared.load_model(folder)
     if window:
-        # a fresh adapter scores 0, so that with this offset every token is evicted
-        start_retrofit(model, DMSConfig(window=window - 1, offset=-1.0))
+        model = shared.sliding_window(model, window)
     texts, cache = shared.answer(model, tokenizer, exam.problems, max_new_tokens=exam.limit)
     # with its first token, which is not fed, a sequence ends: what the prompts left is counted
     _, prompts = shared.answer(model, tokenizer, exam.problems, max_new_tokens=1)
@@ -101,16 +98,6 @@ def by_engine(tokenizer, exam, folder, window=None):
 def by_press(tokenizer, exam, name, budget, bounded):
     """Answers by transformers with a press of kvpress: (texts, counts)."""
     return presses.answer(name, tokenizer, exam.problems, budget, bounded, exam.limit)
-
-
-def retrofit(ratio, seed, steps):
-    """The folder of a retrofit; steps: None is as many as retrofit.py takes."""
-    name = f"{ratio:g}x-seed{seed}"
-    flags = ["--target-cr", ratio, "--seed", seed]
-    if steps:
-        name += f"-{steps}steps"
-        flags += ["--steps", steps]
-    return shared.retrofitted(name, *flags)
 
 
 def compare(results, tokenizer, exam, ratio, folder):
@@ -167,7 +154,7 @@ def parse():
     p.add_argument("--levels", nargs="*", default=["easy", "hard"])
     p.add_argument("--longer", type=int, nargs="*", default=[640, 768, 1000],
                    help="tokens of the problems that only the dense model is asked")  # fmt: skip
-    p.add_argument("--steps", type=int, help="of the retrofits (default: those of retrofit.py)")
+    p.add_argument("--steps", type=int, default=shared.STEPS, help="of the retrofits")
     return p.parse_args()
 
 
@@ -176,7 +163,7 @@ def ask_all(args, results, seed):
     tokenizer = shared.load_tokenizer(shared.TEACHER)
     folders = {}
     for ratio in args.ratios if args.levels else []:
-        folders[ratio] = retrofit(ratio, seed, args.steps)
+        folders[ratio] = shared.standard(ratio, seed, args.steps)
     for level in args.levels + args.longer:
         for task in tasks.TASKS:
             exam = make_exam(tokenizer, level, seed, task, args.problems)

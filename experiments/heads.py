@@ -21,7 +21,7 @@ import re
 
 import torch
 
-from shared import ROOT, Results, arguments, load, problems
+from shared import ROOT, Results, arguments, load, problems, prompt_ids
 
 from checkpoint import run_script
 from generate import Sequence, generate
@@ -133,7 +133,7 @@ def trace(model, tokenizer, problem, every):
     """The pairs that each head holds while a text is read and generated: tokens fed [n], pairs
     [n][L][Hkv], and how many of the tokens are the prompt's."""
     cache = KVCache(model.config, 1, model.device, model.dtype)
-    ids = tokenizer.encode(tasks.messages(problem, False), add_generation_prompt=True)
+    ids = prompt_ids(tokenizer, problem)
     tokens = []
     pairs = []
 

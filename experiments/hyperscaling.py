@@ -112,9 +112,7 @@ class Chains:
 def sample_chains(model, tokenizer, problem, count, limits, temperature, seed):
     """Sample `count` chains for a problem, to the largest of the limits."""
     cache = KVCache(model.config, count, model.device, model.dtype)
-    prompt = tokenizer.encode(
-        tasks.messages(problem, False), add_generation_prompt=True
-    )
+    prompt = shared.prompt_ids(tokenizer, problem)
     chains = [Sequence(prompt, max(limits), f"{seed} {i}") for i in range(count)]
     held = torch.zeros(count, max(limits), dtype=torch.int64)
     pages = torch.zeros_like(held)

@@ -123,7 +123,8 @@ def main():
 
 
 def window_of(budget):
-    return shared.sliding_window(budget), shared.load_tokenizer(shared.TEACHER)
+    teacher, tokenizer = shared.load(shared.TEACHER)
+    return shared.sliding_window(teacher, budget), tokenizer
 
 
 if __name__ == "__main__":

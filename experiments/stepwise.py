@@ -9,15 +9,12 @@ more: (B,) bool each, set before every step. All sequences begin at position 0.
 
 import torch
 
-from toy import tasks
+from shared import prompt_ids
 
 
 def encode(tokenizer, some, room):
     """The prompts of some problems with room for answers: ids (B, T), lengths (B,)."""
-    prompts = [
-        tokenizer.encode(tasks.messages(p, False), add_generation_prompt=True)
-        for p in some
-    ]
+    prompts = [prompt_ids(tokenizer, problem) for problem in some]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     ids = torch.zeros(len(prompts), int(lengths.max()) + room, dtype=torch.int64)
     for row, prompt in zip(ids, prompts):

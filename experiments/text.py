@@ -15,15 +15,13 @@ takes the beginning of a document that is longer than its sequences and drops th
 import argparse
 import json
 import re
-import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from shared import download
 
-from checkpoint import run_script, write_text  # noqa: E402
+from checkpoint import run_script, write_text
 
 TRAINING = {
     "django==5.2": r"/docs/(?!releases).*\.txt$",
@@ -36,10 +34,7 @@ CHARACTERS = 6000  # of a document at least: some 1,400 tokens
 def files_of(package, pattern):
     """The texts of a source distribution's files of some names, in order."""
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:",
-               "--no-build-isolation", "-d", folder, package]  # fmt: skip
-        subprocess.run(pip, check=True)
-        [archive] = Path(folder).iterdir()
+        archive = download(package, folder, "--no-binary", ":all:", "--no-build-isolation")
         with tarfile.open(archive) as opened:
             names = sorted(m.name for m in opened if m.isfile() and re.search(pattern, m.name))
             return [opened.extractfile(name).read().decode("utf-8", "replace") for name in names]

@@ -43,12 +43,12 @@ def test_measuring(scripts):
     shared = delay.shared
     teacher, tokenizer = shared.load(shared.TEACHER)
     dense = shared.measure(teacher, tokenizer, 1, kl_rows=1)
-    everything = shared.measure(shared.sliding_window(1000), tokenizer, 1, kl_rows=1)
+    everything = shared.measure(shared.sliding_window(shared.load_model(shared.TEACHER), 1000), tokenizer, 1, kl_rows=1)
     assert dense["compression"] == everything["compression"] == 1
     assert abs(dense["kl"]) < 1e-4 and abs(everything["kl"]) < 1e-4
     assert {**dense, "kl": 0} == {**everything, "kl": 0}
     assert dense["needles"] == dense["variables"] == 1
-    short = shared.measure(shared.sliding_window(40), tokenizer, 1, kl_rows=1)
+    short = shared.measure(shared.sliding_window(shared.load_model(shared.TEACHER), 40), tokenizer, 1, kl_rows=1)
     fed = (
         short["compression"] * 40 * 3
     )  # to three sequences, with answers to 256 tokens
