@@ -43,7 +43,8 @@ def test_measuring(scripts):
     shared = delay.shared
     teacher, tokenizer = shared.load(shared.TEACHER)
     dense = shared.measure(teacher, tokenizer, 1, kl_rows=1)
-    everything = shared.measure(shared.sliding_window(shared.load_model(shared.TEACHER), 1000), tokenizer, 1, kl_rows=1)
+    whole = shared.sliding_window(shared.load_model(shared.TEACHER), 1000)
+    everything = shared.measure(whole, tokenizer, 1, kl_rows=1)
     assert dense["compression"] == everything["compression"] == 1
     assert abs(dense["kl"]) < 1e-4 and abs(everything["kl"]) < 1e-4
     assert {**dense, "kl": 0} == {**everything, "kl": 0}
