@@ -202,7 +202,7 @@ class Distillation:
 
     def settle_offset(self, data):
         """Set the offset of the decisions so that, without noise, they let go of as many pairs as
-        the target and 3 % more ask for: the one-sided loss overshoots, which costs quality. Not
+        the target asks for, to 3 % more: the one-sided loss overshoots, which costs quality. Not
         lower than by 1, less than the noise in training was. Judged by held-out sequences, others
         than those that the KL is measured on. Returns the compression ratio."""
         settings = self.student.config.dms
@@ -218,12 +218,14 @@ class Distillation:
         if let_go(low) < least:  # the target is not reached even so: leave it as it was trained
             settings.offset = trained
             return 1 / (1 - let_go(trained))
-        # The higher the offset, the less is let go. Look for the lowest that lets go of no more
-        # than `most`: above `low`, and at `high` at the latest.
+        # The higher the offset, the less is let go: `low` lets go of enough or too much, `high`, once it
+        # has been found, of no more than `most`.
         high = trained
         while let_go(high) > most:
             low, high = high, high + 2 * (high - low)
         for _ in range(8):
+            if let_go(high) >= least:
+                break
             middle = (low + high) / 2
             if let_go(middle) > most:
                 low = middle

@@ -87,11 +87,7 @@ def by_engine(tokenizer, exam, folder, window=None):
     _, prompts = shared.answer(model, tokenizer, exam.problems, max_new_tokens=1)
     heads = cache.layers * cache.kv_heads * len(exam.problems)
     most = cache.ended_pairs / heads  # what a head holds does not shrink
-    counts = {
-        "prompt_pairs": prompts.ended_pairs / heads,
-        "peak_pairs": most,
-        "stored_pairs": most,
-    }
+    counts = {"prompt_pairs": prompts.ended_pairs / heads, "peak_pairs": most, "stored_pairs": most}
     return [text for [text] in texts], counts
 
 

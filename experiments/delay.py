@@ -65,12 +65,8 @@ def add_point(results, part, window, steps, seed, problems):
 def main():
     p = shared.arguments(__doc__, "delay.json")
     p.add_argument("--windows", type=int, nargs="*", default=[0, 4, 16, 32, 48, 64])
-    p.add_argument(
-        "--steps", type=int, default=shared.STEPS, help="of the part `window`"
-    )
-    p.add_argument(
-        "--samples", type=int, nargs="*", default=[50, 125, 250, 500], help="steps"
-    )
+    p.add_argument("--steps", type=int, default=shared.STEPS, help="of the part `window`")
+    p.add_argument("--samples", type=int, nargs="*", default=[50, 125, 250, 500], help="steps")
     p.add_argument("--sample-windows", type=int, nargs="*", default=[0, USUAL])
     p.add_argument("--problems", type=int, default=200, help="of each task")
     p.add_argument("--seeds", type=int, default=1)
@@ -83,9 +79,7 @@ def main():
             for window in args.sample_windows:
                 add_point(results, "samples", window, steps, seed, args.problems)
     columns = (*shared.tasks.TASKS, "kl", "compression", "refused")
-    shared.print_table(
-        results.data["rows"], "part", "window", "steps", "seed", *columns
-    )
+    shared.print_table(results.data["rows"], "part", "window", "steps", "seed", *columns)
 
 
 if __name__ == "__main__":

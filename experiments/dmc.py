@@ -28,17 +28,7 @@ which is what makes DMC dear: at DMS's few steps it stands here on DMS's ground.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from shared import (
-    RETROFITS,
-    ROOT,
-    TEACHER,
-    Results,
-    accuracy,
-    answer,
-    arguments,
-    load,
-    problems,
-)
+from shared import RETROFITS, ROOT, TEACHER, Results, accuracy, answer, arguments, load, problems
 from stepwise import answer_in_batches
 from tqdm import tqdm
 

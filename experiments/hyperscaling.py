@@ -5,11 +5,6 @@ temperature 1, majority vote; dense beside DMS. After the paper's sections 4 and
     python experiments/hyperscaling.py                                     # 25 minutes on two cores
     python experiments/hyperscaling.py --steps 10 --ratios 8 --chains 4 --problems 2 --block 2
 
-The shipped recipe trains all weights on easy problems alone: what comes out does them about as well
-as the teacher, but has lost the hard ones, with eviction switched off, too. It is shown as "DMS 8x
-of easy text". The others are retrofitted by the same recipe on training problems whose arithmetic
-is hard, as a model should be on text like that which it is used for.
-
 A point is (limit of new tokens, W chains in parallel, compression). 32 chains are sampled once for
 each problem, which share its prompt; what fewer would give is the mean over disjoint groups of
 them, and what the shorter limit would give is their beginning, as what a chain draws depends on its
@@ -34,65 +29,19 @@ standard error, leaving out one block of problems at a time.
 """
 
 import itertools
-import json
 import math
-import random
-import re
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 import shared
-from checkpoint import write_text
 from generate import Sequence, generate
 from kv_cache import KVCache
 from toy import tasks
 
-RECIPE = (
-    "--train all --window 16 --lr 1e-3 --batch-size 4 --seq-len 512".split()
-)  # the toy's own
-DOCUMENTS = 4300  # two for each row of 500 steps, the second cut short; some held out
-LENGTH = 510  # so that little of a row's 512 tokens is left for the beginning of another problem
-EASY = "DMS 8x of easy text"
 BUDGETS = ("reads", "peak_pairs", "peak_page_bytes")
 MEANS = ("accuracy", "tied", "unanswered", *BUDGETS)  # of a point
-
-
-def is_hard(problem):
-    """Arithmetic of four lines or more, half of which have three operands at least."""
-    sums = re.findall(r" = ([^.]*)\.", problem.prompt)
-    of_three = [expression for expression in sums if len(expression.split()) == 5]
-    return len(sums) >= 4 and len(of_three) >= len(sums) / 2
-
-
-def draw_problem(rng):
-    """A training problem of 512 tokens; the tasks as often as retrofit.py has them."""
-    task = rng.choice((*tasks.TASKS, "arithmetic"))
-    while True:
-        problem = tasks.make_problem(task, rng, "train", LENGTH)
-        if task != "arithmetic" or is_hard(problem):
-            return problem
-
-
-def write_hard_text(file):
-    rng = random.Random("hard text")
-    lines = []
-    for _ in range(DOCUMENTS):
-        messages = tasks.messages(draw_problem(rng))
-        lines.append(json.dumps({"messages": messages}) + "\n")
-    write_text(file, "".join(lines))
-
-
-def retrofit_of(ratio, steps, seed):
-    """The folder of a retrofit on text with hard arithmetic."""
-    file = shared.RETROFITS / "hard.jsonl"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_hard_text(file)
-    flags = ("--data", file, "--target-cr", ratio, "--steps", steps, "--seed", seed)
-    name = f"dms-{ratio}x-hard-seed{seed}-{steps}steps"
-    return shared.retrofitted(name, *flags, *RECIPE)
 
 
 @dataclass
@@ -100,9 +49,7 @@ class Chains:
     """What was sampled for one problem, and what it took. k counts the tokens a chain has drawn."""
 
     answers: dict  # limit -> of each chain its answer, None for none
-    held: (
-        torch.Tensor
-    )  # (chains, k): pairs held as token k is drawn, 0 once the chain is over
+    held: torch.Tensor  # (chains, k): pairs held as token k is drawn, 0 once the chain is over
     pages: torch.Tensor  # (chains, k): pages that hold them
     prompt_reads: int
     shared_pages: int  # of the prompt, that all chains share to their ends
@@ -242,9 +189,7 @@ def points_over(blocks):
     points = []
     for (method, limit, width), rows in groups.items():
         numbers = [{name: row[name] for name in MEANS} for row in rows]
-        points.append(
-            {"method": method, "limit": limit, "width": width, **mean_of(numbers)}
-        )
+        points.append({"method": method, "limit": limit, "width": width, **mean_of(numbers)})
     return points
 
 
@@ -285,7 +230,7 @@ def add_gains(results):
         results.add(part="point", **point)
     methods = dict.fromkeys(row["method"] for row in blocks if row["method"] != "dense")
     members = {method: [method] for method in methods}
-    members["DMS"] = [method for method in methods if method != EASY]
+    members["DMS"] = list(methods)
     for name, budget in itertools.product(members, BUDGETS):
         keys = {"part": "gain", "method": name, "budget": budget}
         gain = gain_of(blocks, members[name], budget)
@@ -329,9 +274,7 @@ def draw(results, file):
             of_method = [point for point in points if point["method"] == method]
             costs, accuracies = zip(*frontier(of_method, budget))
             [line] = axes.step(costs, accuracies, where="post", label=method)
-            everywhere = [
-                [point[name] for point in of_method] for name in (budget, "accuracy")
-            ]
+            everywhere = [[point[name] for point in of_method] for name in (budget, "accuracy")]
             axes.scatter(*everywhere, s=12, color=line.get_color())
         axes.set_xscale("log")
         axes.set_xlabel(f"{budget.replace('_', ' ')} of a problem")
@@ -345,9 +288,7 @@ def main():
     p.add_argument("--ratios", type=int, nargs="*", default=[4, 8])
     p.add_argument("--steps", type=int, default=shared.STEPS, help="of the retrofits")
     p.add_argument("--chains", type=int, default=32, help="a power of two")
-    p.add_argument(
-        "--limits", type=int, nargs="*", default=[170, 256], help="of new tokens"
-    )
+    p.add_argument("--limits", type=int, nargs="*", default=[170, 256], help="of new tokens")
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--problems", type=int, default=200)
     p.add_argument("--block", type=int, default=20, help="problems of one row")
@@ -359,8 +300,7 @@ def main():
     for seed in range(args.seeds):
         folders = {"dense": shared.TEACHER}
         for ratio in args.ratios:
-            folders[f"DMS {ratio}x"] = retrofit_of(ratio, args.steps, seed)
-        folders[EASY] = shared.standard(8, seed, args.steps)
+            folders[f"DMS {ratio}x"] = shared.standard(ratio, seed, args.steps)
         problems = shared.problems("arithmetic", args.problems, seed, "hard")
         for method, folder in folders.items():
             loaded = shared.load(folder)

@@ -28,9 +28,7 @@ def make_problem(rng, length, depth):
     """A text of about `length` tokens, template and answer included, with the fact at a depth."""
     names = rng.sample(tasks.NAMES, FACTS)
     codes = [f"{rng.randrange(100):02d}" for _ in names]
-    asked, *others = [
-        f"The code of {name} is {code}." for name, code in zip(names, codes)
-    ]
+    asked, *others = [f"The code of {name} is {code}." for name, code in zip(names, codes)]
     question = f"Give the codes of {names[0]}."
     answer = f"{names[0]} is {codes[0]}."
     words = tasks.count_tokens(" ".join([asked, *others, question, answer]))
@@ -49,9 +47,7 @@ def make_problem(rng, length, depth):
 def add_point(results, keys, model, tokenizer, args):
     """Add the row of a method, a length and a depth."""
     rng = random.Random(f"needles {keys['length']} {keys['depth']} {keys['seed']}")
-    some = [
-        make_problem(rng, keys["length"], keys["depth"]) for _ in range(args.problems)
-    ]
+    some = [make_problem(rng, keys["length"], keys["depth"]) for _ in range(args.problems)]
     # a cache's pool is as large as this says; there is nothing else that it limits
     model.config.max_position_embeddings = max(args.lengths) + 64
     texts, cache = shared.answer(model, tokenizer, some, batch=16, max_new_tokens=16)
@@ -85,12 +81,8 @@ def budget_of(results, length, seed):
 
 def main():
     p = shared.arguments(__doc__, "needles.json")
-    p.add_argument(
-        "--lengths", type=int, nargs="*", default=[256, 512, 768, 1024, 1536, 2048]
-    )
-    p.add_argument(
-        "--depths", type=float, nargs="*", default=[0.0, 0.25, 0.5, 0.75, 1.0]
-    )
+    p.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 768, 1024, 1536, 2048])
+    p.add_argument("--depths", type=float, nargs="*", default=[0.0, 0.25, 0.5, 0.75, 1.0])
     p.add_argument("--steps", type=int, default=shared.STEPS, help="of the retrofit")
     p.add_argument("--problems", type=int, default=30, help="of each length and depth")
     p.add_argument("--seeds", type=int, default=3)
@@ -99,26 +91,11 @@ def main():
     for seed in range(args.seeds):
         folder = shared.standard(RATIO, seed, args.steps)
         for length in args.lengths:
-            add_depths(
-                results,
-                "dense",
-                length,
-                seed,
-                lambda: shared.load(shared.TEACHER),
-                args,
-            )
+            add_depths(results, "dense", length, seed, lambda: shared.load(shared.TEACHER), args)
             add_depths(results, "DMS", length, seed, lambda: shared.load(folder), args)
             budget = budget_of(results, length, seed)
             add_depths(results, "window", length, seed, lambda: window_of(budget), args)
-    columns = (
-        "method",
-        "length",
-        "depth",
-        "seed",
-        "accuracy",
-        "pairs_of_a_head",
-        "compression",
-    )
+    columns = ("method", "length", "depth", "seed", "accuracy", "pairs_of_a_head", "compression")
     shared.print_table(results.data["rows"], *columns)
 
 

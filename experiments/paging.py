@@ -30,7 +30,17 @@ every step chooses other pages than the step before. The toy part says which sha
 import itertools
 
 import torch
-from shared import RETROFITS, ROOT, TEACHER, Results, accuracy, arguments, load, problems, prompt_ids
+from shared import (
+    RETROFITS,
+    ROOT,
+    TEACHER,
+    Results,
+    accuracy,
+    arguments,
+    load,
+    problems,
+    prompt_ids,
+)
 from paging_file import run_file
 from quest import QuestCache
 from stepwise import answer_in_batches
@@ -109,18 +119,14 @@ def main():
     p.add_argument("--batch", type=int, default=100)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dms", default=str(ROOT / "toy" / "retrofitted"))
-    p.add_argument(
-        "--page-sizes", type=int, nargs="*", default=[4, 8, 16], help="on the toy"
-    )
+    p.add_argument("--page-sizes", type=int, nargs="*", default=[4, 8, 16], help="on the toy")
     p.add_argument("--contexts", type=int, nargs="*", default=[8192, 16384, 32768])
     p.add_argument("--layers", type=int, default=28)
     p.add_argument("--steps", type=int, default=9)
     p.add_argument("--cr", type=int, default=8)
     p.add_argument("--file-page-size", type=int, default=16)
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    p.add_argument(
-        "--file", default=str(RETROFITS / "pairs.bin"), help="written, and removed"
-    )
+    p.add_argument("--file", default=str(RETROFITS / "pairs.bin"), help="written, and removed")
     args = p.parse_args()
     results = Results(args)
     run_toy(results, args)

@@ -50,12 +50,8 @@ def draw_heads(figure, axes, kept):
     tokens = sum(total["tokens"] for total in totals)
     held = 0
     for total in totals:
-        held = held + total["tokens"] * np.array(
-            total["kept_by_head"]
-        )  # (L, Hkv)
-    image = axes.imshow(
-        100 * held / tokens, cmap="viridis", vmin=0, aspect="auto"
-    )
+        held = held + total["tokens"] * np.array(total["kept_by_head"])  # (L, Hkv)
+    image = axes.imshow(100 * held / tokens, cmap="viridis", vmin=0, aspect="auto")
     axes.set_xticks(range(held.shape[1]))
     axes.set_yticks(range(held.shape[0]))
     axes.set_xlabel("KV head")
@@ -68,14 +64,10 @@ def draw_lengths(axes, lengths):
     row = max(lengths, key=lambda row: row["tokens"][-1] - row["prompt_tokens"])
     pairs = np.array(row["pairs_by_head"])  # (n, L, Hkv)
     for layer in range(pairs.shape[1]):
-        lines = axes.plot(
-            row["tokens"], pairs[:, layer], color=f"C{layer}", linewidth=0.9
-        )
+        lines = axes.plot(row["tokens"], pairs[:, layer], color=f"C{layer}", linewidth=0.9)
         lines[0].set_label(f"layer {layer}")
     axes.axvline(row["prompt_tokens"], color="gray", linestyle=":")
-    axes.set_xlabel(
-        f"tokens of a text of {row['task']} (dotted: the answer begins)"
-    )
+    axes.set_xlabel(f"tokens of a text of {row['task']} (dotted: the answer begins)")
     axes.set_ylabel("pairs held by a head")
     axes.legend()
 

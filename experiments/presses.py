@@ -144,10 +144,7 @@ def draw(model, cache, header, seen, limit, end_id):
     while len(drawn) < limit and not over.all():
         stored.append(pairs_in(cache) + heads * ids.shape[1])  # before any is dropped again
         logits = model(
-            input_ids=ids,
-            past_key_values=cache,
-            position_ids=position,
-            logits_to_keep=1,
+            input_ids=ids, past_key_values=cache, position_ids=position, logits_to_keep=1
         ).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         position = position[:, -1:] + 1
@@ -162,7 +159,9 @@ def answer_batch(name, prompts, budget, bounded, limit, end_id, settings):
     the most seen, the most stored) with pairs as the mean over heads. See `answer`."""
     model = load("eager" if name == "ObservedAttention" else "sdpa")
     ids = torch.tensor(prompts)
-    seen = len(prompts[0]) - prompts[0][::-1].index(end_id) - 1  # the template's end of the question
+    seen = (
+        len(prompts[0]) - prompts[0][::-1].index(end_id) - 1
+    )  # the template's end of the question
     header = ids[:, seen:]
     press = compress_to(budget - header.shape[1], seen, name, settings)
     reader = read_one_by_one if name == "KVzip" else read

@@ -114,7 +114,9 @@ def convert(file, out):
     config = config_of(fields)
     with torch.device("meta"):
         model = Model(config)
-    missing, unknown = model.load_state_dict(weights_of(reader.tensors, config), strict=False, assign=True)
+    missing, unknown = model.load_state_dict(
+        weights_of(reader.tensors, config), strict=False, assign=True
+    )
     assert missing == ["lm_head.weight"] and not unknown, (missing, unknown)
     model.lm_head.weight = model.model.embed_tokens.weight
     out.mkdir(parents=True, exist_ok=True)
@@ -145,7 +147,7 @@ def compare(out):
     assert tokenizer.encode(text) == their_tokenizer(text)["input_ids"]
     prompt = torch.tensor([ids])
     difference = (ours(prompt) - theirs(prompt).logits).abs().max().item()
-    answer = theirs.generate(prompt, max_new_tokens=16, do_sample=False)[0, len(ids):].tolist()
+    answer = theirs.generate(prompt, max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
     whole = torch.tensor([ids + answer])
     greedy = ours(whole)[0, len(ids) - 1 : -1].argmax(-1).tolist()
     assert greedy == answer, (greedy, answer)
@@ -155,7 +157,8 @@ def compare(out):
 
 def main():
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--out", type=Path, default=Path("out/smollm2-135m"))
     p.add_argument("--gguf", help="the file, if it is here already")
     args = p.parse_args()

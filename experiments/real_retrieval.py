@@ -21,7 +21,9 @@ from real_quality import MODEL, PRESSES, RETROFIT, TEXT, mean_length, texts_of, 
 from generate import Sequence, generate
 from kv_cache import KVCache
 
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
 FACT = "The pass key is {}. Remember it. {} is the pass key. "
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 NEW_TOKENS = 8

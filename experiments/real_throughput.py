@@ -46,7 +46,9 @@ def answer(model, prompts, args):
         command = [sys.executable, ROOT / "generate.py", "--model", model, "--requests", prompts,
                    "--out", out, "--memory", args.memory, "--max-new-tokens", args.new_tokens]  # fmt: skip
         begin = time.time()
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, check=True
+        )
         seconds = time.time() - begin
         rows = [json.loads(line) for line in out.read_text().splitlines()]
     tokens = sum(sum(row["generated"]["tokens"]) for row in rows)

@@ -36,7 +36,8 @@ STEPS = 500  # of retrofit.py on the toy
 def arguments(description, name):
     """A parser with what every experiment takes; its results go to RESULTS / name by default."""
     p = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--out", type=Path, default=RESULTS / name, help="the results file")
     p.add_argument("--fresh", action="store_true", help="forget the rows that are there")
     return p
@@ -53,7 +54,9 @@ class Results:
         if self.file.exists() and not args.fresh:
             before = json.loads(self.file.read_text())
             if before["settings"] != settings:
-                sys.exit(f"{self.file}: has rows of other settings; add --fresh, or give another --out")
+                sys.exit(
+                    f"{self.file}: has rows of other settings; add --fresh, or give another --out"
+                )
             self.data["rows"] = before["rows"]
 
     def find(self, **keys):

@@ -60,7 +60,8 @@ def write_documents(packages, file):
 
 def main():
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--out", type=Path, default=Path("out/text"))
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
 """experiments/accuracy.py and presses.py: what they count is what the methods hold."""
+
 import json
 import sys
 

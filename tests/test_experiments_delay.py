@@ -20,9 +20,7 @@ def scripts():
 def test_windows_without_room_are_refused(scripts):
     """64 by the length of a row, 62 by the texts' own."""
     delay, _ = scripts
-    assert all(
-        delay.why_refused(window, 500, 0) is None for window in (0, 4, 16, 32, 48)
-    )
+    assert all(delay.why_refused(window, 500, 0) is None for window in (0, 4, 16, 32, 48))
     assert "window" in delay.why_refused(64, 500, 0)
     assert "window" in delay.why_refused(62, 500, 0)
 
@@ -49,10 +47,10 @@ def test_measuring(scripts):
     assert abs(dense["kl"]) < 1e-4 and abs(everything["kl"]) < 1e-4
     assert {**dense, "kl": 0} == {**everything, "kl": 0}
     assert dense["needles"] == dense["variables"] == 1
-    short = shared.measure(shared.sliding_window(shared.load_model(shared.TEACHER), 40), tokenizer, 1, kl_rows=1)
-    fed = (
-        short["compression"] * 40 * 3
-    )  # to three sequences, with answers to 256 tokens
+    short = shared.measure(
+        shared.sliding_window(shared.load_model(shared.TEACHER), 40), tokenizer, 1, kl_rows=1
+    )
+    fed = short["compression"] * 40 * 3  # to three sequences, with answers to 256 tokens
     assert fed == pytest.approx(round(fed)) and 3 * 270 < fed < 3 * 736
     assert short["kl"] > 0.1 and short["needles"] == 0
     assert short["reads"] < dense["reads"] / 5
@@ -69,9 +67,7 @@ def test_recipes_are_what_they_say(scripts):
         flags = recipes.flags_of(recipe, 200)
         options = parse([*flags, "--out", str(delay.shared.RETROFITS / "nowhere")])
         check(options)
-        different = {k for k, v in vars(options).items() if v != getattr(usual, k)} - {
-            "out"
-        }
+        different = {k for k, v in vars(options).items() if v != getattr(usual, k)} - {"out"}
         names[recipe] = different
     assert names == {
         "usual": set(),

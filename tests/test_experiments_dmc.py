@@ -1,4 +1,5 @@
 """Merging: what is trained, what is defined, and what the cache holds are one thing."""
+
 import random
 import sys
 from pathlib import Path
@@ -86,5 +87,5 @@ def test_answers_without_merging_are_the_engine_s(tmp_path):
     theirs, _ = shared.answer(model, tokenizer, some, max_new_tokens=30)
     cache = dmc.MergingCache(run.student.config, len(some), 200)
     ours = stepwise.answer(run.student, tokenizer, some, cache, max_new_tokens=30)
-    assert ours == [text for text, in theirs]
+    assert ours == [text for (text,) in theirs]
     assert cache.pairs() == cache.dense_pairs()

@@ -1,4 +1,5 @@
 """Kinds of token are told rightly, and what is counted as kept is what the cache holds."""
+
 import json
 import random
 import sys
@@ -38,7 +39,10 @@ def test_kinds(task, monkeypatch):
     assert sorted(text_of("filler")) == sorted(" ".join(said).split())
     assert text_of("answer") == problem.answer.split()
     assert text_of("question") == problem.prompt.split(". ")[-1].split()
-    assert text_of("template") == "<|im_start|>user <|im_end|> <|im_start|>assistant <|im_end|>".split()
+    assert (
+        text_of("template")
+        == "<|im_start|>user <|im_end|> <|im_start|>assistant <|im_end|>".split()
+    )
     words = {"digit": str.isdigit, "name": heads.NAMES.__contains__, "word": str.isalpha}
     for text, kind in zip(texts, kinds):
         place, _, what = kind.partition(": ")

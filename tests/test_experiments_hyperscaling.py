@@ -75,20 +75,6 @@ def test_jackknife(script):
     assert script.jackknife(without) == pytest.approx(deviation / math.sqrt(4))
 
 
-def test_training_text_is_hard_and_of_the_training_split(script):
-    """Its arithmetic is like the problems asked, none of which it holds; a row takes one whole."""
-    shared = script.shared
-    rng = script.random.Random(0)
-    drawn = [script.draw_problem(rng) for _ in range(20)]
-    arithmetic = [problem for problem in drawn if problem.task == "arithmetic"]
-    assert arithmetic and all(map(script.is_hard, arithmetic))
-    assert not any(map(script.is_hard, shared.problems("arithmetic", 10, 0, "easy")))
-    assert sum(map(script.is_hard, shared.problems("arithmetic", 10, 0, "hard"))) > 7
-    tokenizer = shared.load_tokenizer(shared.TEACHER)
-    for problem in drawn:
-        assert 500 < len(tokenizer.encode(shared.tasks.messages(problem))) <= 512
-
-
 def test_gains_are_made_anew_from_blocks(script, tmp_path):
     """Half the reads for the same accuracy: dense gains nothing by more chains, and the gain over
     the shared budgets is what two blocks differ in."""

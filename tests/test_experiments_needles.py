@@ -45,9 +45,7 @@ def test_a_window_holds_its_budget(script, tmp_path):
     for name, model in models.items():
         script.add_depths(results, name, 128, 0, model, given)
     for depth in given.depths:
-        [dense], [whole], [short] = [
-            results.find(method=name, depth=depth) for name in models
-        ]
+        [dense], [whole], [short] = [results.find(method=name, depth=depth) for name in models]
         assert whole["accuracy"] == dense["accuracy"] == 1
         assert whole["pairs_of_a_head"] == dense["pairs_of_a_head"] > 100
         assert short["pairs_of_a_head"] == 40

@@ -1,5 +1,6 @@
 """Paging: bounds are bounds, what is chosen is what is attended to and counted, a file's pages are
 what was written."""
+
 import json
 import math
 import random
@@ -33,7 +34,9 @@ def test_bounds():
     bound = bounds(q, keys.amin(3), keys.amax(3))
     assert (bound >= score.amax((2, 4)) - 1e-5).all()
     single = keys[:, :, :, :1]  # of pages of one pair the bound is the score
-    assert torch.allclose(bounds(q, single[:, :, :, 0], single[:, :, :, 0]), score[..., 0].amax(2), atol=1e-5)
+    assert torch.allclose(
+        bounds(q, single[:, :, :, 0], single[:, :, :, 0]), score[..., 0].amax(2), atol=1e-5
+    )
     chosen = choose(bound, 3)
     assert (chosen == 4).any(-1).all() and chosen.shape == (2, 3, 3)
 
@@ -43,7 +46,7 @@ def test_with_room_for_all_pages_answers_are_the_engine_s():
     some = some_problems()
     theirs, cache = shared.answer(model, tokenizer, some, max_new_tokens=30)
     quest = QuestCache(model.config, len(some), 8, budget=10_000)
-    assert stepwise.answer(model, tokenizer, some, quest, 30) == [text for text, in theirs]
+    assert stepwise.answer(model, tokenizer, some, quest, 30) == [text for (text,) in theirs]
     # every step of an answer reads every pair before it
     heads = cache.layers * cache.kv_heads
     args = type("Args", (), dict(problems=3, batch=2, seed=0))
@@ -69,7 +72,9 @@ def test_only_chosen_pages_are_read():
     for head in range(4):
         pages = [k[0, head, i : i + page_size] for i in range(0, T, page_size)]
         of_group = q[0, 2 * head : 2 * head + 2, -1]
-        score = [max(torch.maximum(x * p.amin(0), x * p.amax(0)).sum() for x in of_group) for p in pages]
+        score = [
+            max(torch.maximum(x * p.amin(0), x * p.amax(0)).sum() for x in of_group) for p in pages
+        ]
         best = sorted(range(7), key=lambda i: -score[i])[:2] + [7]  # the newest, of 2 pairs
         held = [i for i in range(T) if i // page_size in best]
         for g in range(2):

@@ -25,7 +25,9 @@ def test_rows_of_q_in_our_order_turn_as_llama_cpp_turns_its_own():
     q = torch.randn(2 * D, 5)  # 2 heads
     angle = torch.rand(D // 2)
     x = torch.randn(5)
-    theirs = torch.view_as_complex((q @ x).view(2, D // 2, 2)) * torch.polar(torch.ones(D // 2), angle)
+    theirs = torch.view_as_complex((q @ x).view(2, D // 2, 2)) * torch.polar(
+        torch.ones(D // 2), angle
+    )
     ours = (real_model.in_our_order(q, 2) @ x).view(1, 1, 2, D)
     twice = torch.cat((angle, angle)).view(1, 1, 1, D)
     ours = apply_rope(ours, twice.cos(), twice.sin())[0, 0]

@@ -22,10 +22,12 @@ class ToyData:
     def rows(self, rng, split, rows):
         ids, lengths = torch.zeros(rows, self.seq_len, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
         for row in range(rows):
-            task = tasks.TASKS[row % len(tasks.TASKS)]
-            if split == "train":  # the chain of thought is the hardest to compress
-                task = rng.choice((*tasks.TASKS, "arithmetic"))
-            text = self.encode(tasks.make_problem(task, rng, split), True)[:self.seq_len]
+            task, level = tasks.TASKS[row % len(tasks.TASKS)], "easy"
+            if split == "train":
+                task = rng.choice((*tasks.TASKS, "arithmetic"))  # a chain of thought is the hardest to compress
+                level = rng.choice(("easy", "hard"))  # trained on one alone, a model forgets the other
+            problem = tasks.make_problem(task, rng, split, level)
+            text = self.encode(problem, True)[:self.seq_len]
             ids[row, :len(text)], lengths[row] = torch.tensor(text), len(text)
         longest = -(-int(lengths.max()) // 64) * 64  # of few lengths, so that few shapes occur
         return ids[:, :longest], [[n] for n in lengths.tolist()]
