@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from real_methods import MODEL, RETROFIT, texts
 from shared import ROOT, Results, arguments
-from real_quality import MODEL, RETROFIT, TEXT, texts_of
 
 from checkpoint import load_tokenizer
 
@@ -28,11 +28,11 @@ def write_prompts(file, count, shortest, longest):
     """Prompts of so many tokens, evenly spread, each from another place of the held-out text."""
     tokenizer = load_tokenizer(MODEL)
     rng = random.Random(0)
-    texts = texts_of(TEXT)
+    documents = texts()
     rows = []
     for i in range(count):
         length = shortest + (longest - shortest) * i // max(count - 1, 1)
-        text = "".join(rng.sample(texts, length // 1000 + 2))
+        text = "".join(rng.sample(documents, length // 1000 + 2))
         ids = tokenizer.encode(text)[:length]
         rows.append({"prompt": tokenizer.decode(ids)})
     rng.shuffle(rows)

@@ -60,7 +60,7 @@ def test_the_continuation_is_measured_as_the_dense_masked_model_has_it(window, m
     monkeypatch.setattr(real_quality, "PROMPT", 9)
     model = small_model(1, dms.DMSConfig(window=window) if window else None, 0.1)
     ids = torch.randint(0, 67, (1, 15))
-    logits, after_prompt, at_end = real_quality.by_engine(model, ids)
+    logits, after_prompt, at_end = real_quality.by_engine(model)(ids)
     torch.testing.assert_close(logits, model(ids)[0, 9:], rtol=1e-4, atol=1e-4)
     if window is None:
         assert (after_prompt, at_end) == (9, 15)
@@ -79,9 +79,9 @@ def test_a_press_that_removes_nothing_is_the_dense_model(tmp_path, monkeypatch):
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([list(itertools.islice(itertools.cycle(range(5, 90)), 60))])
     with torch.inference_mode():
-        dense = real_quality.by_engine(real_quality.load(folder)[0], ids)
-        press = real_quality.by_press(theirs, KeyDiffPress(0.0), ids)
-        half = real_quality.by_press(theirs, KeyDiffPress(0.5), ids)
+        dense = real_quality.by_engine(real_quality.load(folder)[0])(ids)
+        press = real_quality.by_press(theirs, KeyDiffPress(0.0))(ids)
+        half = real_quality.by_press(theirs, KeyDiffPress(0.5))(ids)
     torch.testing.assert_close(press[0], dense[0], rtol=1e-3, atol=1e-3)
     assert press[1:] == dense[1:] == (40, 60)
     assert half[1:] == (20, 40)
