@@ -3,7 +3,7 @@ Accuracy against compression on the toy tasks: dense, DMS, a sliding window, kvp
 
     pip install -e ".[experiments]"
     python experiments/accuracy.py                  # on two cores an hour, after the retrofits' own
-    python experiments/accuracy.py --problems 500   # the same with less noise: 5 hours
+    python experiments/accuracy.py --problems 500   # the same with less noise: 10 hours
 
 After the paper's section 4 (figure 3, table 1), with competitors that it does not have. Free-running
 greedy answers to test problems, the question at the end of the compressed prompt. Each seed has
@@ -144,7 +144,7 @@ def print_table(results, level, ratio, methods):
 
 def parse():
     p = shared.arguments(__doc__, "accuracy.json")
-    p.add_argument("--problems", type=int, default=80, help="of each task, level and seed")
+    p.add_argument("--problems", type=int, default=40, help="of each task, level and seed")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8, 12])
     p.add_argument("--levels", nargs="*", default=["easy", "hard"])

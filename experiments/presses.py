@@ -67,8 +67,9 @@ TRIED = {
     "KVzip": [{"layerwise": False}, {"layerwise": True}],
 }
 SETTINGS = {
+    "StreamingLLM": {"n_sink": 16},
     "SnapKV": {"window_size": 8},
-    "ExpectedAttention": {"n_future_positions": 64, "epsilon": 0.1},
+    "ExpectedAttention": {"n_future_positions": 64, "epsilon": 1.0},
 }
 
 
