@@ -53,8 +53,6 @@ class Feed:
     @torch.inference_mode()
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D)."""
-        if logits is None:  # a dense model: nothing is evicted
-            logits = torch.zeros(k.shape[:3], device=k.device)
         N = len(self.new)
         T, D = k.shape[2:]
         feed = self.one_token if T == 1 else self.block
@@ -64,7 +62,7 @@ class Feed:
             q.reshape(N, -1, T, D),
             k.reshape(N, T, D),
             v.reshape(N, T, D),
-            logits.reshape(N, T),
+            None if logits is None else logits.reshape(N, T),  # None: nothing is evicted
         )
         return y.view(q.shape)
 
@@ -72,7 +70,7 @@ class Feed:
         """Store, then attend: the new token is one of the pairs held."""
         pool = self.cache.pool
         kernels = self.cache.kernels
-        evict = logits[:, 0] > 0
+        evict = torch.zeros_like(self.new, dtype=torch.bool) if logits is None else logits[:, 0] > 0
         q = q[:, :, 0]
         k = k[:, 0]
         kernels.cache_write(k, v[:, 0], evict, self.new, rows, pool, self.cache.shift)
@@ -93,7 +91,7 @@ class Feed:
             cache.pool,
             cache.window,
             cache.shift,
-            cache.scores_at_a_time,
+            cache.kernels.block_attention,
         )
 
 
@@ -122,7 +120,6 @@ class KVCache:
         least = min(batch_size, chunk or 1, 1 if memory is None else memory)
         require(least > 0, "batch_size and chunk must be at least 1, memory above 0")
         self.config = replace(config, dms=copy.copy(config.dms))  # as it is now
-        self.scores_at_a_time = 2**26 if on_gpu else 2**19  # of a block's attention
         self.layers = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
         self.window = config.eviction.window if config.eviction else 0

@@ -1,14 +1,20 @@
-"""Which kernels are used: by a cache for a decode step, and in training."""
+"""Which kernels are used: by a cache, and in training."""
 
 from collections import namedtuple
 
-from kernels import cache_write, cpu, decode_attention, training_attention, triton
+from kernels import block, cache_write, cpu, decode_attention, training_attention, triton
 
-# two functions with the signatures of their plain twins
-Kernels = namedtuple("Kernels", "cache_write decode_attention")
-PLAIN = Kernels(cache_write.cache_write_plain, decode_attention.decode_attention_plain)
-TRITON = Kernels(cache_write.cache_write, decode_attention.decode_attention)
-NUMBA = Kernels(cpu.cache_write, cpu.decode_attention)
+# three functions with the signatures of their plain twins
+Kernels = namedtuple("Kernels", "cache_write decode_attention block_attention")
+PLAIN = Kernels(
+    cache_write.cache_write_plain,
+    decode_attention.decode_attention_plain,
+    block.block_attention_plain,
+)
+TRITON = Kernels(
+    cache_write.cache_write, decode_attention.decode_attention, block.block_attention
+)
+NUMBA = Kernels(cpu.cache_write, cpu.decode_attention, block.block_attention_plain)
 
 
 def choose_kernels(device, dtype):

@@ -1,17 +1,18 @@
 """
 Decode attention: one query token per sequence against the pages that each row holds.
 
-A few rows are many times as long as the rest. So the work is cut along the length: program (row,
-split) attends to `split` of the row's pairs and leaves their normalised result and its log-sum-exp;
-another kernel merges them. How many splits there are follows from the shapes alone: nothing waits
-for the GPU, and a captured graph stays right while lengths change. The arithmetic is small beside
-the reading, which sets the sizes: a block of keys or values is 16 KiB, so that three programs, each
-with its next block on the way, fit on an H200's multiprocessor.
+A few rows are many times as long as the rest, and lengths change while a captured graph does not. So
+every row gets the same number of programs, and each takes its share of the row's own length: it
+leaves its normalised result and its log-sum-exp, and the one that ends last merges the row's parts,
+in their order. Nothing waits for the GPU. The arithmetic is small beside the reading, which sets the
+sizes: a block of keys or values is 16 KiB, so that three programs, each with its next block on the
+way, fit on an H200's multiprocessor.
 
 Letters: N = B * Hkv rows, G query heads per KV head, D head size, P pages of the pool, M columns of
 the table.
 """
 
+import functools
 import math
 
 import torch
@@ -41,18 +42,35 @@ def decode_attention_plain(q, k_pages, v_pages, table, length):
 
 if triton is not None:
 
+    @triton.jit
+    def attend_to(q, k, v, sees, scale, top, total, out):
+        """Of queries q, one block of keys and values more: the highest score so far, the sum of
+        weights relative to it, and that of weighted values. Scores are to base 2."""
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.where(sees, score, float("-inf"))
+        highest = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp2(score - highest[:, None])
+        fade = tl.exp2(top - highest)
+        total = total * fade + tl.sum(weight, 1)
+        out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
+        return highest, total, out
+
     @triton.jit(do_not_specialize=["table_stride"])
     def _attend(
-        q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, part_ptr, lse_ptr, scale, table_stride,
-        G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
-        SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-        """part (N, splits, G, D) and lse (N, splits, G), float32, of program (row, split).
-        Logarithms are to base 2: scale has the factor log2(e)."""
+        q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, arrived_ptr, part_ptr, lse_ptr, y_ptr, scale,
+        table_stride, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+        SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr):
+        """y (N, G, D) of program (row, split) for a row of one part; else part (N, SPLITS, G, D) and
+        lse (N, SPLITS, G), float32, and y by the last of the row's programs. arrived (N,) counts
+        them, and is 0 before and after. Logarithms are to base 2: scale has the factor log2(e)."""
         row = tl.program_id(0).to(tl.int64)
         split = tl.program_id(1)
-        first = split * SPLIT
-        last = tl.minimum(tl.load(length_ptr + row).to(tl.int32), first + SPLIT)
-        if first >= last:
+        length = tl.load(length_ptr + row).to(tl.int32)
+        share = tl.maximum(tl.cdiv(length, SPLITS), LEAST)
+        parts = tl.cdiv(length, share)
+        first = split * share
+        last = tl.minimum(length, first + share)
+        if (first >= last) & (split > 0):
             return
         g = tl.arange(0, 16)
         d = tl.arange(0, WIDTH)
@@ -63,74 +81,78 @@ if triton is not None:
         total = tl.zeros((16,), tl.float32)
         out = tl.zeros((16, WIDTH), tl.float32)
         # pages are looked up a turn ahead: the loads of keys and values do not wait for it
-        column = 0 if PAGE >= BLOCK else t // PAGE
-        last_page = (last - 1) // PAGE
         table_ptr += row * table_stride
-        page = tl.load(table_ptr + tl.minimum(first // PAGE + column, last_page))
+        page = tl.load(table_ptr + (first + t) // PAGE, mask=first + t < last, other=0)
         for start in range(first, last, BLOCK):
             held = start + t < last
             slot = page.to(tl.int64) * PAGE + (start + t) % PAGE
-            page = tl.load(table_ptr + tl.minimum((start + BLOCK) // PAGE + column, last_page))
+            later = start + BLOCK + t
+            page = tl.load(table_ptr + later // PAGE, mask=later < last, other=0)
             where = slot[:, None] * D + d[None, :]
             mask = held[:, None] & (d < D)[None, :]
             k = tl.load(k_ptr + where, mask=mask, other=0.0)
             v = tl.load(v_ptr + where, mask=mask, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (16, BLOCK)
-            score = tl.where(held[None, :], score, float("-inf"))
-            highest = tl.maximum(top, tl.max(score, 1))
-            weight = tl.exp2(score - highest[:, None])
-            fade = tl.exp2(top - highest)
-            total = total * fade + tl.sum(weight, 1)
-            out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
-            top = highest
-        part = (row * tl.num_programs(1) + split) * G
-        tl.store(
-            part_ptr + part * D + g[:, None] * D + d[None, :], out / total[:, None], mask=heads
-        )
-        tl.store(lse_ptr + part + g, top + tl.log2(total), mask=g < G)
+            top, total, out = attend_to(q, k, v, held[None, :], scale, top, total, out)
+        out /= tl.maximum(total, 1e-30)[:, None]  # a row that holds nothing gives zeros
+        at = g[:, None] * D + d[None, :]
+        if parts <= 1:
+            tl.store(y_ptr + row * G * D + at, out.to(y_ptr.dtype.element_ty), mask=heads)
+        else:
+            part = (row * SPLITS + split) * G
+            tl.store(part_ptr + part * D + at, out, mask=heads)
+            tl.store(lse_ptr + part + g, top + tl.log2(total), mask=g < G)
+            tl.debug_barrier()  # all threads have stored before one of them says so
+            if tl.atomic_add(arrived_ptr + row, 1) == parts - 1:
+                tl.store(arrived_ptr + row, 0)
+                for head in range(G):
+                    y = _merge(part_ptr, lse_ptr, row * SPLITS * G + head, parts, G, D, WIDTH)
+                    to = y_ptr + (row * G + head) * D + d
+                    tl.store(to, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
-    @triton.jit(do_not_specialize=["splits"])
-    def _merge(
-        part_ptr, lse_ptr, length_ptr, y_ptr, splits, G: tl.constexpr, D: tl.constexpr,
-        WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-        """y (N, G, D) of program (row, head): the mean of the row's parts, weighted by 2^lse."""
-        row = tl.program_id(0).to(tl.int64)
-        g = tl.program_id(1)
+    @triton.jit
+    def _merge(part_ptr, lse_ptr, first, parts, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+        """(WIDTH,) float32: the mean of a row's parts of one query head, weighted by 2^lse. Other
+        programs have written them: so they are read from L2 (".cg"), which all share."""
         d = tl.arange(0, WIDTH)
-        count = (tl.load(length_ptr + row).to(tl.int32) + SPLIT - 1) // SPLIT
         top = -1e30
         total = 0.0
         out = tl.zeros((WIDTH,), tl.float32)
-        for start in range(0, count, BLOCK):
-            split = start + tl.arange(0, BLOCK)
-            held = split < count
-            part = (row * splits + split) * G + g
-            lse = tl.load(lse_ptr + part, mask=held, other=float("-inf"))
-            mask = held[:, None] & (d < D)[None, :]
-            x = tl.load(part_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)
+        for start in range(0, parts, 16):
+            split = start + tl.arange(0, 16)
+            is_part = split < parts
+            part = first + split * G
+            lse = tl.load(lse_ptr + part, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+            mask = is_part[:, None] & (d < D)[None, :]
+            at = part_ptr + part[:, None] * D + d[None, :]
+            x = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
             highest = tl.maximum(top, tl.max(lse, 0))
             weight = tl.exp2(lse - highest)
             fade = tl.exp2(top - highest)
             total = total * fade + tl.sum(weight, 0)
             out = out * fade + tl.sum(x * weight[:, None], 0)
             top = highest
-        y = out / tl.maximum(total, 1e-30)
-        tl.store(y_ptr + (row * G + g) * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
+        return out / total
 
 
-def tokens_per_split(rows, capacity):
-    """How many pairs of a row one program takes. At 128 the results that programs write for the
-    merge are 6 % of what they read, at 512 they are 2 %. But there must be programs enough for the
-    GPU: a split is doubled only while there are more than 8,192 of them."""
-    split = 128
-    while split < 512 and rows * capacity > 8192 * split:
-        split *= 2
-    return split
+LEAST = 16  # pairs of a program: fewer are not worth one
+
+
+def splits_of(rows):
+    """How many programs share a row. 256 in all occupy a GPU; 16 for each row keep one that is many
+    times as long as the others from being waited for."""
+    return min(max(triton.next_power_of_2(256 // rows), 16), 128)
+
+
+@functools.cache
+def counters(rows, device):
+    """Of each row how many of its programs have ended, (rows,) int32: 0 between two launches, all
+    of which use the same, one after another."""
+    return torch.zeros(rows, dtype=torch.int32, device=device)
 
 
 def decode_attention(q, k_pages, v_pages, table, length):
     """decode_attention_plain by Triton: D up to 256 (made for 64, 96, 128 and 256), G from 1 to 16,
-    any page_size that is a power of two, float32, float16 or bfloat16."""
+    any page_size that is a power of two, float32, float16 or bfloat16. On one stream at a time."""
     dtype = q.dtype
     assert dtype == k_pages.dtype == v_pages.dtype, "decode_attention: q and pages differ in dtype"
     if q.is_cpu and dtype == torch.bfloat16:  # the interpreter multiplies it as if it were integers
@@ -143,18 +165,14 @@ def decode_attention(q, k_pages, v_pages, table, length):
     assert is_covered, f"decode_attention: {D=}, {G=}, {page_size=}, {dtype} are not covered"
 
     width = max(triton.next_power_of_2(D), 16)
-    capacity = table.shape[1] * page_size
-    split = tokens_per_split(N, capacity)
-    splits = -(-capacity // split)
+    splits = splits_of(N)
     part = torch.empty(N, splits, G, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(N, splits, G, dtype=torch.float32, device=q.device)
     y = torch.empty_like(q)
-    sizes = dict(G=G, D=D, WIDTH=width, SPLIT=split)
-    scale = D**-0.5 * math.log2(math.e)
-    warps = 8 if q.dtype == torch.float32 else 4  # 4 spill in float32
     _attend[N, splits](
-        q, k_pages, v_pages, table, length, part, lse, scale, table.stride(0), **sizes,
-        PAGE=page_size, BLOCK=16384 // (width * q.element_size()),
-        num_warps=warps, num_stages=3)
-    _merge[N, G](part, lse, length, y, splits, **sizes, BLOCK=16, num_warps=4)
+        q, k_pages, v_pages, table, length, counters(N, q.device), part, lse, y,
+        D**-0.5 * math.log2(math.e), table.stride(0), G=G, D=D, WIDTH=width, PAGE=page_size,
+        SPLITS=splits, LEAST=LEAST, BLOCK=16384 // (width * q.element_size()),
+        num_warps=8 if q.dtype == torch.float32 else 4,  # 4 spill in float32
+        num_stages=3)
     return y.to(dtype)

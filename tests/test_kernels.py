@@ -28,6 +28,7 @@ pytest.importorskip("triton", reason=reason)
 from conftest import (  # noqa: E402
     DEVICE,
     INTERPRETED,
+    NOWHERE,
     Life,
     check_cache_write,
     check_no_spills,
@@ -49,6 +50,8 @@ from dms import DMSConfig  # noqa: E402
 from kernels import cache_write as writing  # noqa: E402
 from kernels import choose  # noqa: E402
 from kernels import decode_attention as attending  # noqa: E402
+from kernels import block  # noqa: E402
+from kernels.block import block_attention, block_attention_plain  # noqa: E402
 from kernels.cache_write import cache_write  # noqa: E402
 from kernels.decode_attention import decode_attention, decode_attention_plain  # noqa: E402
 from kernels.pages import PagePool, Rows  # noqa: E402
@@ -91,17 +94,32 @@ def test_decode_attention(case):
 
 
 @launches
-@pytest.mark.parametrize("tokens", [128, 256, 512])
-def test_many_splits(tokens, monkeypatch):
-    """More splits than the merge takes at a time, beside rows of one, two and none, whatever number
-    of tokens a split has. The last splits weigh most."""
-    monkeypatch.setattr(attending, "tokens_per_split", lambda *shapes: tokens)
-    lengths = [19 * tokens + 68, 3, 0, tokens + 1]
+@pytest.mark.parametrize("splits", [16, 64, 128])
+def test_many_splits(splits, monkeypatch):
+    """More parts than the merge takes at a time, beside rows of one, two and none, whatever number
+    of programs a row has; called again, the counters being in use. The last splits weigh most."""
+    monkeypatch.setattr(attending, "splits_of", lambda rows: splits)
+    lengths = [19 * splits + 68, 3, 0, attending.LEAST + 1]
     arguments = held_pairs(lengths, 5, 64, 64, torch.float32, seed=1, device=DEVICE)
     k_pages, table = arguments[1], arguments[3]
     last = table[0, : -(-lengths[0] // 64)][-5:].long()
     k_pages[last] *= 4
     compare(arguments)
+    compare(arguments)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("context", [8192, 32768])
+def test_programs_have_work(batch, context):
+    """Qwen3-8B at 8x, the heads as uneven as real ones, none shorter than its window: four programs
+    of five have work, and those of a batch together are enough for a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(8 * batch, generator=generator) ** 3 * 0.5  # 1/8 on average
+    length = (513 + share * (context - 513)).int()
+    splits = attending.splits_of(len(length))
+    programs = -(-length // (-(-length // splits)).clamp(min=attending.LEAST))
+    assert programs.sum() >= 0.8 * splits * len(length)
+    assert programs.sum() >= 200
 
 
 @pytest.mark.parametrize("lengths, D, page_size", [([70, 0, 1], 64, 16), ([16384, 5], 256, 64)])
@@ -115,6 +133,58 @@ def test_plain_twin(lengths, D, page_size):
         weight = (q[row] @ k.T / math.sqrt(D)).softmax(-1)
         torch.testing.assert_close(y[row], weight @ v, atol=1e-5, rtol=1e-4)
         assert n > 0 or not y[row].any()
+
+
+# ------------------------------------------------------------------------------ attention of a block
+
+
+def fed_rows(rng, N, D, page_size, window, dtype):
+    """Rows that have been fed tokens, and their pool, on DEVICE; what is not in use is poisoned."""
+    longest = rng.choice([0, 1, 20, 150])
+    rows, pool = empty_cache(N, D, window + 1, page_size, longest // page_size + 2, dtype)
+    rows = rows.layer(0)
+    new = torch.tensor([rng.randint(0, longest) for _ in range(N)])
+    k = torch.randn(N, max(longest, 1), D).to(dtype)
+    v = torch.randn(N, max(longest, 1), D).to(dtype)
+    evict = torch.rand(N, max(longest, 1)) < rng.choice([0.1, 0.5, 0.9])
+    writing.write_block(k, v, evict, new, rows, pool, window)
+    rows.seen += new
+    rows.table.masked_fill_(rows.table == NOWHERE, 0)  # any page: the plain twin looks it up
+    for thing in (rows, pool):
+        for name, x in vars(thing).items():
+            setattr(thing, name, x.to(DEVICE))
+    return rows, pool
+
+
+@launches
+@pytest.mark.parametrize("case", range(15))
+def test_block_attention(case):
+    """Each dtype with each head size, many numbers of heads and all page sizes; ragged, with rows
+    that rest; dense, too."""
+    dtype = (torch.float32, torch.float16, torch.bfloat16)[case % 3]
+    D = (8, 64, 96, 128, 256)[case % 5]
+    for seed in range(6 if INTERPRETED else 2):
+        rng = random.Random(f"{case} {seed}")
+        torch.manual_seed(100 * case + seed)
+        N = rng.choice([1, 3])
+        G = 1 + 7 * (case + seed) % 16
+        T = rng.choice([2, 5, 40, 90])
+        window = rng.choice([0, 1, 7, 60, 500])
+        rows, pool = fed_rows(rng, N, D, 2 ** ((case + seed) % 8), window, dtype)
+        q = torch.randn(N, G, T, D, device=DEVICE).to(dtype)
+        k, v = torch.randn(2, N, T, D, device=DEVICE).to(dtype)
+        evict = torch.rand(N, T, device=DEVICE) < 0.6 if seed % 3 else None
+        if evict is None:
+            pool.evicted.fill_(False)
+        new = torch.tensor([rng.randint(0, T) for _ in range(N)], device=DEVICE)
+        arguments = (q, k, v, evict, new, rows, pool, window)
+        y = block_attention(*arguments)
+        expected = block_attention_plain(*arguments)
+        assert y.isfinite().all()
+        tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+        for row, n in enumerate(new.tolist()):
+            torch.testing.assert_close(
+                y[row, :, :n], expected[row, :, :n], rtol=tolerance, atol=tolerance)
 
 
 # ------------------------------------------------------------------------------------- cache write
@@ -247,7 +317,8 @@ def test_without_triton(monkeypatch):
 
 @compiles
 @pytest.mark.parametrize(
-    "arch, dtype", [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32)]
+    "arch, dtype",
+    [(80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (90, torch.float32)],
 )
 def test_decode_attention_compiles(arch, dtype):
     """Qwen3-8B at batch 64: no spills, no local memory, and keys and values come in asynchronous
@@ -262,12 +333,28 @@ def test_decode_attention_compiles(arch, dtype):
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*", kernel.asm["ptx"])
     assert copies and all("], 0x10" in line for line in copies)
     assert "v4" in "".join(re.findall(r"ld\.global.*", kernel.asm["ptx"]))  # q
-    merge = compiled(attending._merge, *calls["_merge"][0], arch)
-    check_no_spills(merge)
 
 
 @compiles
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("evicts", [True, False])
+def test_block_attention_compiles(arch, evicts, monkeypatch):
+    """Qwen3-8B, 2,048 tokens: no spills, no local memory."""
+    if arch == 80:
+        monkeypatch.setattr(block, "block_sizes", lambda *sizes: (128, 32, 16))
+    rows = Rows.empty(1, 8, 513, "meta").layer(0)
+    rows.table = pointer(8, 128, dtype=torch.int32)
+    pool = PagePool(100_000, 64, 128, torch.bfloat16, "meta")
+    k = pointer(8, 2048, 128)
+    evict = pointer(8, 2048, dtype=torch.bool) if evicts else None
+    new = pointer(8, dtype=torch.int64)
+    arguments = (block_attention, pointer(8, 4, 2048, 128), k, k, evict, new, rows, pool, 512)
+    calls = launched(block, *arguments)["_attend_block"]
+    check_no_spills(compiled(block._attend_block, *calls[0], arch))
+
+
+@compiles
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_cache_write_compiles(arch):
     """Likewise. A warp moves a row of 256 bytes in one go, 8 bytes a thread."""
     rows = Rows.empty(1, 512, 513, "meta").layer(0)

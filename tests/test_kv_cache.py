@@ -12,6 +12,7 @@ import dms
 from checkpoint import InputError
 from dms import DMSConfig, decisions, visible
 from generate import Sequence, generate
+from kernels import block as kernels_block
 from kernels import choose
 from kv_cache import CacheFull, KVCache
 
@@ -46,7 +47,7 @@ def check_held(cache, sequence, held):
 
 
 @pytest.mark.parametrize("seed", range(120))
-def test_any_cut_equals_dense_masked_model(seed):
+def test_any_cut_equals_dense_masked_model(seed, monkeypatch):
     rng = random.Random(seed)
     config = random_dms(rng) if seed % 6 else None
     heads = rng.choice([1, 2, 4])
@@ -57,7 +58,7 @@ def test_any_cut_equals_dense_masked_model(seed):
     ids = torch.randint(0, 67, (B, longest), generator=torch.Generator().manual_seed(seed))
     page_size = rng.choice([1, 2, 4, 16])
     cache = KVCache(model.config, B, page_size=page_size, chunk=rng.choice([1, 5, 32, 512]))
-    cache.scores_at_a_time = rng.choice([1, 2000, 2**29])
+    monkeypatch.setitem(kernels_block.SCORES_AT_A_TIME, "cpu", rng.choice([1, 2000, 2**29]))
     pieces = [[] for _ in range(B)]
     fed = [0] * B
     largest = rng.choice([1, 4, 30, 200])
@@ -85,7 +86,7 @@ def test_any_cut_equals_dense_masked_model(seed):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_blocks_and_single_tokens_are_the_same_rule(seed):
+def test_blocks_and_single_tokens_are_the_same_rule(seed, monkeypatch):
     """The same tokens and decisions as one block, token by token, and in random cuts: the same
     outputs of attention, and rows that hold the same pairs, positions and decisions."""
     rng = random.Random(seed)
@@ -105,7 +106,7 @@ def test_blocks_and_single_tokens_are_the_same_rule(seed):
         """A cache that was fed pieces of these sizes, and what attention gave, as q."""
         cache = KVCache(config, 3, page_size=rng.choice([1, 4, 16]))
         cache.kernels = kernels or cache.kernels
-        cache.scores_at_a_time = rng.choice([1, 2**20])
+        monkeypatch.setitem(kernels_block.SCORES_AT_A_TIME, "cpu", rng.choice([1, 2**20]))
         y = torch.zeros_like(q)
         begin = 0
         for size in sizes:
@@ -161,10 +162,10 @@ def check_last(model, logits, *pieces):
 
 
 @pytest.mark.parametrize("scores", [1, 2**29])
-def test_a_block_reads_no_slot_that_is_not_in_use(scores):
+def test_a_block_reads_no_slot_that_is_not_in_use(scores, monkeypatch):
     model, _, ids = uneven_cache()
     cache = KVCache(model.config, 3, page_size=16)
-    cache.scores_at_a_time = scores
+    monkeypatch.setitem(kernels_block.SCORES_AT_A_TIME, "cpu", scores)
     cache.pool.keys.fill_(float("nan"))
     cache.pool.values.fill_(float("nan"))
     cache.pool.position.fill_(0)  # every query would see it
