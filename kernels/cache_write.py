@@ -122,66 +122,77 @@ def cache_write_plain(k, v, evict, new, rows, pool, shift):
 
 if triton is not None:
 
+    @triton.jit
+    def put(
+        row, k, v, evict, seen_ptr, length_ptr, table_ptr, ring_ptr, keys_ptr, values_ptr,
+        position_ptr, evicted_ptr, free_ptr, free_count_ptr, table_stride, D: tl.constexpr,
+        WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
+        """Store one token, k and v (WIDTH,), in a row, by a program that has the row to itself."""
+        t = tl.load(seen_ptr + row)
+        length = tl.load(length_ptr + row).to(tl.int64)
+        d = tl.arange(0, WIDTH)
+        table_ptr += row * table_stride
+        ring_ptr += row * W
+        # the token that leaves the window: its slot, and whether it was evicted
+        leaves = t >= W
+        oldest = tl.load(ring_ptr + t % W, mask=leaves, other=0).to(tl.int64)
+        page = tl.load(table_ptr + oldest // PAGE, mask=leaves, other=0).to(tl.int64)
+        free = tl.load(evicted_ptr + page * PAGE + oldest % PAGE, mask=leaves, other=0)
+        reuse = free.to(tl.int1) & leaves
+        if SHIFT and W == 1:  # the token that leaves is the one that is decided now
+            reuse = evict & leaves
+        elif SHIFT:
+            newest = tl.load(ring_ptr + (t + W - 1) % W, mask=t > 0, other=0).to(tl.int64)
+            its_page = tl.load(table_ptr + newest // PAGE, mask=t > 0, other=0).to(tl.int64)
+            tl.store(evicted_ptr + its_page * PAGE + newest % PAGE, evict, mask=t > 0)
+        slot = tl.where(reuse, oldest, length)
+        if reuse == 0:
+            if length % PAGE == 0:
+                top = tl.atomic_add(free_count_ptr, -1, sem="relaxed").to(tl.int64) - 1
+                page = tl.load(free_ptr + top).to(tl.int64)
+                tl.store(table_ptr + length // PAGE, page)
+            else:
+                page = tl.load(table_ptr + length // PAGE).to(tl.int64)
+        where = page * PAGE + slot % PAGE
+        tl.debug_barrier()  # all threads have loaded the row's state before one of them changes it
+        tl.store(keys_ptr + where * D + d, k, mask=d < D)
+        tl.store(values_ptr + where * D + d, v, mask=d < D)
+        tl.store(position_ptr + where, t)
+        tl.store(evicted_ptr + where, evict & (SHIFT == 0))
+        tl.store(ring_ptr + t % W, slot)
+        tl.store(length_ptr + row, tl.where(reuse, length, length + 1))
+
     @triton.jit(do_not_specialize=["table_stride"])
     def _write(
-        k_ptr, v_ptr, evict_ptr, new_ptr,
-        seen_ptr, length_ptr, table_ptr, ring_ptr,
-        keys_ptr, values_ptr, position_ptr, evicted_ptr,
-        free_ptr, free_count_ptr,
-        table_stride,
+        k_ptr, v_ptr, evict_ptr, new_ptr, seen_ptr, length_ptr, table_ptr, ring_ptr, keys_ptr,
+        values_ptr, position_ptr, evicted_ptr, free_ptr, free_count_ptr, table_stride,
         D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr,
-        SHIFT: tl.constexpr,
-    ):  # fmt: skip
-        """Program (row,). A single warp, so that all its threads have loaded the row's state before
-        one of them changes it; more warps would need a barrier."""
+        SHIFT: tl.constexpr):
+        """Program (row,)."""
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, WIDTH)
-        # what needs no other load to be found is asked for at once
-        active = tl.load(new_ptr + row) > 0
-        t = tl.load(seen_ptr + row)
-        evict = tl.load(evict_ptr + row).to(tl.int1)
-        length = tl.load(length_ptr + row).to(tl.int64)
-        k = tl.load(k_ptr + row * D + d, mask=d < D)
-        v = tl.load(v_ptr + row * D + d, mask=d < D)
-        if active:
-            table_ptr += row * table_stride
-            ring_ptr += row * W
-            # the token that leaves the window: its slot, and whether it was evicted
-            leaves = t >= W
-            oldest = tl.load(ring_ptr + t % W, mask=leaves, other=0).to(tl.int64)
-            page = tl.load(table_ptr + oldest // PAGE, mask=leaves, other=0).to(tl.int64)
-            free = tl.load(evicted_ptr + page * PAGE + oldest % PAGE, mask=leaves, other=0)
-            reuse = free.to(tl.int1) & leaves
-            if SHIFT and W == 1:  # the token that leaves is the one that is decided now
-                reuse = evict & leaves
-            elif SHIFT:
-                newest = tl.load(ring_ptr + (t + W - 1) % W, mask=t > 0, other=0).to(tl.int64)
-                its_page = tl.load(table_ptr + newest // PAGE, mask=t > 0, other=0).to(tl.int64)
-                tl.store(evicted_ptr + its_page * PAGE + newest % PAGE, evict, mask=t > 0)
-            slot = tl.where(reuse, oldest, length)
-            if reuse == 0:
-                if length % PAGE == 0:
-                    top = tl.atomic_add(free_count_ptr, -1, sem="relaxed").to(tl.int64) - 1
-                    page = tl.load(free_ptr + top).to(tl.int64)
-                    tl.store(table_ptr + length // PAGE, page)
-                else:
-                    page = tl.load(table_ptr + length // PAGE).to(tl.int64)
-            where = page * PAGE + slot % PAGE
-            tl.store(keys_ptr + where * D + d, k, mask=d < D)
-            tl.store(values_ptr + where * D + d, v, mask=d < D)
-            tl.store(position_ptr + where, t)
-            tl.store(evicted_ptr + where, evict & (SHIFT == 0))
-            tl.store(ring_ptr + t % W, slot)
-            tl.store(length_ptr + row, tl.where(reuse, length, length + 1))
+        if tl.load(new_ptr + row) > 0:
+            evict = tl.load(evict_ptr + row).to(tl.int1)
+            k = tl.load(k_ptr + row * D + d, mask=d < D)
+            v = tl.load(v_ptr + row * D + d, mask=d < D)
+            put(
+                row, k, v, evict, seen_ptr, length_ptr, table_ptr, ring_ptr, keys_ptr, values_ptr,
+                position_ptr, evicted_ptr, free_ptr, free_count_ptr, table_stride, D, WIDTH, PAGE,
+                W, SHIFT)
+
+
+def state_of(rows, pool):
+    """What the kernels take of rows, of one layer, and the pool."""
+    state = (rows.seen, rows.length, rows.table, rows.ring)
+    slots = (pool.keys, pool.values, pool.position, pool.evicted)
+    return (*state, *slots, pool.free, pool.free_count)
 
 
 def cache_write(k, v, evict, new, rows, pool, shift):
     """cache_write_plain by Triton. The free stack must have a page for every row that needs one."""
     k = k.contiguous()
     v = v.contiguous()
-    state = (rows.seen, rows.length, rows.table, rows.ring)
-    slots = (pool.keys, pool.values, pool.position, pool.evicted)
-    tensors = (k, v, evict, new, *state, *slots, pool.free, pool.free_count)
+    tensors = (k, v, evict, new, *state_of(rows, pool))
     check_launch("cache_write", *tensors)
     assert k.dtype == v.dtype == pool.keys.dtype, "cache_write: k, v and the pool differ in dtype"
     assert shift in (0, 1), "cache_write: shift is 0 or 1"

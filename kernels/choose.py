@@ -2,19 +2,32 @@
 
 from collections import namedtuple
 
-from kernels import block, cache_write, cpu, decode_attention, training_attention, triton
+from kernels import (
+    block,
+    cache_write,
+    cpu,
+    decode_attention,
+    feed_token,
+    training_attention,
+    triton,
+)
 
-# three functions with the signatures of their plain twins
-Kernels = namedtuple("Kernels", "cache_write decode_attention block_attention")
+# functions with the signatures of their plain twins; and feed_token, of which there is only one:
+# None where a decode step is the model's own layers
+Kernels = namedtuple("Kernels", "cache_write decode_attention block_attention feed_token")
 PLAIN = Kernels(
     cache_write.cache_write_plain,
     decode_attention.decode_attention_plain,
     block.block_attention_plain,
+    None,
 )
 TRITON = Kernels(
-    cache_write.cache_write, decode_attention.decode_attention, block.block_attention
+    cache_write.cache_write,
+    decode_attention.decode_attention,
+    block.block_attention,
+    feed_token.feed_token,
 )
-NUMBA = Kernels(cpu.cache_write, cpu.decode_attention, block.block_attention_plain)
+NUMBA = Kernels(cpu.cache_write, cpu.decode_attention, block.block_attention_plain, None)
 
 
 def choose_kernels(device, dtype):

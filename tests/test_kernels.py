@@ -53,6 +53,7 @@ from kernels import decode_attention as attending  # noqa: E402
 from kernels import block  # noqa: E402
 from kernels.block import block_attention, block_attention_plain  # noqa: E402
 from kernels.cache_write import cache_write  # noqa: E402
+from kernels.decode_step import FusedLayers  # noqa: E402
 from kernels.decode_attention import decode_attention, decode_attention_plain  # noqa: E402
 from kernels.pages import PagePool, Rows  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
@@ -240,6 +241,99 @@ def test_a_model_that_decodes_by_the_kernels(settings):
         logits = torch.cat([model(step, cache=cache) for step in steps], dim=1)
         for row, b in enumerate((ids[:1, :21], ids[1:, :20])):
             torch.testing.assert_close(logits[row], model(b)[0, -8:], atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------- decode step
+
+KINDS = {
+    "dense": (None, dict()),
+    "adapter": (DMSConfig(window=2), dict(num_key_value_heads=2)),
+    "adapter with biases": (DMSConfig(window=0), dict(model_type="llama", attention_bias=True)),
+    "own token": (DMSConfig(window=3, shift=0), dict(model_type="qwen2")),
+    "per layer": (DMSConfig(window=2, per="layer"), dict(num_key_value_heads=2, head_dim=12)),
+    "neuron": (DMSConfig(window=2, source="neuron", scale=10), dict(num_key_value_heads=1)),
+    "neuron per layer": (
+        DMSConfig(window=5, source="neuron", scale=10, per="layer"),
+        dict(num_key_value_heads=2),
+    ),
+    "switched off": (DMSConfig(source="neuron", disable_eviction=True), dict()),
+}
+
+
+def decided_model(kind):
+    """A small model whose heads decide differently, all weights random."""
+    dms, changes = KINDS[kind]
+    model = small_model(1, dms, 0.5, **changes).to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or name.endswith("dms_proj_alpha.weight"):
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
+    return model
+
+
+@launches
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layers_of_a_decode_step(kind):
+    """Beside the model's own layers over a cache that uses no kernels: the same states, and the same
+    pairs held, while sequences rest at times."""
+    model = decided_model(kind)
+    plain = KVCache(model.config, 2, DEVICE, page_size=4)
+    plain.kernels = choose.PLAIN
+    cache = KVCache(model.config, 2, DEVICE, page_size=4)
+    cache.kernels = choose.TRITON
+    layers = FusedLayers(model)
+    generator = torch.Generator().manual_seed(0)
+    held = []
+    with torch.inference_mode():
+        for step in range(9):
+            token = torch.randint(0, 67, (2,), generator=generator).to(DEVICE)
+            count = torch.tensor([1, step % 3 > 0], device=DEVICE)
+            with plain.append(count, 1) as feed:
+                expected = model.hidden(token[:, None], feed, feed.start)[:, 0]
+            with cache.append(count, 1) as feed:
+                states = layers.hidden(token, feed)
+            fed = count > 0
+            torch.testing.assert_close(states[fed], expected[fed], atol=1e-4, rtol=1e-4)
+            assert torch.equal(plain.rows.length, cache.rows.length)
+            held.append(cache.rows.length.sum())
+    if model.config.eviction:
+        assert not torch.equal(cache.rows.length.amin(1), cache.rows.length.amax(1)) or "layer" in kind
+        assert held[-1] < 0.9 * cache.layers * cache.rows.seen.sum()
+
+
+@launches
+def test_launches_of_a_layer():
+    """At most 14 in a captured step. On a GPU each call of PyTorch that is no view is one launch."""
+    views = {"view", "chunk", "split", "flatten", "unbind", "__getitem__", "__get__", "size", "dim",
+             "__len__", "stride", "data_ptr", "is_contiguous", "element_size", "contiguous", "to",
+             "empty_like", "empty", "new_empty", "detach", "float", "transpose", "unsqueeze", "item"}  # fmt: skip
+    per_layer = []
+
+    class Count(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            if function.__name__ not in views:
+                calls.append(function.__name__)
+            return function(*arguments, **(options or {}))
+
+    def counted(launcher):
+        def call(*arguments):
+            calls.append(launcher.__name__)
+            with torch._C.DisableTorchFunction():
+                return launcher(*arguments)
+
+        return call
+
+    for layers in (1, 3):
+        model = small_model(1, DMSConfig(window=2), 0.5, num_hidden_layers=layers).to(DEVICE)
+        cache = KVCache(model.config, 2, DEVICE, page_size=4)
+        cache.kernels = choose.Kernels(*map(counted, choose.TRITON))
+        fused = FusedLayers(model)
+        calls = []
+        with torch.inference_mode(), cache.append(torch.ones(2).long(), 1) as feed, Count():
+            fused.hidden(torch.tensor([3, 5], device=DEVICE), feed)
+        per_layer.append(len(calls))
+    assert "rms_norm" in calls and "feed_token" in calls
+    assert 10 <= (per_layer[1] - per_layer[0]) / 2 <= 14
 
 
 # ---------------------------------------------------------------------------------------- refusals
