@@ -143,11 +143,11 @@ class Scheduler:
         first = self.waiting[0][0]
         if first.row is None and not self.free_rows:
             return False
-        pairs = (len(first.ids) - first.fed) / (self.cache.compression_ratio() or 1)
+        ratio, free = self.cache.ratio_and_free_pages()
+        pairs = (len(first.ids) - first.fed) / (ratio or 1)
         # of each head; its last page is half empty on average, and half a page is a margin
         pages = self.cache.layers * self.cache.kv_heads * (pairs / self.cache.page_size + 1)
-        has_room = pages <= int(self.cache.pool.free_count)
-        return has_room or not self.running
+        return pages <= free or not self.running
 
     def next_group(self):
         """The first group that waits, or as much of it as there are rows for, with rows."""

@@ -36,6 +36,11 @@ from kernels.pages import CacheFull as CacheFull  # for those who import it from
 from kernels.pages import PagePool, Rows, fork, free_memory
 
 
+def together(*numbers):
+    """Some integers, scalar tensors each, as a list: a GPU is waited for once."""
+    return torch.stack([number.long() for number in numbers]).tolist()
+
+
 @dataclass
 class Feed:
     """One piece of input on its way into the cache: the `attend` of Model.hidden, called once for
@@ -200,7 +205,7 @@ class KVCache:
         sequences = range(self.batch_size) if sequence is None else [sequence]
         rows = slice(sequences[0] * self.kv_heads, (sequences[-1] + 1) * self.kv_heads)
         if T > 1:
-            self.widen_tables(T)
+            self.widen_tables(T, int(self.rows.length.max()))
         elif reserve:
             self.reserve(count, rows)
         feed = Feed(self, self.rows.select(rows), count)
@@ -222,17 +227,18 @@ class KVCache:
     @torch.inference_mode()
     def reserve(self, count, rows=slice(None)):
         """Make sure that the next step of one token, for every sequence whose count (B,) is 1, finds
-        its pages. Raises CacheFull, before anything has changed. (It waits for the GPU, which has
-        nothing to do: the token that this step begins with was waited for, too.)"""
+        its pages. Raises CacheFull, before anything has changed. (It waits for the GPU, once, which
+        has nothing to do: the token that this step begins with was waited for, too.)"""
         length = self.rows.length[:, rows]
         new = count.repeat_interleave(self.kv_heads)
         needs_page = (length % self.page_size == 0) & (new > 0)
-        self.pool.check(int(needs_page.sum()))
-        self.widen_tables(1)
+        free = self.pool.free_count[0]
+        needed, free, longest = together(needs_page.sum(), free, self.rows.length.max())
+        self.pool.check(needed, free)
+        self.widen_tables(1, longest)
 
-    def widen_tables(self, tokens):
+    def widen_tables(self, tokens, longest):
         """Make room in the page tables for the longest row and `tokens` more."""
-        longest = int(self.rows.length.max())
         self.rows.widen(self.pages_for(longest) + self.pages_for(tokens))
 
     @torch.inference_mode()
@@ -279,9 +285,15 @@ class KVCache:
 
     def compression_ratio(self):
         """Tokens fed so far x L x Hkv / the pairs held at their ends, None before any token."""
-        pairs = self.ended_pairs + int(self.rows.length.sum())
-        dense_pairs = (self.ended_tokens + int(self.seen.sum())) * self.layers * self.kv_heads
-        return dense_pairs / pairs if pairs else None
+        return self.ratio_and_free_pages()[0]
+
+    def ratio_and_free_pages(self):
+        """(compression_ratio, the pages that are free), waiting for the GPU once."""
+        free = self.pool.free_count[0]
+        held, tokens, free = together(self.rows.length.sum(), self.seen.sum(), free)
+        pairs = self.ended_pairs + held
+        dense_pairs = (self.ended_tokens + tokens) * self.layers * self.kv_heads
+        return (dense_pairs / pairs if pairs else None), free
 
     def stats(self):
         """tokens: fed to the sequences held now; pairs: held now; dense_pairs: what a dense cache

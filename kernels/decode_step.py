@@ -10,7 +10,6 @@ products that have the same input as one.
 
 Here, as in generate.py, a row is a sequence: its place in the cache's batch.
 """
-import math
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +20,29 @@ from kernels import triton
 def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
     """Draw one token per row: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64.
 
-    At a temperature below 1e-5 the likeliest. Otherwise the distribution is cut to the top_k likeliest tokens
-    (0: all), then to the fewest that hold top_p of the mass, then to those at least min_p times as
-    likely as the first; the token is where the sum of what is left passes `uniform`.
+    At a temperature below 1e-5 the likeliest. Otherwise the distribution is cut to the top_k
+    likeliest tokens (0: all), then to the fewest that hold top_p of the mass, then to those at
+    least min_p times as likely as the first; the token is where the sum of what is left, in order
+    of likelihood if it was sorted, else of token ids, passes `uniform`.
     """
     if temperature < 1e-5:
         return logits.argmax(-1)
     logits = logits.float() / temperature
+    order = None  # the token ids of sorted logits
     if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        logits, order = logits.topk(top_k)
+    elif top_p < 1:
+        logits, order = logits.sort(descending=True, stable=True)
+    p = logits.softmax(-1)
     if top_p < 1:
-        p, order = logits.softmax(-1).sort(descending=True, stable=True)
         drop = p.cumsum(-1) - p >= top_p  # the mass before it suffices...
         drop[:, 0] = False  # ...but never the first
-        # scatter brings all of drop from sorted order back into that of token ids
-        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
-    p = logits.softmax(-1)
+        p = p.masked_fill(drop, 0)
     p = p.where(p >= min_p * p.amax(-1, keepdim=True), 0)
     mass = p.double().cumsum(-1)
     point = uniform.double()[:, None] * mass[:, -1:]
-    return torch.searchsorted(mass, point, right=True)[:, 0]
+    drawn = torch.searchsorted(mass, point, right=True)
+    return (drawn if order is None else order.gather(1, drawn))[:, 0]
 
 
 def join(*linears):
@@ -105,7 +106,11 @@ class DecodeStep:
         self.model = model
         self.cache = cache
         self.sampling = sampling
-        shape = (cache.batch_size, 3)  # of every row: token id, random number, 1 if it runs else 0
+        # of every row: token id, random number, 1 if it runs else 0; written on the host, in memory
+        # from which a GPU can copy while the host goes on
+        shape = (cache.batch_size, 3)
+        on_gpu = cache.device.type == "cuda"
+        self.inputs = torch.zeros(shape, dtype=torch.float64, pin_memory=on_gpu)
         self.buffer = torch.zeros(shape, dtype=torch.float64, device=cache.device)
         # the plain functions wait for the GPU, so only Triton's can be captured
         self.captures = cache.device.type == "cuda" and triton is not None
@@ -117,8 +122,9 @@ class DecodeStep:
     def __call__(self, inputs):
         """inputs: {row: (token id, random number in [0, 1))} for the rows of the batch that run ->
         {row: next token id}. Raises CacheFull, before anything has changed."""
-        values = [(*inputs.get(row, (0, 0.0)), row in inputs) for row in range(len(self.buffer))]
-        self.buffer.copy_(torch.tensor(values, dtype=torch.float64))
+        values = [(*inputs.get(row, (0, 0.0)), row in inputs) for row in range(len(self.inputs))]
+        self.inputs.copy_(torch.tensor(values, dtype=torch.float64))
+        self.buffer.copy_(self.inputs, non_blocking=True)
         self.cache.reserve(self.buffer[:, 2].long())
         if not self.captures or self.table is not self.cache.rows.table:
             self.table = self.cache.rows.table

@@ -82,7 +82,7 @@ if triton is not None:
         one = tl.arange(0, 1)
 
         silent = (g == 0) & NEURON
-        q, _ = _rotated(
+        q, q_last = _rotated(
             x_ptr, (head * G + g) * D, g < G, silent, q_norm_ptr, cos_ptr, sin_ptr, eps, D, WIDTH,
             NORM)
         at = (row * G + g)[:, None] * D + d[None, :]
@@ -93,7 +93,7 @@ if triton is not None:
             score = 0.0
             if NEURON:
                 first = decider * G * D + one
-                _, last = _rotated(
+                decider_q, last = _rotated(
                     x_ptr, first, first >= 0, first < 0, q_norm_ptr, cos_ptr, sin_ptr, eps, D,
                     WIDTH, NORM)
                 score = tl.sum(last, 0)
@@ -105,7 +105,7 @@ if triton is not None:
                 score += tl.load(bias_ptr + decider).to(tl.float32)
             evict = (scale * score - offset > 0) & EVICTS
             at_k = (G * Hkv + head) * D + one
-            k, _ = _rotated(
+            k, k_last = _rotated(
                 x_ptr, at_k, at_k >= 0, at_k < 0, k_norm_ptr, cos_ptr, sin_ptr, eps, D, WIDTH, NORM)
             v = tl.load(x_ptr + ((G + 1) * Hkv + head) * D + d, mask=d < D)
             put(

@@ -42,9 +42,8 @@ class PagePool:
         """Of a page's keys, values, positions and decisions."""
         return page_size * (2 * head_dim * dtype.itemsize + 4 + 1)
 
-    def check(self, count):
-        """Raise CacheFull unless `count` pages are free."""
-        free = int(self.free_count)
+    def check(self, count, free):
+        """Raise CacheFull unless there are `count` pages among those that are free."""
         if free < count:
             pages = f"of its {len(self)} pages {free} are free and {count} needed"
             raise CacheFull(f"the cache is full: {pages}; allow more memory or fewer sequences")
@@ -52,8 +51,8 @@ class PagePool:
     def take(self, count):
         """The numbers of `count` free pages, (count,) int32, from the top of the stack down. Raises
         CacheFull, taking none."""
-        self.check(count)
         top = int(self.free_count)
+        self.check(count, top)
         self.free_count -= count
         return self.free[top - count : top].flip(0)
 

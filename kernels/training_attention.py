@@ -193,12 +193,12 @@ if triton is not None:
         tl.store(dbias_ptr + kv_head * N + key, dbias, key < N)
 
 
-def block_sizes(q, width):
+def block_sizes(q):
     """(own, other, few): the tokens whose sums a program holds, and how many it takes at a time on
     its walk, _by_queries and _by_keys: what compiles for A100 and H100 without spilling registers,
-    for heads of a width, a power of two, of up to 128 in 16 bits. Hopper and the large Blackwells
-    (9, 10) multiply from shared memory, other GPUs from registers."""
-    own = min(128, 32768 // (width * q.element_size()))
+    at D up to 128 in 16 bits. Hopper and the large Blackwells (9, 10) multiply from shared memory,
+    other GPUs from registers."""
+    own = min(128, 32768 // (q.shape[2] * q.element_size()))
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
     other = own // 2 if major in (9, 10) else own // 4
     return own, max(other, 16), max(other // 2, 16)
@@ -211,7 +211,7 @@ class Kernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, first, window, scale):
         N, Hq, D = q.shape
-        own, other, few = block_sizes(q, D)
+        own, other, few = block_sizes(q)
         sizes = dict(Hq=Hq, Hkv=len(bias), D=D, num_warps=8, num_stages=2)
         ctx.blocks = triton.cdiv(N, own)
         ctx.settings = (N, window, scale)

@@ -43,6 +43,7 @@ from conftest import (  # noqa: E402
     launches,
     pointer,
     run_interpreted,
+    small_config,
     small_model,
 )
 
@@ -50,6 +51,7 @@ from dms import DMSConfig  # noqa: E402
 from kernels import cache_write as writing  # noqa: E402
 from kernels import choose  # noqa: E402
 from kernels import decode_attention as attending  # noqa: E402
+from kernels import feed_token as feeding  # noqa: E402
 from kernels import block  # noqa: E402
 from kernels.block import block_attention, block_attention_plain  # noqa: E402
 from kernels.cache_write import cache_write  # noqa: E402
@@ -57,6 +59,7 @@ from kernels.decode_step import FusedLayers  # noqa: E402
 from kernels.decode_attention import decode_attention, decode_attention_plain  # noqa: E402
 from kernels.pages import PagePool, Rows  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
+from model import Attention  # noqa: E402
 
 
 
@@ -435,7 +438,7 @@ def test_decode_attention_compiles(arch, dtype):
 def test_block_attention_compiles(arch, evicts, monkeypatch):
     """Qwen3-8B, 2,048 tokens: no spills, no local memory."""
     if arch == 80:
-        monkeypatch.setattr(block, "block_sizes", lambda *sizes: (128, 32, 16))
+        monkeypatch.setattr(block, "block_sizes", lambda *sizes: (64, 64))
     rows = Rows.empty(1, 8, 513, "meta").layer(0)
     rows.table = pointer(8, 128, dtype=torch.int32)
     pool = PagePool(100_000, 64, 128, torch.bfloat16, "meta")
@@ -445,6 +448,25 @@ def test_block_attention_compiles(arch, evicts, monkeypatch):
     arguments = (block_attention, pointer(8, 4, 2048, 128), k, k, evict, new, rows, pool, 512)
     calls = launched(block, *arguments)["_attend_block"]
     check_no_spills(compiled(block._attend_block, *calls[0], arch))
+
+
+@compiles
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("source", ["adapter", "neuron"])
+def test_feed_token_compiles(arch, source):
+    """Qwen3-8B at batch 64: no spills, no local memory."""
+    sizes = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    with torch.device("meta"):
+        config = small_config(dms=DMSConfig(source=source), model_type="qwen3", **sizes)
+        attention = Attention(config).bfloat16()
+    rows = Rows.empty(1, 512, 513, "meta").layer(0)
+    rows.table = pointer(512, 128, dtype=torch.int32)
+    pool = PagePool(100_000, 64, 128, torch.bfloat16, "meta")
+    angles = pointer(64, 128)
+    new = pointer(512, dtype=torch.int64)
+    arguments = (pointer(64, 48 * 128), pointer(64, 4096), angles, angles, attention, new, rows, pool)
+    calls = launched(feeding, feeding.feed_token, *arguments)["_feed"]
+    check_no_spills(compiled(feeding._feed, *calls[0], arch))
 
 
 @compiles

@@ -163,7 +163,7 @@ CASES = [  # T, D, G, window, documents, what scores are multiplied by
 def test_the_kernels_are_the_plain_function(T, D, G, window, documents, scores, monkeypatch):
     """In small blocks, so that there are many, and the band's parts lie in different ones."""
     own = 32 if T < 70 else 64
-    monkeypatch.setattr(training, "block_sizes", lambda *sizes: (own, own // 2, own // 2))
+    monkeypatch.setattr(training, "block_sizes", lambda q: (own, own // 2, own // 2))
     inputs, first = random_inputs(T + window, T, D, G, documents, scores, DEVICE)
     tolerance = 1e-5 if scores == 1 else 1e-4  # the larger scores are, the more float32 rounds them
     compare(relaxed_attention, relaxed_attention_plain, inputs, first, window, tolerance)
@@ -270,7 +270,7 @@ def test_the_kernels_compile(arch, D, monkeypatch):
     """For Qwen3-8B's heads in bfloat16: no spills, shared memory that an A100 and an H100 have, and
     what the walks load comes in asynchronous copies of 8 bytes at least."""
     if arch == 80:
-        monkeypatch.setattr(training, "block_sizes", lambda *sizes: (128, 32, 16))
+        monkeypatch.setattr(training, "block_sizes", lambda q: (128, 32, 16))
     q, k, v = (
         pointer(1, 8192, heads, D).transpose(1, 2).requires_grad_() for heads in (32, 8, 8)
     )
