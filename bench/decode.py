@@ -17,7 +17,6 @@ A GPU's times are between events on its stream, and the kernel's are of a CUDA g
 """
 
 import functools
-from argparse import BooleanOptionalAction
 
 import torch
 from common import (
@@ -137,7 +136,7 @@ def held_after(config, context, cr):
 def fill(cache, config, context, cr):
     """Make an empty cache hold what `context` tokens of every sequence leave."""
     recent, shares, length = held_after(config, context, cr)
-    cache.widen_tables(int(length.max()) + cache.chunk)  # about as wide as a prompt makes it
+    cache.widen_tables(cache.chunk, int(length.max()))  # about as wide as a prompt makes it
     cache.rows.seen.fill_(context)
     for layer in range(cache.layers):
         heads = (length[layer], shares[layer])
@@ -256,20 +255,17 @@ def measure_steps(cr, args, results):
     dtype = getattr(torch, args.dtype)
     model = random_model(config, args.device, dtype, cr, args.window)
     bandwidth = results.data["copy_bytes_per_second"]
-    for engine in ["ours", "ours, compiled"] if args.compile else ["ours"]:
-        if engine == "ours, compiled":
-            model.compile()
-        for context in args.contexts:
-            measurements = [functools.partial(step_row, batch=batch) for batch in args.batches]
-            if args.memory or args.device != "cpu":
-                measurements.append(largest_batch_row)
-            for measure in measurements:
-                row = measure(model, cr, context, args=args, bandwidth=bandwidth)
-                tidy(args.device)
-                if row is not None:
-                    row = {"engine": engine, **row}
-                    show_step(row)
-                    results.add("steps", row)
+    for context in args.contexts:
+        measurements = [functools.partial(step_row, batch=batch) for batch in args.batches]
+        if args.memory or args.device != "cpu":
+            measurements.append(largest_batch_row)
+        for measure in measurements:
+            row = measure(model, cr, context, args=args, bandwidth=bandwidth)
+            tidy(args.device)
+            if row is not None:
+                row = {"engine": "ours", **row}
+                show_step(row)
+                results.add("steps", row)
 
 
 def parse():
@@ -283,7 +279,6 @@ def parse():
     add("--page-size", type=int, default=64, choices=[16, 32, 64, 128, 256])
     add("--steps", type=int, default=30 if gpu else 5)
     add("--memory", type=float, help="GB of cache to be filled with as many sequences as fit")
-    add("--compile", action=BooleanOptionalAction, default=gpu, help="also with torch.compile")
     add("--kernel-batches", type=int, nargs="*", default=[1, 8, 64])
     add("--kernel-bytes", type=int, default=2**30 if gpu else 2**27)
     add("--transformers", nargs="*", default=[], metavar="FILE", help="results to compare with")
@@ -308,8 +303,6 @@ def main():
             results.add("kernel", row)
     for cr in args.crs:
         measure_steps(cr, args, results)
-        if args.compile:
-            torch.compiler.reset()  # what was compiled for this model
         tidy(args.device)
     results.data["fits"] = compare(results.data["steps"], theirs)
     results.write()

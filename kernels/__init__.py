@@ -4,6 +4,8 @@ that equals it.
     pages.py               the pool of pages, and what every row holds in it
     cache_write.py         new tokens into the rows: plain, and one a row by Triton
     decode_attention.py    one query a row: plain, and by Triton
+    feed_token.py          what lies between a layer's products and its attention in a decode step,
+                           by Triton
     block.py               many queries a row: plain, and by Triton
     cpu.py                 one token and one query a row, by numba for a CPU
     choose.py              which of them a cache uses

@@ -14,8 +14,6 @@ Here, as in generate.py, a row is a sequence: its place in the cache's batch.
 import torch
 import torch.nn.functional as F
 
-from kernels import triton
-
 
 def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
     """Draw one token per row: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64.
@@ -112,9 +110,9 @@ class DecodeStep:
         on_gpu = cache.device.type == "cuda"
         self.inputs = torch.zeros(shape, dtype=torch.float64, pin_memory=on_gpu)
         self.buffer = torch.zeros(shape, dtype=torch.float64, device=cache.device)
-        # the plain functions wait for the GPU, so only Triton's can be captured
-        self.captures = cache.device.type == "cuda" and triton is not None
         self.layers = FusedLayers(model) if cache.kernels.feed_token else None
+        # the plain functions wait for the GPU, so only Triton's can be captured
+        self.captures = on_gpu and self.layers is not None
         self.graph = None
         self.table = None  # the page table that the last run used: the cache may replace it
 
