@@ -19,6 +19,7 @@ from checkpoint import InputError, check_ids, load_tokenizer, locked
 from dms import DMSConfig
 from generate import DecodeStep, Sequence, generate, sample
 from kernels import choose
+from kernels.decode_step import FusedLayers
 from kv_cache import KVCache
 from toy import tasks
 
@@ -76,6 +77,30 @@ def test_temperature_zero_is_greedy():
 def test_the_ends_of_the_unit_interval_draw_possible_tokens():
     logits = torch.tensor([[-1e30, 0.0, 1.0, -1e30]]).expand(2, -1)
     assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), temperature=1.0).tolist() == [1, 2]
+
+
+
+def test_joined_weights_stay_the_model_s():
+    """Products as one: the state dict is as it was, joining again copies nothing, and the model can
+    be trained afterwards."""
+    model = small_model(1, None, 0.5, model_type="qwen2")
+    model.requires_grad_()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    ids = torch.arange(8)[None]
+    expected = model(ids)
+    with torch.inference_mode():
+        first = FusedLayers(model).products
+        again = FusedLayers(model).products
+    for layer, of_layer in zip(first, again):
+        for joined, same in zip(layer, of_layer):
+            assert joined[0].data_ptr() == same[0].data_ptr()
+    assert first[0][0][1] is not None and first[0][1][1] is None  # qwen2 has biases on q, k and v
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    model(ids).sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.any()
+    torch.testing.assert_close(model(ids), expected)
 
 
 # ---------------------------------------------------------------------------- Continuous batching
