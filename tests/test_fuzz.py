@@ -52,6 +52,7 @@ def may_be_opened(path, folder):
         sys.base_prefix,
         Path(checkpoint.__file__).parent,
         Path(torch.__file__).parents[1],
+        os.devnull,  # where the process of the chat template writes its errors
         "/proc/sys/kernel/random/boot_id",  # by the hub client, for a base that looks like a hub id
     ]
     path = os.path.realpath(path)
