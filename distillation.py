@@ -223,7 +223,7 @@ class Distillation:
         high = trained
         while let_go(high) > most:
             low, high = high, high + 2 * (high - low)
-        for _ in range(8):
+        for _ in range(12):
             if let_go(high) >= least:
                 break
             middle = (low + high) / 2

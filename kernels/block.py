@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dms import decisions, visible
 from kernels import check_launch, tl, triton
 from kernels.cache_write import decide_newest, held, write_block
-from kernels.decode_attention import attend_to
 
 # not cuDNN, which spends up to half a second on a plan for every new shape
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -94,6 +93,8 @@ def attend_rows(q, k, v, evict, rows, pool, window, some):
 
 
 if triton is not None:
+    from kernels.decode_attention import attend_to
+
     FOREVER = tl.constexpr(2**31 - 1)
 
     @triton.jit(do_not_specialize=["T", "window", "table_stride"])
