@@ -2,7 +2,7 @@
 Hyper-scaling: more chains from the same budget. Hard arithmetic of the toy world, chains sampled at
 temperature 1, majority vote; dense beside DMS. After the paper's sections 4 and 5.
 
-    python experiments/hyperscaling.py                                     # 25 minutes on two cores
+    python experiments/hyperscaling.py                                     # 20 minutes on two cores
     python experiments/hyperscaling.py --steps 10 --ratios 8 --chains 4 --problems 2 --block 2
 
 A point is (limit of new tokens, W chains in parallel, compression). 32 chains are sampled once for
@@ -290,7 +290,7 @@ def main():
     p.add_argument("--chains", type=int, default=32, help="a power of two")
     p.add_argument("--limits", type=int, nargs="*", default=[170, 256], help="of new tokens")
     p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--problems", type=int, default=200)
+    p.add_argument("--problems", type=int, default=120)
     p.add_argument("--block", type=int, default=20, help="problems of one row")
     p.add_argument("--seeds", type=int, default=1)
     args = p.parse_args()
