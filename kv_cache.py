@@ -61,13 +61,15 @@ class Feed:
         N = len(self.new)
         T, D = k.shape[2:]
         feed = self.one_token if T == 1 else self.block
+        if logits is not None:  # None: nothing is evicted
+            logits = logits.reshape(N, T)
         y = feed(
             layer,
             self.rows.layer(layer),
             q.reshape(N, -1, T, D),
             k.reshape(N, T, D),
             v.reshape(N, T, D),
-            None if logits is None else logits.reshape(N, T),  # None: nothing is evicted
+            logits,
         )
         return y.view(q.shape)
 
@@ -75,7 +77,9 @@ class Feed:
         """Store, then attend: the new token is one of the pairs held."""
         pool = self.cache.pool
         kernels = self.cache.kernels
-        evict = torch.zeros_like(self.new, dtype=torch.bool) if logits is None else logits[:, 0] > 0
+        evict = torch.zeros_like(self.new, dtype=torch.bool)
+        if logits is not None:
+            evict = logits[:, 0] > 0
         q = q[:, :, 0]
         k = k[:, 0]
         kernels.cache_write(k, v[:, 0], evict, self.new, rows, pool, self.cache.shift)
@@ -232,8 +236,11 @@ class KVCache:
         length = self.rows.length[:, rows]
         new = count.repeat_interleave(self.kv_heads)
         needs_page = (length % self.page_size == 0) & (new > 0)
-        free = self.pool.free_count[0]
-        needed, free, longest = together(needs_page.sum(), free, self.rows.length.max())
+        needed, free, longest = together(
+            needs_page.sum(),
+            self.pool.free_count[0],
+            self.rows.length.max(),
+        )
         self.pool.check(needed, free)
         self.widen_tables(1, longest)
 
@@ -289,8 +296,11 @@ class KVCache:
 
     def ratio_and_free_pages(self):
         """(compression_ratio, the pages that are free), waiting for the GPU once."""
-        free = self.pool.free_count[0]
-        held, tokens, free = together(self.rows.length.sum(), self.seen.sum(), free)
+        held, tokens, free = together(
+            self.rows.length.sum(),
+            self.seen.sum(),
+            self.pool.free_count[0],
+        )
         pairs = self.ended_pairs + held
         dense_pairs = (self.ended_tokens + tokens) * self.layers * self.kv_heads
         return (dense_pairs / pairs if pairs else None), free
