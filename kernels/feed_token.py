@@ -5,9 +5,8 @@ One token into every row: what lies between a layer's products and its attention
     evict = scale * s - offset > 0             s from an adapter, or from a borrowed neuron
     k, v -> the cache                          as cache_write.py says
 
-It means what Attention.project and then cache_write_plain do, and is tested to equal them; sums are
-float32, what these round to the model's dtype is rounded here. Letters: those of decode_attention.py;
-Hq query heads, C hidden size.
+It means what Attention.project (model.py) and then cache_write_plain do, and is tested to equal
+them. Letters: those of decode_attention.py; Hq query heads, C hidden size.
 """
 
 import torch
