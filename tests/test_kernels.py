@@ -63,6 +63,13 @@ from model import Attention  # noqa: E402
 
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs a row's programs one after another, those without work, too."""
+    if INTERPRETED:
+        monkeypatch.setattr(attending, "splits_of", lambda rows: 3)
+
+
 @compiles
 @interprets
 def test_interpreter():
@@ -112,6 +119,7 @@ def test_many_splits(splits, monkeypatch):
     compare(arguments)
 
 
+@compiles
 @pytest.mark.parametrize("batch", [1, 8, 64])
 @pytest.mark.parametrize("context", [8192, 32768])
 def test_programs_have_work(batch, context):
@@ -256,7 +264,7 @@ KINDS = {
     "per layer": (DMSConfig(window=2, per="layer"), dict(num_key_value_heads=2, head_dim=12)),
     "neuron": (DMSConfig(window=2, source="neuron", scale=10), dict(num_key_value_heads=1)),
     "neuron per layer": (
-        DMSConfig(window=5, source="neuron", scale=10, per="layer"),
+        DMSConfig(window=1, source="neuron", scale=10, per="layer"),
         dict(num_key_value_heads=2),
     ),
     "switched off": (DMSConfig(source="neuron", disable_eviction=True), dict()),
