@@ -195,12 +195,14 @@ if triton is not None:
 
 def block_sizes(q):
     """(own, other, few): the tokens whose sums a program holds, and how many it takes at a time on
-    its walk, _by_queries and _by_keys: what compiles for A100 and H100 without spilling registers,
-    at D up to 128 in 16 bits. Hopper and the large Blackwells (9, 10) multiply from shared memory,
-    other GPUs from registers."""
+    its walk, _by_queries and _by_keys: what compiles without spilling registers, at D up to 128 in
+    16 bits, for H100 (9), B200 (10), and A100, which multiplies from registers as others do."""
     own = min(128, 32768 // (q.shape[2] * q.element_size()))
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
-    other = own // 2 if major in (9, 10) else own // 4
+    if major == 10:
+        own = min(own, 64)
+        return own, own, own
+    other = own // 2 if major == 9 else own // 4
     return own, max(other, 16), max(other // 2, 16)
 
 
