@@ -218,8 +218,8 @@ class Distillation:
         if let_go(low) < least:  # the target is not reached even so: leave it as it was trained
             settings.offset = trained
             return 1 / (1 - let_go(trained))
-        # The higher the offset, the less is let go: `low` lets go of enough or too much, `high`, once it
-        # has been found, of no more than `most`.
+        # The higher the offset, the less is let go: `low` lets go of enough or too much, `high`,
+        # once it has been found, of no more than `most`.
         high = trained
         while let_go(high) > most:
             low, high = high, high + 2 * (high - low)

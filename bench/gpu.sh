@@ -41,7 +41,7 @@ fi
 
 case $what in
 tests) run python -m pytest $tests tests/test_kernels.py tests/test_training_attention.py \
-    tests/test_generate.py 2>&1 | tee "$out/tests.txt" ;;
+    tests/test_generate.py > >(tee "$out/tests.txt") 2>&1 ;; # a pipe would lose the exit status
 decode) run python bench/decode.py $decode --out "$out/decode.json" ;;
 long)
     run python bench/retrofit_step.py $step --out "$out/retrofit-step.json"
