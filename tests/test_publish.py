@@ -202,12 +202,18 @@ def test_the_shipped_model_can_be_released(tmp_path, capsys):
 
 
 def test_the_card_says_what_it_is_what_came_out_and_how_it_was_made(tmp_path, capsys):
-    retrofitted(tmp_path, run_of(data="open-r1/OpenR1-Math-220k", steps=1234, lr=3e-5, seed=7))
+    run = run_of(data="open-r1/OpenR1-Math-220k", steps=1234, lr=3e-5, seed=7)
+    run["window_tokens"] = 55
+    run["results"]["DMS"]["accuracy"]["needles"] = 0.985
+    run["results"]["DMS"]["compression_ratio"] = 8.1
+    run["results"]["window"]["compression_ratio"] = 7.82
+    retrofitted(tmp_path, run)
     call(tmp_path / "adapters", tmp_path / "release", "--base", "owner/base", "--license", "apache-2.0")
     text = card_in(tmp_path / "release")
     assert ModelCard(text).data.to_dict() == {
         "base_model": "owner/base", "license": "apache-2.0", "tags": ["dms", "kv-cache-compression"]}
-    for row in ("dense            DMS 8x      window of 55", "needles                                99.5%",
+    for row in ("dense            DMS 8x      window of 55",
+                "needles                                99.5%             98.5%",
                 "compression ratio                       1.00              8.10              7.82",
                 "- `data`: `open-r1/OpenR1-Math-220k`", "- `steps`: `1234`", "- `lr`: `3e-05`",
                 "- `batch_size`: `4`", "- `seq_len`: `512`", "- `window`: `16`", "- `target_cr`: `8.0`",
