@@ -61,16 +61,11 @@ class Feed:
         N = len(self.new)
         T, D = k.shape[2:]
         feed = self.one_token if T == 1 else self.block
+        q_of_rows = q.reshape(N, -1, T, D)
+        kv = k.flatten(0, 1), v.flatten(0, 1)
         if logits is not None:  # None: nothing is evicted
             logits = logits.reshape(N, T)
-        y = feed(
-            layer,
-            self.rows.layer(layer),
-            q.reshape(N, -1, T, D),
-            k.reshape(N, T, D),
-            v.reshape(N, T, D),
-            logits,
-        )
+        y = feed(layer, self.rows.layer(layer), q_of_rows, *kv, logits)
         return y.view(q.shape)
 
     def one_token(self, layer, rows, q, k, v, logits):
@@ -118,9 +113,9 @@ class KVCache:
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None,
                  chunk=None, memory=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page, a power
-        of two. chunk: the most tokens computed at a time, at least 2. memory: bytes of the pool; None is what
-        the model's whole context takes without eviction, but at most 80 % of a GPU's free memory,
-        or of the machine's (whose pages take memory once they are written to)."""
+        of two. chunk: the most tokens computed at a time, at least 2. memory: bytes of the pool;
+        None is what the model's whole context takes without eviction, but at most 80 % of a GPU's
+        free memory, or of the machine's (whose pages take memory once they are written to)."""
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         self.page_size = page_size or (64 if config.head_dim >= 64 else 32)

@@ -246,8 +246,7 @@ def check(options):
     is_neuron = options.decision == "neuron"
     require(not is_neuron or options.train == "all",
             "--decision neuron has no adapters to train; add --train all")
-    fades = options.fade_steps > 0
-    require(not fades or is_neuron and not options.shard,
+    require(options.fade_steps == 0 or is_neuron and not options.shard,
             "--fade-steps is for --decision neuron, without --shard")
     world = torchrun_place()[1]
     require(options.batch_size % world == 0,

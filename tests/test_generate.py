@@ -251,6 +251,18 @@ def test_a_captured_step_never_outlives_its_tensors(monkeypatch):
     assert counts["replayed"] > 3 * counts["recorded"] > 10
 
 
+def test_only_kernels_that_never_wait_are_captured(monkeypatch):
+    """The plain functions, which a GPU without Triton gets, ask it for numbers."""
+    model = small_model(4, DMSConfig(window=3), 0.5)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, **_: zeros(*shape, dtype=dtype))
+    for kernels, captures in ((choose.PLAIN, False), (choose.TRITON, True)):
+        cache = KVCache(model.config, 1)
+        cache.device = torch.device("cuda")  # simulated
+        cache.kernels = kernels
+        assert DecodeStep(model, cache, {}).captures == captures
+
+
 def spy_on_feeding(model):
     """The list of how many tokens each call of the model is going to bring."""
     fed = []
@@ -647,7 +659,7 @@ def test_two_processes_do_not_write_to_one_file(tmp_path):
 
 
 def test_a_chat_turn_equals_the_whole_conversation_at_once(monkeypatch):
-    session = script.Session(script.parse(CHAT))
+    session = script.Session(script.parse([*CHAT, "--model", str(script.SHIPPED)]))
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(CONVERSATION)))
     model = session.model
     hidden = model.hidden

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Life, check_pages, held_by, random_dms, small_config, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dms
 from checkpoint import InputError
@@ -176,6 +178,54 @@ def test_a_block_reads_no_slot_that_is_not_in_use(scores, monkeypatch):
         assert int(length.min()) < 16 < int(length.max())  # rows of very different lengths, as one
         for b in range(3):
             check_last(model, logits[b], ids[b])
+
+
+class LargestTensor(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        if not function.is_view and not function._schema.is_mutable:
+            tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            self.bytes = max(self.bytes, *(x.untyped_storage().nbytes() for x in tensors), 0)
+        return result
+
+
+def test_the_work_of_a_long_prompt_fits_beside_a_small_pool(monkeypatch):
+    """On a small card the pool is most of the memory: masks and copies of a plain prefill do not
+    grow with the batch, nor much with what is held."""
+    monkeypatch.setitem(kernels_block.SCORES_AT_A_TIME, "cpu", 2**16)
+    sizes = dict(num_key_value_heads=4, max_position_embeddings=4096)
+    model = small_model(0, DMSConfig(window=16), 0.5, **sizes)
+    ids = torch.randint(0, 67, (4, 2048))
+    cache = KVCache(model.config, 4, chunk=64, memory=1200 * 32 * (2 * 8 * 4 + 5))
+    with torch.inference_mode(), LargestTensor() as largest:
+        model(ids, cache=cache, last_only=True)
+    entry = 8  # bytes, of an int64
+    all_rows = len(cache.rows.seen) * 64 * int(cache.rows.length.max()) * entry
+    pool = len(cache.pool) * cache.page_bytes
+    assert largest.bytes <= 2 * 2**16 * entry < pool < all_rows
+
+
+def test_a_block_is_not_given_to_cudnn(monkeypatch):
+    """It would spend up to half a second on a plan for each of the many shapes of a prefill."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    allowed = []
+
+    def spy(*arguments, **named):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*arguments, **named)
+
+    monkeypatch.setattr(kernels_block.F, "scaled_dot_product_attention", spy)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    model = small_model(0, DMSConfig(window=3))
+    model(torch.arange(20)[None], cache=KVCache(model.config, 1, chunk=8))
+    assert allowed == [False] * (3 * model.config.num_hidden_layers)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_pages_fall_with_compression_at_2048_tokens():
