@@ -143,14 +143,11 @@ def print_table(results, level, ratio, methods):
 
 
 def parse():
-    p = shared.arguments(__doc__, "accuracy.json")
-    p.add_argument("--problems", type=int, default=40, help="of each task, level and seed")
-    p.add_argument("--seeds", type=int, default=3)
+    p = shared.toy_arguments(__doc__, "accuracy.json", problems=40, seeds=3)
     p.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8, 12])
     p.add_argument("--levels", nargs="*", default=["easy", "hard"])
     p.add_argument("--longer", type=int, nargs="*", default=[640, 768, 1000],
                    help="tokens of the problems that only the dense model is asked")  # fmt: skip
-    p.add_argument("--steps", type=int, default=shared.STEPS, help="of the retrofits")
     return p.parse_args()
 
 

@@ -63,13 +63,10 @@ def add_point(results, part, window, steps, seed, problems):
 
 
 def main():
-    p = shared.arguments(__doc__, "delay.json")
+    p = shared.toy_arguments(__doc__, "delay.json", problems=200, seeds=1)
     p.add_argument("--windows", type=int, nargs="*", default=[0, 4, 16, 32, 48, 64])
-    p.add_argument("--steps", type=int, default=shared.STEPS, help="of the part `window`")
     p.add_argument("--samples", type=int, nargs="*", default=[50, 125, 250, 500], help="steps")
     p.add_argument("--sample-windows", type=int, nargs="*", default=[0, USUAL])
-    p.add_argument("--problems", type=int, default=200, help="of each task")
-    p.add_argument("--seeds", type=int, default=1)
     args = p.parse_args()
     results = shared.Results(args)
     for seed in range(args.seeds):

@@ -284,15 +284,12 @@ def draw(results, file):
 
 
 def main():
-    p = shared.arguments(__doc__, "hyperscaling.json")
+    p = shared.toy_arguments(__doc__, "hyperscaling.json", problems=120, seeds=1)
     p.add_argument("--ratios", type=int, nargs="*", default=[4, 8])
-    p.add_argument("--steps", type=int, default=shared.STEPS, help="of the retrofits")
     p.add_argument("--chains", type=int, default=32, help="a power of two")
     p.add_argument("--limits", type=int, nargs="*", default=[170, 256], help="of new tokens")
     p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--problems", type=int, default=120)
     p.add_argument("--block", type=int, default=20, help="problems of one row")
-    p.add_argument("--seeds", type=int, default=1)
     args = p.parse_args()
     if args.problems % args.block:
         p.error("--problems must be a multiple of --block")

@@ -80,12 +80,9 @@ def budget_of(results, length, seed):
 
 
 def main():
-    p = shared.arguments(__doc__, "needles.json")
+    p = shared.toy_arguments(__doc__, "needles.json", problems=30, seeds=3)
     p.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 768, 1024, 1536, 2048])
     p.add_argument("--depths", type=float, nargs="*", default=[0.0, 0.25, 0.5, 0.75, 1.0])
-    p.add_argument("--steps", type=int, default=shared.STEPS, help="of the retrofit")
-    p.add_argument("--problems", type=int, default=30, help="of each length and depth")
-    p.add_argument("--seeds", type=int, default=3)
     args = p.parse_args()
     results = shared.Results(args)
     for seed in range(args.seeds):

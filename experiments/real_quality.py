@@ -91,7 +91,7 @@ def measure(run, rows, references):
 
 def main():
     p = real_arguments(__doc__, "real-quality.json", crs=[2, 4, 8])
-    p.add_argument("--documents", type=int, default=32)
+    p.add_argument("--documents", type=int, default=16)
     args = p.parse_args()
     results = Results(args)
     rows = documents(load_tokenizer(MODEL), args.documents)

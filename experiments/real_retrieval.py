@@ -102,7 +102,7 @@ def main():
     p.add_argument("--kinds", nargs="+", default=["passkey", "needle"])
     p.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     p.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])
-    p.add_argument("--trials", type=int, default=2)
+    p.add_argument("--trials", type=int, default=1)
     args = p.parse_args()
     results = Results(args)
     tokenizer = load_tokenizer(MODEL)

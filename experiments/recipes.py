@@ -60,12 +60,9 @@ def retrofit_of(recipe, steps, fade_steps, seed):
 
 
 def main():
-    p = shared.arguments(__doc__, "recipes.json")
+    p = shared.toy_arguments(__doc__, "recipes.json", problems=200, seeds=1)
     p.add_argument("--recipes", nargs="*", choices=NAMES, default=NAMES)
-    p.add_argument("--steps", type=int, default=shared.STEPS, help="after those of fading")
     p.add_argument("--fade-steps", type=int, default=200, help="of a borrowed neuron")
-    p.add_argument("--problems", type=int, default=200, help="of each task")
-    p.add_argument("--seeds", type=int, default=1)
     args = p.parse_args()
     results = shared.Results(args)
     for seed in range(args.seeds):

@@ -43,6 +43,15 @@ def arguments(description, name):
     return p
 
 
+def toy_arguments(description, name, problems, seeds):
+    """The same, and what every experiment with retrofits of the toy takes; with default values."""
+    p = arguments(description, name)
+    p.add_argument("--steps", type=int, default=STEPS, help="of the retrofits")
+    p.add_argument("--problems", type=int, default=problems, help="of each kind and seed")
+    p.add_argument("--seeds", type=int, default=seeds)
+    return p
+
+
 class Results:
     """A results file: {"settings": ..., "machine": ..., "rows": [...]}, written row by row."""
 
