@@ -109,7 +109,7 @@ class Distillation:
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         trained = self.parameters.values()
         self.optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)
-        self.let_go = 0.0  # the fraction of its pairs that the last step let go
+        self.fraction_let_go = 0.0  # of its pairs, by the last step
 
     def step(self, step, ids, documents):
         """Step number `step`, on ids (B, T) and the lengths of each row's documents, the same in all
@@ -118,7 +118,7 @@ class Distillation:
         self.fade(step)
         cr = dms.scheduled_cr(step + 1 - options.fade_steps, options.steps, options.target_cr)
         sums = all_reduce(self.differentiate(step, ids, documents, cr))
-        kl, self.let_go = sums.tolist()
+        kl, self.fraction_let_go = sums.tolist()
         for parameter in self.parameters.values():
             if not is_spread(parameter.grad):  # FSDP has summed what it spreads
                 all_reduce(parameter.grad)
@@ -130,8 +130,8 @@ class Distillation:
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, steps, options.lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        compression = dms.compression_loss(torch.tensor(self.let_go), cr).item()
-        held = 1 - min(self.let_go, 1 - 1e-6)
+        compression = dms.compression_loss(torch.tensor(self.fraction_let_go), cr).item()
+        held = 1 - min(self.fraction_let_go, 1 - 1e-6)
         return {"step": step + 1, "kl": kl, "compression_loss": compression,
                 "target_cr": round(cr, 4), "cr": 1 / held, "grad_norm": norm}
 
@@ -141,10 +141,6 @@ class Distillation:
         rank, world = torchrun_place()
         tokens = sum(map(sum, documents))
         predictions = tokens - sum(map(len, documents))
-        # Whether the compression loss is clamped is judged by the step before, since it takes all
-        # rows to know; where it is not, its gradient is that of -fraction.
-        is_met = dms.compression_loss(torch.tensor(self.let_go), cr) == 0
-        weight = 0.0 if is_met else self.options.compression_weight
         sums = torch.zeros(2, device=self.student.device)
         mine = list(range(rank, len(ids), world))
         at_a_time = rows_at_a_time(ids.shape[1])
@@ -153,7 +149,11 @@ class Distillation:
             seeds = [f"{self.options.seed} {step} {row}" for row in rows]
             kl, let_go = self.compare(ids[rows], [documents[row] for row in rows], seeds)
             parts = torch.stack((kl / predictions, let_go / tokens))
-            (parts[0] - weight * parts[1]).backward()
+            # The fraction of the whole step is known only after its last row. So the compression
+            # loss is that of the step before, with the gradient of these rows.
+            fraction = self.fraction_let_go + (parts[1] - parts[1].detach())
+            compression = dms.compression_loss(fraction, cr)
+            (parts[0] + self.options.compression_weight * compression).backward()
             sums += parts.detach()
         return sums
 
@@ -165,7 +165,8 @@ class Distillation:
         ids = ids.to(student.device)
         packing = dms.Packing.of(documents, ids.shape[1], ids.device)
         with torch.no_grad(), sdpa_kernel(BACKENDS):
-            target = teacher.hidden(ids, dms.document_attention(documents), -packing.first)
+            # positions count from 0 in each document, so the row's first token is at -packing.first
+            target = teacher.hidden(ids, dms.document_attention(documents), start=-packing.first)
         states, let_go = self.student_states(ids, packing, seeds)
         heads = (student.lm_head.weight, teacher.lm_head.weight)
         reverse = self.options.reverse_kl
@@ -176,7 +177,7 @@ class Distillation:
         attention = choose_training_attention(ids.device)
         relaxed = dms.RelaxedAttention(self.student.config.dms, packing, attention, seeds)
         recompute = self.options.recompute or recomputes(ids.shape[1])
-        states = self.student.hidden(ids, relaxed, -packing.first, recompute)
+        states = self.student.hidden(ids, relaxed, start=-packing.first, recompute=recompute)
         return states, relaxed.pairs_let_go()
 
     def fade(self, step):
@@ -242,7 +243,7 @@ class Distillation:
         for name, parameter in self.parameters.items():
             for key, tensor in {"weight": parameter, **self.optimizer.state[parameter]}.items():
                 tensors[f"{key}.{name}"] = whole(tensor.detach()).cpu().contiguous()
-        notes = {"step": step, "place": place, "let_go": self.let_go}
+        notes = {"step": step, "place": place, "fraction_let_go": self.fraction_let_go}
         notes = {key: json.dumps(value) for key, value in notes.items()}
         if torchrun_place()[0] == 0:
             write_atomic(file, lambda temporary: save_file(tensors, temporary, notes))
@@ -260,6 +261,6 @@ class Distillation:
                 state["step"] = saved.get_tensor(f"step.{name}")
                 self.optimizer.state[parameter] = state
             notes = {key: json.loads(text) for key, text in saved.metadata().items()}
-            self.let_go = float(notes["let_go"])
+            self.fraction_let_go = float(notes["fraction_let_go"])
             place = notes["place"] and [int(number) for number in notes["place"]]
             return int(notes["step"]), place

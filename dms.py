@@ -122,7 +122,8 @@ def borrowed_score(q, kv_heads):
 
 def silence_borrowed(q, kv_heads, weight=0.0):
     """q (B, T, Hq, D) with the borrowed channels set to 0, so that they take no part in scores.
-    weight: what they still count while they are faded out."""
+    weight: by what they are multiplied while they are faded out; model.py does so up to three times,
+    where at last each of them is 0."""
     group = q.shape[2] // kv_heads
     borrowed = torch.zeros(q.shape[2:], dtype=torch.bool, device=q.device)  # (Hq, D)
     borrowed[::group, -1] = True
@@ -197,12 +198,12 @@ class RelaxedAttention:
     seeds: list | None  # a text for each row, of which its noise is; None: no noise, the hard rule
 
     def __post_init__(self):
-        self.let_go = {}  # layer -> (Hkv,): how many of this batch's pairs it let go
+        self.let_go_by_layer = {}  # layer -> (Hkv,): how many of this batch's pairs
 
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) float32 -> (B, Hq, T, D)."""
         noisy = self.noisy_decisions(layer, logits)
-        self.let_go[layer] = self.count_let_go(noisy)
+        self.let_go_by_layer[layer] = self.count_let_go(noisy)
         bias = F.logsigmoid(-noisy)  # log(1 - p), (B, Hkv, T)
         return self.biased_attention(q, k, v, bias, self.packing.first, self.dms.window)
 
@@ -220,7 +221,8 @@ class RelaxedAttention:
         """g1 - g2, which is logistic. It follows from a row's seed and the layer alone, so that the
         rows of a batch may be computed side by side, one by one, or by several processes."""
         generator = torch.Generator(logits.device)
-        uniform = torch.empty(logits.shape, device=logits.device)  # in this order in memory
+        # contiguous, as logits need not be: numbers are drawn in the order of memory
+        uniform = torch.empty(logits.shape, device=logits.device)
         for row, seed in zip(uniform, self.seeds):
             # 32 bits: a CPU's generator looks at no more
             digest = hashlib.blake2b(f"{seed} {layer}".encode(), digest_size=4).hexdigest()
@@ -242,7 +244,7 @@ class RelaxedAttention:
 
     def pairs_let_go(self):
         """The mean over layers and heads, a scalar with a gradient."""
-        return torch.stack([heads.mean() for heads in self.let_go.values()]).mean()
+        return torch.stack([heads.mean() for heads in self.let_go_by_layer.values()]).mean()
 
 
 def compression_loss(fraction_let_go, cr):
@@ -317,7 +319,8 @@ class SlicedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        of_student, *of_head = (gradient * x for x in ctx.saved_tensors)
+        of_student, *of_head = (gradient * x for x in ctx.saved_tensors)  # of a frozen head: none
+        # of student, teacher, keep, student_head, teacher_head, reverse, slice_size
         return of_student, None, None, *(of_head or [None]), None, None, None
 
 

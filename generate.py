@@ -90,15 +90,16 @@ class Scheduler:
         self.cache.check_model(self.model)
         check_sampling(self.sampling, "sampling")
         seen = self.cache.seen.tolist()  # tokens of each row
-        places = {s if s.row is None else s.row for s in self.sequences}
-        require(len(places) == len(self.sequences), "a sequence, or the row of one, is given twice")
+        rows = [sequence.row for sequence in self.sequences if sequence.row is not None]
+        require(len({*self.sequences}) == len(self.sequences) and len({*rows}) == len(rows),
+                "a sequence, or the row of one, is given twice")
         for sequence in self.sequences:
             require(sequence.max_new_tokens > len(sequence.new), "max_new_tokens allows no new token")
             check_ids(self.model.config, sequence.ids)
             require(sequence.row is None or seen[sequence.row] == sequence.fed,
                     "the cache does not hold what a sequence has fed")
         self.step = DecodeStep(self.model, self.cache, self.sampling)
-        self.free_rows = [row for row, n in enumerate(seen) if n == 0 and row not in places]
+        self.free_rows = [row for row, n in enumerate(seen) if n == 0 and row not in rows]
         self.running = []  # the youngest last
         # neighbours with the same tokens are a group, which is fed once and forked
         sequences = sorted(self.sequences, key=lambda s: s.row is None)  # those with a row first
@@ -166,10 +167,9 @@ class Scheduler:
         ids = torch.tensor([first.ids[first.fed :]], device=self.model.device)
         logits = self.model(ids, cache=self.cache, sequence=first.row, last_only=True)
         if len(group) > 1:
-            sources = list(range(self.cache.batch_size))
-            for sequence in group:
-                sources[sequence.row] = first.row
-            self.cache.select(sources)
+            rows = [sequence.row for sequence in group]
+            every = range(self.cache.batch_size)
+            self.cache.select([first.row if row in rows else row for row in every])
         return logits[:, -1]
 
     def put_back(self, sequences, problem):
@@ -433,25 +433,32 @@ def chat(session):
 ROW = '{"generated": {"line": '  # how each row of --out begins
 
 
+def answered_line(row, requests, problem):
+    """The line of --requests, {line: request}, that a row of --out answers. Raises InputError with
+    that problem if it answers none."""
+    require(row.startswith(ROW), problem)
+    request = parse_object(row, problem)
+    line = request.pop("generated")["line"]
+    # compared as texts, since NaN is not equal to itself
+    require(json.dumps(request) == json.dumps(requests.get(line)), problem)
+    return line
+
+
 def answered_lines(out, requests):
-    """The lines of --requests, {line: request}, that a file has answers for. A last row that was cut
-    as it was written is cut off. Raises InputError if the file holds anything else."""
+    """The lines of --requests that a file has answers for. A last row without its line's end is cut
+    off, and done again. Raises InputError if the file holds anything else."""
     problem = f"{out}: holds something else than whole answers to these requests; give another --out"
     *rows, cut = read_text(out, problem).split("\n")
     require(ROW.startswith(cut) or cut.startswith(ROW), problem)
-    with suppress(ValueError):
+    lines = {answered_line(row, requests, problem) for row in rows}
+    try:
         json.loads(cut)
-        rows.append(cut)  # whole, but for its line's end: looked at, and then cut off like others
-    lines = set()
-    for text in rows:
-        require(text.startswith(ROW), problem)
-        request = parse_object(text, problem)
-        line = request.pop("generated")["line"]
-        # compared as texts, since NaN is not equal to itself
-        require(json.dumps(request) == json.dumps(requests.get(line)), problem)
-        lines.add(line)
+    except ValueError:
+        pass  # nothing, or a part of a row
+    else:  # a whole row: it must be an answer, too, or the file is not ours
+        answered_line(cut, requests, problem)
     os.truncate(out, out.stat().st_size - len(cut.encode()))
-    return lines - {line} if cut in rows else lines
+    return lines
 
 
 def chains_of_request(session, request, line):
@@ -524,11 +531,11 @@ def one_prompt(session, prompt, check=None):
     chains = session.chains(ids, options.max_new_tokens, options.seed, show_now if options.n == 1 else None)
     session.finish(chains, release=not options.show_evictions)
     said = answer_of(chains)
-    verdict = f"answer {said['answer']}; {said['votes']} of {options.n} agree"
     if options.n > 1:
         print("".join(f"[{i}] {text}\n" for i, text in enumerate(said["texts"], 1)), end="")
     print(flush=True)
     if options.n > 1 or check:
+        verdict = f"answer {said['answer']}; {said['votes']} of {options.n} agree"
         print(f"[{check(said['texts']) if check else verdict}]", file=sys.stderr)
     if options.show_evictions:
         chain = chains[0]
@@ -560,7 +567,8 @@ def main(argv=None):
         from toy.tasks import question
 
         options.prompt, check = question(options.task, options.seed)
-        options.temperature = options.temperature if options.n > 1 else options.temperature or 0.0
+        if options.n == 1 and options.temperature is None:
+            options.temperature = 0.0
     require(options.prompt is None or options.prompt.strip(), "the prompt is empty; give some text")
     session = Session(options)
     if options.chat:

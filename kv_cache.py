@@ -113,7 +113,7 @@ class KVCache:
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None,
                  chunk=None, memory=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page, a power
-        of two. chunk: the most tokens computed at a time, at least 2. memory: bytes of the pool;
+        of two. chunk: the most tokens computed at a time; 1 counts as 2. memory: bytes of the pool;
         None is what the model's whole context takes without eviction, but at most 80 % of a GPU's
         free memory, or of the machine's (whose pages take memory once they are written to)."""
         self.device = torch.device(device)
@@ -121,8 +121,8 @@ class KVCache:
         self.page_size = page_size or (64 if config.head_dim >= 64 else 32)
         self.chunk = max(chunk or (2048 if on_gpu else 512), 2)
         require(self.page_size.bit_count() == 1, "page_size must be a power of two")
-        least = min(batch_size, chunk or 1, 1 if memory is None else memory)
-        require(least > 0, "batch_size and chunk must be at least 1, memory above 0")
+        require(batch_size > 0 and (chunk or 1) > 0 and (memory is None or memory > 0),
+                "batch_size and chunk must be at least 1, memory above 0")
         self.config = replace(config, dms=copy.copy(config.dms))  # as it is now
         self.layers = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
@@ -197,9 +197,11 @@ class KVCache:
 
         count: (B,) int64, how many of the T are real in each sequence; sequence: the tokens are
         this one's alone. reserve=False: the caller has called `reserve` already. of: (B,) int64, the
-        tokens of a longer input, of which these are a piece. Raises CacheFull: for T = 1, which may
-        only be the first piece, before anything has changed. Whatever else is raised, or later,
-        finds the piece stored in half of the layers: all sequences of the input are released.
+        tokens of a longer input, of which these are a piece.
+
+        Raises CacheFull. For T = 1, which may only be the first piece, nothing has changed then.
+        For T > 1 some layers have stored the piece and others have not, as after anything that is
+        raised within the block: the sequences that it is for are released, with all that they held.
         """
         sequences = range(self.batch_size) if sequence is None else [sequence]
         rows = slice(sequences[0] * self.kv_heads, (sequences[-1] + 1) * self.kv_heads)
@@ -301,10 +303,11 @@ class KVCache:
         return (dense_pairs / pairs if pairs else None), free
 
     def stats(self):
-        """tokens: fed to the sequences held now; pairs: held now; dense_pairs: what a dense cache
-        would hold; compression_ratio: of all tokens so far; peak_pairs: the most held at once;
-        reads: pairs attended to, summed over steps, a block counting as one; pages, page_bytes,
-        peak_page_bytes: in use, now and at most; pool_bytes: of all pages; *_per_head: [L][Hkv]."""
+        """Of the sequences held now: tokens, fed to them; pairs, held; dense_pairs, what a dense
+        cache would hold; pages and page_bytes, in use; pairs_per_head, [L][Hkv].
+        Of all so far, ended ones, too: compression_ratio; peak_pairs, the most held at once;
+        peak_page_bytes; reads, pairs attended to, summed over steps, a block counting as one;
+        reads_per_head, [L][Hkv]. Of the pool: pool_bytes."""
         tokens = int(self.seen.sum())
         pages = len(self.pool) - int(self.pool.free_count)
         by_head = self.rows.length.view(self.layers, -1, self.kv_heads).sum(1)

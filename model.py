@@ -180,7 +180,7 @@ class Attention(nn.Module):
         # a borrowed channel is no part of the query, whether anything is evicted or not
         neuron = config.dms is not None and config.dms.source == "neuron"
         q = self.q_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hq, D)
-        if neuron and config.dms.borrowed_weight > 0:  # faded out, as if by its weights
+        if neuron and config.dms.borrowed_weight > 0:  # faded out, as if the projection's weights were
             q = dms.silence_borrowed(q, Hkv, config.dms.borrowed_weight)
         k = self.k_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hkv, D)
         v = self.v_proj(x).unflatten(2, (-1, config.head_dim))
@@ -342,7 +342,8 @@ class Model(nn.Module):
         lengths = cache.check_lengths(*ids.shape, lengths, sequence)
         states = []
         left = lengths
-        # the first piece is the odd one: cache.append says why
+        # The first piece is the odd one, so that only it can be a single token: what does not fit
+        # of such a one is found before anything has changed.
         whole, odd = divmod(ids.shape[1] - 1, cache.chunk)
         with torch.inference_mode():
             for piece in ids.split([odd + 1, *[cache.chunk] * whole], dim=1):

@@ -156,8 +156,8 @@ def check_data(options, data, vocab_size):
     last_id = int(ids.max())
     require(last_id < vocab_size, f"the model has no token {last_id}, the data has")
     lengths = [n for row in documents for n in row]
-    window = options.window + 1
-    most = sum(lengths) / sum(min(n, window) for n in lengths)  # with nothing kept for good
+    # with nothing kept for good
+    most = sum(lengths) / sum(min(n, options.window + 1) for n in lengths)
     require(most >= options.target_cr, f"target CR {options.target_cr:g} is impossible: the documents "
             f"are so short that the window alone holds 1 / {most:.1f} of them; use longer ones, a "
             "smaller --window or --target-cr, or --pack-across")
@@ -181,19 +181,18 @@ def begin_folder(options, out, done):
 
 def write_checkpoint(run, options, out):
     """Adapters with the name of their base, or all weights."""
-    student = run.student
     if options.shard:  # its weights lie in pieces: they are made anew from the last state
-        offset = student.config.dms.offset
+        offset = run.student.config.dms.offset
         options = replace(options, shard=False, device="cpu")
         run = Distillation(*load_pair(options), options)
         run.load(out / "state.safetensors")
-        student = run.student
-        student.config.dms.offset = offset
+        run.student.config.dms.offset = offset
     if options.train == "adapters":
-        save_model(student, out, torch.float32, base=options.model)
+        save_model(run.student, out, torch.float32, base=options.model)
     else:
         # half precision, as published models have it; what was trained is float32
-        save_model(student, out, torch.float16 if options.dtype == "float16" else torch.bfloat16)
+        dtype = torch.float16 if options.dtype == "float16" else torch.bfloat16
+        save_model(run.student, out, dtype)
 
 
 # -------------------------------------------------------------------------------------- The script

@@ -222,7 +222,7 @@ def main():
     p = arguments(__doc__, "dmc.json")
     p.add_argument("--steps", type=int, default=500)
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
-    p.add_argument("--problems", type=int, default=500, help="of each task")
+    p.add_argument("--problems", type=int, default=200, help="of each task")
     p.add_argument("--batch", type=int, default=100)
     p.add_argument("--dms", default=str(ROOT / "toy" / "retrofitted"), help="its folder")
     args = p.parse_args()

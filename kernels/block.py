@@ -29,7 +29,7 @@ def append_block(q, k, v, logits, new, rows, pool, window, shift, attention):
     q: (N, G, T, D); k, v: (N, T, D), the pool's dtype; logits: (N, T), computed at these tokens
     about those `shift`, 0 or 1, before them, None if nothing is ever evicted; new: (N,) int64, how
     many of the T are real; attention: block_attention or its plain twin. Returns (N, G, T, D).
-    `seen` is left as it is. Raises CacheFull, before anything is stored.
+    `seen` is left as it is. Raises CacheFull, before any pair is stored.
     """
     evict = None
     if logits is not None:
@@ -123,11 +123,11 @@ if triton is not None:
         total = tl.zeros((QUERIES,), tl.float32)
         out = tl.zeros((QUERIES, WIDTH), tl.float32)
         end = tl.minimum(tl.max(token, 0) + 1, new)  # of what the block's tokens see of the new ones
-        held = tl.where(tl.min(token, 0) < new, tl.load(length_ptr + row).to(tl.int32), 0)
+        length = tl.where(tl.min(token, 0) < new, tl.load(length_ptr + row).to(tl.int32), 0)
         table_ptr += row * table_stride
-        for start in range(0, held, KEYS):
+        for start in range(0, length, KEYS):
             slot = start + t
-            is_held = slot < held
+            is_held = slot < length
             page = tl.load(table_ptr + slot // PAGE, mask=is_held, other=0).to(tl.int64)
             where = page * PAGE + slot % PAGE
             mask = is_held[:, None] & (d < D)[None, :]
@@ -136,6 +136,7 @@ if triton is not None:
             sees = is_held[None, :]
             if EVICTS:
                 evicted = tl.load(evicted_ptr + where, mask=is_held, other=0).to(tl.int1)
+                # the last of the block's tokens that may see it
                 until = tl.load(position_ptr + where, mask=is_held, other=0) + window - seen
                 until = tl.where(evicted, until, FOREVER)
                 sees = sees & (token[:, None] <= until[None, :])
@@ -176,16 +177,16 @@ def block_attention(q, k, v, evict, new, rows, pool, window):
         q, k, v, keys, values = (x.float() for x in (q, k, v, keys, values))
     q, k, v = (x.contiguous() for x in (q, k, v))
     decided = new if evict is None else evict.contiguous()  # new, where none is read
-    held = (rows.seen, rows.length)
+    lengths = (rows.seen, rows.length)
     slots = (keys, values, pool.position, pool.evicted)
-    check_launch("block_attention", q, k, v, decided, new, *held, *slots)
+    check_launch("block_attention", q, k, v, decided, new, *lengths, *slots)
     N, G, T, D = q.shape
     assert D <= 256, f"block_attention: {D=} is not covered"
     width = max(triton.next_power_of_2(D), 16)
     queries, keys_at_a_time = block_sizes(q, width)
     y = torch.empty_like(q)
     _attend_block[triton.cdiv(T * G, queries), N](
-        q, k, v, decided, new, *held, rows.table, *slots, y, T, window,
+        q, k, v, decided, new, *lengths, rows.table, *slots, y, T, window,
         D**-0.5 * math.log2(math.e), rows.table.stride(0), G=G, D=D, WIDTH=width,
         PAGE=keys.shape[1], EVICTS=evict is not None, QUERIES=queries,
         KEYS=keys_at_a_time, num_warps=8, num_stages=3)

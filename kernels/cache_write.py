@@ -39,7 +39,7 @@ def add_pages(rows, pool, length):
     need = -(-length // page_size) - have
     row = torch.arange(len(need), device=need.device).repeat_interleave(need)  # one for each page
     pages = pool.take(len(row))
-    first = (need.cumsum(0) - need)[row]  # the index in `pages` of the first page of that row
+    first = (need.cumsum(0) - need)[row]  # exclusive sum: the index in `pages` of that row's first
     ordinal = torch.arange(len(row), device=need.device) - first
     rows.table[row, have[row] + ordinal] = pages
 
@@ -136,7 +136,7 @@ if triton is not None:
         # the token that leaves the window: its slot, and whether it was evicted
         leaves = t >= W
         oldest = tl.load(ring_ptr + t % W, mask=leaves, other=0).to(tl.int64)
-        page = tl.load(table_ptr + oldest // PAGE, mask=leaves, other=0).to(tl.int64)
+        page = tl.load(table_ptr + oldest // PAGE, mask=leaves, other=0).to(tl.int64)  # if reused
         free = tl.load(evicted_ptr + page * PAGE + oldest % PAGE, mask=leaves, other=0)
         reuse = free.to(tl.int1) & leaves
         if SHIFT and W == 1:  # the token that leaves is the one that is decided now

@@ -89,7 +89,7 @@ if numba is not None:
 
     try:
         keep = dict(cache=True)  # what is compiled, for the next process
-        numba.njit(can_read, **keep)
+        numba.njit(can_read, **keep)  # compiles nothing: only looks for a folder
     except RuntimeError:  # there is no folder that can be written to
         keep = {}
     # sums in any order, so that they are made side by side; NaN and infinity stay what they are

@@ -98,7 +98,8 @@ class FusedLayers:
 
 
 class DecodeStep:
-    """The step of a Model over a KVCache. sampling: the arguments of `sample`."""
+    """The step of a Model over a KVCache. sampling: the arguments of `sample`. With Triton's kernels
+    it joins the model's weights (FusedLayers), which stay usable as they were."""
 
     def __init__(self, model, cache, sampling):
         self.model = model
@@ -124,6 +125,7 @@ class DecodeStep:
         self.inputs.copy_(torch.tensor(values, dtype=torch.float64))
         self.buffer.copy_(self.inputs, non_blocking=True)
         self.cache.reserve(self.buffer[:, 2].long())
+        # run on new tensors, then captured on the same ones, then replayed, until they are replaced
         if not self.captures or self.table is not self.cache.rows.table:
             self.table = self.cache.rows.table
             self.graph = None

@@ -118,6 +118,7 @@ if triton is not None:
             norm = tl.zeros((QUERIES,), tl.float32)
             top = norm - 1e30
         begin = tl.load(first_ptr + start)
+        # up to `edge` all queries see a block of keys by the bias; from there on some may not
         edge = begin + tl.maximum(start - window - begin, 0) // KEYS * KEYS
         end = tl.minimum(start + QUERIES, N)
         for BAND in tl.static_range(2):
@@ -235,6 +236,7 @@ class Kernels(torch.autograd.Function):
         dq, dk, dv, dbias, delta = (torch.empty_like(x) for x in (q, k, v, bias, lse))
         _by_queries[ctx.blocks, len(lse)](
             *ctx.saved_tensors, dy, delta, dq, *ctx.settings, **ctx.by_queries, BACKWARD=True)
+        # of each token, where its document ends: after the last token with the same `first`
         end = torch.searchsorted(first, first, right=True, out_int32=True)
         _by_keys[ctx.blocks, len(bias)](
             q, k, v, bias, end, lse, dy, delta, dk, dv, dbias, *ctx.settings, **ctx.by_keys)

@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_naive_loss(train, case, monkeypatch):
     kl = dms.distillation_loss
     monkeypatch.setattr(dms, "distillation_loss", lambda *given: kl(*given, slice_size=13))
     monkeypatch.setattr("distillation.rows_at_a_time", lambda seq_len: case + 1)
-    run.let_go = 0.0
+    run.fraction_let_go = 0.0
     run.differentiate(5, ids, documents, cr=4.0)
     found = {name: p.grad.clone() for name, p in run.parameters.items() if p.grad is not None}
     student.zero_grad()
@@ -113,7 +113,7 @@ def test_the_compression_loss_pulls_only_while_the_step_before_missed_its_target
     ids = torch.randint(0, 67, (4, 40))
     gradients = []
     for let_go in (0.0, 0.74, 0.76):
-        run.let_go = let_go
+        run.fraction_let_go = let_go
         student.zero_grad()
         run.differentiate(0, ids, [[40]] * 4, cr=4.0)
         gradients.append(torch.cat([p.grad.flatten() for p in run.parameters.values()]))
@@ -121,7 +121,7 @@ def test_the_compression_loss_pulls_only_while_the_step_before_missed_its_target
     assert not torch.allclose(gradients[0], gradients[2])
     run.options.compression_weight = 0.0
     student.zero_grad()
-    run.let_go = 0.0
+    run.fraction_let_go = 0.0
     run.differentiate(0, ids, [[40]] * 4, cr=4.0)
     alone = torch.cat([p.grad.flatten() for p in run.parameters.values()])
     assert torch.equal(alone, gradients[2])
