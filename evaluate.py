@@ -9,10 +9,12 @@ import platform
 from pathlib import Path
 
 import torch
+from torch.nn.attention import sdpa_kernel
 
 import dms
 from checkpoint import load_model, read_lines, require, write_json
 from distillation import settling_rows
+from kernels.block import BACKENDS
 from kv_cache import KVCache
 
 TABLE = {"kl": "KL to the teacher, nats", "peak_pairs": "peak pairs held",
@@ -35,8 +37,9 @@ def kl_on_text(model, reference, data, rows):
         for document in row[: sum(lengths)].split(lengths):
             n = len(document)
             states = model.states(document[None], cache)
-            target = reference.hidden(document[None], dms.document_attention([[n]]))
-            predicts = torch.arange(n)[None] < n - 1
+            with sdpa_kernel(BACKENDS):
+                target = reference.hidden(document[None], dms.document_attention([[n]]))
+            predicts = torch.arange(n, device=model.device)[None] < n - 1
             heads = (model.lm_head.weight, reference.lm_head.weight)
             nats += dms.distillation_loss(states, target, *heads, predicts).item()
             tokens += n - 1

@@ -40,8 +40,11 @@ else
 fi
 
 case $what in
-tests) run python -m pytest $tests tests/test_kernels.py tests/test_training_attention.py \
-    tests/test_generate.py > >(tee "$out/tests.txt") 2>&1 ;; # a pipe would lose the exit status
+tests)
+    run python -m pytest $tests tests/test_kernels.py tests/test_training_attention.py \
+        tests/test_generate.py > "$out/tests.txt" 2>&1
+    tail -n 100 "$out/tests.txt"
+    ;;
 decode) run python bench/decode.py $decode --out "$out/decode.json" ;;
 long)
     run python bench/retrofit_step.py $step --out "$out/retrofit-step.json"

@@ -14,12 +14,14 @@ import resource
 
 import torch
 from common import Results, arguments, model_config, random_model, seconds_of, tidy
+from torch.nn.attention import sdpa_kernel
 
 import dms
 import estimate
 import retrofit
 from checkpoint import choose_device, run_script
 from distillation import Distillation
+from kernels.block import BACKENDS
 
 TOKENS_TO_8X = 1000 * 8 * 8192  # of retrofit.py's defaults on a GPU, and of NVIDIA's recipe
 
@@ -43,7 +45,7 @@ def parts_of(run, ids, documents, device):
     dense = dms.document_attention(documents)
 
     def teacher():
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_kernel(BACKENDS):
             run.teacher.hidden(ids, dense, -packing.first)
 
     return {
@@ -93,7 +95,11 @@ def main():
     results = Results(args, matmul_tflops=rate / 1e12)
     print(f"large products: {rate / 1e12:.2f} TFLOP/s")
     for T in args.lengths:
-        row = length_row(T, config, rate, args)
+        try:
+            row = length_row(T, config, rate, args)
+        except torch.OutOfMemoryError:
+            print(f"{T} tokens: no memory", flush=True)
+            continue
         results.add("rows", row)
         print(f"{T} tokens: {row['ms_a_token']:.3f} ms a token ({row['teacher_seconds']:.2f} s teacher, "
               f"{row['student_seconds']:.2f} s student, {row['step_seconds']:.2f} s step), "

@@ -486,7 +486,8 @@ def run(*arguments, stdin=None, cwd=ROOT, **environment):
     environment = {key: str(value) for key, value in environment.items()}
     given = dict(input=stdin) if stdin is not None else dict(stdin=subprocess.DEVNULL)
     return subprocess.run(
-        [sys.executable, str(ROOT / "generate.py"), *arguments],
+        # float32: on a GPU, too, texts must not depend on what runs beside them
+        [sys.executable, str(ROOT / "generate.py"), "--dtype", "float32", *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,

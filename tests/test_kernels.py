@@ -340,7 +340,8 @@ def test_launches_of_a_layer():
         cache.kernels = choose.Kernels(*map(counted, choose.TRITON))
         fused = FusedLayers(model)
         calls = []
-        with torch.inference_mode(), cache.append(torch.ones(2).long(), 1) as feed, Count():
+        one_each = torch.ones(2, dtype=torch.int64, device=DEVICE)
+        with torch.inference_mode(), cache.append(one_each, 1) as feed, Count():
             fused.hidden(torch.tensor([3, 5], device=DEVICE), feed)
         per_layer.append(len(calls))
     assert "rms_norm" in calls and "feed_token" in calls
