@@ -7,7 +7,7 @@ window, and its comparison with immediate eviction by training steps.
 
 Two parts, at 8x on the toy world, retrofits by retrofit.py's own defaults but for what is said:
 
-window    windows of 0 (immediate eviction) to 48 tokens. What retrofit.py refuses, as the window
+window    windows of 0 (immediate eviction) to 32 tokens. What retrofit.py refuses, as the window
           alone would hold more than 1/8 of a text, is a row with its reason in place of numbers.
 samples   accuracy against training steps, with a window of 16 and with immediate eviction. Every
           point is a retrofit of its own, whose schedule reaches 8x after 70 % of its steps.
@@ -64,7 +64,7 @@ def add_point(results, part, window, steps, seed, problems):
 
 def main():
     p = shared.toy_arguments(__doc__, "delay.json", problems=200, seeds=1)
-    p.add_argument("--windows", type=int, nargs="*", default=[0, 4, 16, 32, 48, 64])
+    p.add_argument("--windows", type=int, nargs="*", default=[0, 4, 16, 32, 64])
     p.add_argument("--samples", type=int, nargs="*", default=[50, 125, 250, 500], help="steps")
     p.add_argument("--sample-windows", type=int, nargs="*", default=[0, USUAL])
     args = p.parse_args()
