@@ -1,5 +1,5 @@
 """
-The two pictures of the README, from results/accuracy.json and results/real-quality.json.
+Pictures of accuracy.json and real-quality.json, methods beside each other.
 
     python experiments/plots.py        # accuracy.png, real-quality.png beside them
 """
