@@ -23,6 +23,11 @@ except ImportError:  # it has no wheel for this platform; the plain functions ne
     triton = tl = None
 
 
+def capability(tensor):
+    """The major compute capability of a tensor's GPU; H100's, 9, where there is none."""
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
+
+
 def check_launch(name, *tensors):
     """What every Triton launcher needs: Triton, and contiguous tensors on the current GPU or, under
     TRITON_INTERPRET=1, on the CPU. The cache sees to it; a failure is a bug of ours."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dms import decisions, visible
-from kernels import check_launch, tl, triton
+from kernels import capability, check_launch, tl, triton
 from kernels.cache_write import decide_newest, held, write_block
 
 # not cuDNN, which spends up to half a second on a plan for every new shape
@@ -159,10 +159,11 @@ if triton is not None:
 
 def block_sizes(q, width):
     """(queries, keys) that a program takes at a time, for heads of a width, a power of two: what
-    compiles for A100 and H100 without spilling registers, up to 128 in 16 bits."""
+    compiles for A100 and H100 without spilling registers, up to 128 in 16 bits, 64 in float32."""
+    if q.is_cuda and q.dtype == torch.float32:  # whose products are made in registers
+        return max(2048 // width, 32), 32
     most = max(min(128, 32768 // (width * q.element_size())), 16)
-    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
-    if major in (9, 10):  # they multiply from shared memory, others from registers
+    if capability(q) in (9, 10):  # they multiply from shared memory, others from registers
         return most, max(most // 2, 16)
     return min(most, 64), min(most, 64)
 

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import check_launch, tl, triton
+from kernels import capability, check_launch, tl, triton
 
 KEEPS_SCORES = 1024  # longer sequences compute their scores again in backward
 
@@ -197,9 +197,11 @@ if triton is not None:
 def block_sizes(q):
     """(own, other, few): the tokens whose sums a program holds, and how many it takes at a time on
     its walk, _by_queries and _by_keys: what compiles without spilling registers, at D up to 128 in
-    16 bits, for H100 (9), B200 (10), and A100, which multiplies from registers as others do."""
+    16 bits and 64 in float32, for H100 (9), B200 (10), and A100, which multiplies from registers as others do."""
+    if q.is_cuda and q.dtype == torch.float32:  # whose products are made in registers
+        return max(2048 // q.shape[2], 32), 32, 16
     own = min(128, 32768 // (q.shape[2] * q.element_size()))
-    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
+    major = capability(q)
     if major == 10:
         own = min(own, 64)
         return own, own, own

@@ -460,6 +460,21 @@ def test_block_attention_compiles(arch, evicts, monkeypatch):
 
 
 @compiles
+@pytest.mark.parametrize("D", [32, 64])
+def test_block_attention_compiles_in_float32(D, monkeypatch):
+    """For small heads, as the toy's: no spills on an H100."""
+    monkeypatch.setattr(block, "block_sizes", lambda *sizes: (2048 // D, 32))
+    rows = Rows.empty(1, 4, 17, "meta").layer(0)
+    rows.table = pointer(4, 128, dtype=torch.int32)
+    pool = PagePool(100_000, 32, D, torch.float32, "meta")
+    k = pointer(4, 2048, D, dtype=torch.float32)
+    new = pointer(4, dtype=torch.int64)
+    arguments = (block_attention, k[:, None], k, k, pointer(4, 2048, dtype=torch.bool))
+    calls = launched(block, *arguments, new, rows, pool, 16)["_attend_block"]
+    check_no_spills(compiled(block._attend_block, *calls[0], 90))
+
+
+@compiles
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("source", ["adapter", "neuron"])
 def test_feed_token_compiles(arch, source):
