@@ -39,7 +39,7 @@ ROLES = {"human": "user", "gpt": "assistant"}  # where ShareGPT has words of its
 REMEDY = "check name and network, or give a local file"
 # with thinking; and not with the date of the day, by which Llama 3's would change
 TEMPLATE = dict(enable_thinking=True, date_string="26 Jul 2024")
-HELD_OUT = 50  # one document in so many
+HELD_OUT = 50  # one row in so many
 NAMED = 20  # rows that are skipped
 MISSES = 1000  # rows on end without a usable document, after which there is no hope
 
@@ -66,6 +66,11 @@ def document_of(row):
         if "response" in row:
             return exchange(row["prompt"], row["response"])
         return row["text"]
+
+
+def is_held_out(number):
+    """Is a row of a file, by its number, for measuring, not for training?"""
+    return number % HELD_OUT == 1
 
 
 def in_our_words(turn):
@@ -262,7 +267,7 @@ class TextData:
                 if not held_out:
                     groups = shuffled(groups, f"{key} {f}")
                     groups = [shuffled(group, f"{key} {f} {group}") for group in groups]
-                numbers = [n for group in groups for n in group if (n % HELD_OUT == 1) == held_out]
+                numbers = [n for group in groups for n in group if is_held_out(n) == held_out]
                 for r in range(begin, len(numbers)):
                     ids = self.encode(*read(numbers[r]))
                     misses = 0 if ids else misses + 1

@@ -15,6 +15,10 @@ from kernels.pages import free_memory
 from kernels.training_attention import KEEPS_SCORES
 from model import Model
 
+# measured
+DECISION_NUMBERS = 22  # float32, of a token and KV head: logits, noise, decisions, their gradients
+LOGIT_BYTES = {4: 22, 2: 28}  # of a token and word, in the KL, by the itemsize of the weights
+
 
 def rows_at_a_time(seq_len):
     """How many of a step's sequences are taken through the model side by side."""
@@ -51,8 +55,8 @@ def step_memory(config, options, seq_len, world):
     inner = config.intermediate_size
     q_and_y = 2 * config.num_attention_heads * config.head_dim
     k_and_v = 2 * config.num_key_value_heads * config.head_dim
-    # a token's input of a layer, q, k, v and y; logits, noise, decisions: some 22 numbers a head
-    kept = (C + q_and_y + k_and_v) * itemsize + 4 * 22 * config.num_key_value_heads
+    # a token's input of a layer, q, k, v and y; and what decisions are made of
+    kept = (C + q_and_y + k_and_v) * itemsize + 4 * DECISION_NUMBERS * config.num_key_value_heads
     # the MLP of one block, computed again, and its gradients: measured
     inside = (6 * inner + 4 * C) * itemsize
     if not (options.recompute or recomputes(seq_len)):
@@ -61,8 +65,7 @@ def step_memory(config, options, seq_len, world):
         inside = 2 * inner * itemsize
     if options.device == "cpu" and seq_len <= KEEPS_SCORES:  # a query's scores: half the keys
         kept += 4 * config.num_attention_heads * (seq_len + 128) / 2
-    per_logit = 22 if itemsize == 4 else 28  # 5.5 or 7 times float32
-    logits = per_logit * min(KL_SLICE, tokens) * config.vocab_size
+    logits = LOGIT_BYTES[itemsize] * min(KL_SLICE, tokens) * config.vocab_size
     logits += trains_all * 2 * 4 * config.vocab_size * C  # the head's gradient: of a slice, of all
     return {"weights": weights / (world if options.shard else 1),
             "adapters": 16 * adapters,

@@ -122,9 +122,9 @@ def publish(options, stack):
     config = model.config
     require(config.dms, f"{options.model}: is a dense model; retrofit it, or give its --adapter")
     folder = resolve(options.model)
-    stated = checked(read_json(folder / "config.json"), "dms_base_model", str, folder)
+    named_base = checked(read_json(folder / "config.json"), "dms_base_model", str, folder)
     # what the adapters belong to; None where the folder has weights of its own for everything
-    adapted = options.model if options.adapter else stated
+    adapted = options.model if options.adapter else named_base
     is_whole = options.merge or adapted is None
     require(adapted or not options.merge, f"{folder}: is whole as it is; leave out --merge")
     require(config.dms.shift == 1 or not options.merge,

@@ -47,7 +47,7 @@ const paint = (element, share) => {
 };
 
 function show(chosen) {  // the number of a head, or -1 for all of them
-  const held = new Set(heads[chosen]);
+  const held = new Set(heads[chosen] ?? []);
   tokens.forEach((token, position) => {
     const share = chosen < 0 ? holders[position] / heads.length : Number(held.has(position));
     paint(token, share);
