@@ -111,11 +111,10 @@ def config_of(model):
 # ---------------------------------------------------------------------------------------- Training
 
 
-def train(options, out):
+def train(options, data, out):
     """Run the steps that are still to do and write the checkpoint into `out`. Nothing is written
     before the model and the data have been loaded and checked."""
     is_first = torchrun_place()[0] == 0
-    data = make_data(options)
     options.data_revision = getattr(data, "revision", None)  # what a resumed run goes on with
     run = Distillation(*load_pair(options), options)
     check_data(options, data, run.student.config.vocab_size)
@@ -268,10 +267,11 @@ def main(argv=None):
     out = Path(options.out)
     begin = time.time()
     with locked(out) if rank == 0 else nullcontext():
+        data = make_data(options)
         if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
             # the fastest products: on a GPU TF32, on most CPUs float32 by oneDNN
             torch.set_float32_matmul_precision("medium")
-            train(options, out)
+            train(options, data, out)
             torch.set_float32_matmul_precision("highest")
         if world > 1:
             distributed.destroy_process_group()
@@ -279,7 +279,7 @@ def main(argv=None):
             print(f"{out}: checkpoint written, {time.time() - begin:.0f} s")
             problem = f"{out}: is written, but there is no memory to measure it"
             with refusing(problem, torch.OutOfMemoryError):
-                evaluate(make_data(options), options, out)
+                evaluate(data, options, out)
             print(f"\n{out / 'results.json'}: written, {time.time() - begin:.0f} s in all")
 
 
