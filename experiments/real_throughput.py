@@ -2,9 +2,9 @@
 Many prompts in the same memory: `generate.py --requests`, dense and DMS, tokens a second and bytes.
 
     python experiments/real_model.py; python experiments/text.py        # once
-    python experiments/real_throughput.py                               # some 30 minutes
+    python experiments/real_throughput.py                               # some 15 minutes
 
-64 prompts of 1,000 to 4,000 tokens, documentation to be continued by 128 tokens, in a cache of
+32 prompts of 1,000 to 4,000 tokens, documentation to be continued by 128 tokens, in a cache of
 --memory GB. Every run is the command that a user would type; its own report has tokens, pairs,
 bytes and seconds.
 """
@@ -59,7 +59,7 @@ def answer(model, prompts, args):
 
 def main():
     p = arguments(__doc__, "real-throughput.json")
-    p.add_argument("--prompts", type=int, default=64)
+    p.add_argument("--prompts", type=int, default=32)
     p.add_argument("--shortest", type=int, default=1000)
     p.add_argument("--longest", type=int, default=4000)
     p.add_argument("--new-tokens", type=int, default=128)
