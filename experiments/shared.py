@@ -57,7 +57,8 @@ class Results:
 
     def __init__(self, args):
         settings = {key: value for key, value in vars(args).items() if key not in ("out", "fresh")}
-        settings = json.loads(json.dumps(settings, default=str))
+        # places in the repository are the same on every machine
+        settings = json.loads(json.dumps(settings, default=str).replace(f"{ROOT}/", ""))
         self.file = args.out
         self.data = {"settings": settings, "machine": machine(), "rows": []}
         if self.file.exists() and not args.fresh:
