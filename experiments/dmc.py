@@ -68,7 +68,7 @@ class MergingAttention(RelaxedAttention):
         gate, importance = gate_and_importance(logits, self.dms)
         # about token t: does t + 1 take its place?
         noisy = self.noisy_decisions(layer, gate)
-        self.let_go[layer] = self.count_let_go(noisy)
+        self.let_go_by_layer[layer] = self.count_let_go(noisy)
         merging = F.pad(noisy[..., :-1], (1, 0), value=KEEP)
         k, v = merge(k, v, merging, importance)
         bias = F.logsigmoid(-noisy)
