@@ -160,7 +160,7 @@ if triton is not None:
 def block_sizes(q, width):
     """(queries, keys) that a program takes at a time, for heads of a width, a power of two: what
     compiles for A100 and H100 without spilling registers, up to 128 in 16 bits, 64 in float32."""
-    if q.is_cuda and q.dtype == torch.float32:  # whose products are made in registers
+    if q.dtype == torch.float32 and not q.is_cpu:  # its products are made in registers
         return max(2048 // width, 32), 32
     most = max(min(128, 32768 // (width * q.element_size())), 16)
     if capability(q) in (9, 10):  # they multiply from shared memory, others from registers

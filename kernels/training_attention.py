@@ -197,8 +197,9 @@ if triton is not None:
 def block_sizes(q):
     """(own, other, few): the tokens whose sums a program holds, and how many it takes at a time on
     its walk, _by_queries and _by_keys: what compiles without spilling registers, at D up to 128 in
-    16 bits and 64 in float32, for H100 (9), B200 (10), and A100, which multiplies from registers as others do."""
-    if q.is_cuda and q.dtype == torch.float32:  # whose products are made in registers
+    16 bits and 64 in float32, for H100 (9), B200 (10), and A100, which multiplies from registers
+    as others do."""
+    if q.dtype == torch.float32 and not q.is_cpu:  # its products are made in registers
         return max(2048 // q.shape[2], 32), 32, 16
     own = min(128, 32768 // (q.shape[2] * q.element_size()))
     major = capability(q)

@@ -446,8 +446,7 @@ def test_decode_attention_compiles(arch, dtype):
 @pytest.mark.parametrize("evicts", [True, False])
 def test_block_attention_compiles(arch, evicts, monkeypatch):
     """Qwen3-8B, 2,048 tokens: no spills, no local memory."""
-    if arch == 80:
-        monkeypatch.setattr(block, "block_sizes", lambda *sizes: (64, 64))
+    monkeypatch.setattr(block, "capability", lambda q: arch // 10)
     rows = Rows.empty(1, 8, 513, "meta").layer(0)
     rows.table = pointer(8, 128, dtype=torch.int32)
     pool = PagePool(100_000, 64, 128, torch.bfloat16, "meta")
@@ -461,9 +460,8 @@ def test_block_attention_compiles(arch, evicts, monkeypatch):
 
 @compiles
 @pytest.mark.parametrize("D", [32, 64])
-def test_block_attention_compiles_in_float32(D, monkeypatch):
+def test_block_attention_compiles_in_float32(D):
     """For small heads, as the toy's: no spills on an H100."""
-    monkeypatch.setattr(block, "block_sizes", lambda *sizes: (2048 // D, 32))
     rows = Rows.empty(1, 4, 17, "meta").layer(0)
     rows.table = pointer(4, 128, dtype=torch.int32)
     pool = PagePool(100_000, 32, D, torch.float32, "meta")
