@@ -1,193 +1,186 @@
 """
-Where the retrofit's text comes from: documents of a file, a folder or a hub dataset, as full rows.
+Where the retrofit's text comes from: the documents of a file, a folder or a hub dataset, packed
+into full sequences.
 
     data = TextData("open-r1/OpenR1-Math-220k", tokenizer, vocab_size, 8192, 8, seed=0)
     for ids, documents, place in ahead(data.batches(0)):  # endless
-        ...  # ids (B, T); documents: the lengths of each row's; place: where to go on after it
+        ...  # ids (B, T); documents: each sequence's lengths; place: where to go on after this
 
-The order is a function of (seed, data): each epoch shuffles the files, each file its row groups,
-each group its rows. One document in 50 is held out for measuring. Documents are laid end to end;
-what does not fit into a row is cut off and dropped, so that every row begins with a new document,
-and a place in the data is [epoch, file, row, files in all], file and row counted in the shuffled
-order. Rows of
-parquet files are read a group at a time, and made into Python objects when they are drawn.
+    sequence 0   | document | document      | docum    what does not fit is cut off and dropped, so
+    sequence 1   | document      | document    | do    that every sequence begins with a document
+
+A *record* is a row of a .parquet file, a line of a .jsonl file, or a paragraph of a .txt file.
+
+The order is a function of (seed, data): each epoch shuffles the files, and each file's records. So
+a place is [epoch, file, record], with file and record counted in the shuffled order. One file at a
+time is in memory. One record in 50 is held out for measuring.
 
 This file knows nothing of models, steps or devices.
 """
-import queue
+
+import itertools
+import json
 import random
 import re
 import sys
-import threading
-from bisect import bisect
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import InputError, Tokenizer, one_line, read_lines, read_text, refusing, require
+from common import InputError, read_text, require
 
 DEFAULT = "open-r1/OpenR1-Math-220k"
 KINDS = (".txt", ".jsonl", ".parquet")
-SOURCES = "give a .txt, .jsonl or .parquet file, a folder of these, or a hub dataset (owner/name)"
-COLUMNS = ("problem", "generations", "correctness_math_verify", "is_reasoning_complete",
-           "messages", "conversations", "prompt", "response", "text")  # fmt: skip
+# The columns that make a document. OpenR1's come before its "messages", whose answers may be wrong.
+SPELLINGS = """problem+generations+correctness_math_verify messages conversations prompt+response
+    prompt+completion question+answer instruction+output text""".split()
+OPTIONAL = ["is_reasoning_complete", "input"]  # OpenR1's, one flag a solution; Alpaca's
 ROLES = {"human": "user", "gpt": "assistant"}  # where ShareGPT has words of its own
-REMEDY = "check name and network, or give a local file"
-# with thinking; and not with the date of the day, by which Llama 3's would change
-TEMPLATE = dict(enable_thinking=True, date_string="26 Jul 2024")
-HELD_OUT = 50  # one row in so many
-NAMED = 20  # rows that are skipped
-MISSES = 1000  # rows on end without a usable document, after which there is no hope
+HELD_OUT = 50  # one record in so many
+
+
+def settling_sequences(seq_len):
+    """How many of the first held-out sequences settle the decisions' offset: some 16,000 tokens, in
+    which the share of evicted pairs hardly varies, but at least 8 sequences, since each is text of
+    its own kind. What evaluate.py measures comes after them, so that it is new to the offset."""
+    return max(8, min(2**14 // seq_len, 32))
 
 
 # ---------------------------------------------------------------------------------------- Documents
 
 
-def document_of(row):
-    """The document of a row, a dict: a text, or messages for the chat template; None if it is to be
-    left out: OpenR1's without a solution that is verified, and complete where that is stated.
-    Raises InputError."""
-    with refusing("not a document in a known spelling", TypeError, LookupError, AttributeError):
-        if "correctness_math_verify" in row:  # before OpenR1's "messages", which may be unverified
-            is_right = row["correctness_math_verify"] or []
-            is_whole = row.get("is_reasoning_complete", is_right) or []
-            for solution, *flags in zip(row["generations"], is_right, is_whole):
-                if flags == [True, True]:
-                    return exchange(row["problem"], solution)
-            return None
-        if row.get("messages"):
-            return list(row["messages"])  # no text passes for messages
-        if row.get("conversations"):
-            return [in_our_words(turn) for turn in row["conversations"]]
-        if "response" in row:
-            return exchange(row["prompt"], row["response"])
-        return row["text"]
+def spelling(columns):
+    """The names of the columns that make the document: the first of SPELLINGS that are there."""
+    for spelled in SPELLINGS:
+        names = spelled.split("+")
+        if set(names) <= set(columns):
+            return names
+    raise InputError(f"its columns are {list(columns)}; wanted are one of: {', '.join(SPELLINGS)}")
 
 
-def is_held_out(number):
-    """Is a row of a file, by its number, for measuring, not for training?"""
-    return number % HELD_OUT == 1
+def document_of(record):
+    """The document of a record, a dict: a text, or messages for the chat template. Empty for a
+    problem without a solution that is verified (and complete, where that is stated)."""
+    first, *others = spelling(record)
+    asked = record[first]
+    if first == "text":
+        return asked
+    if not others:
+        return list(asked)  # no text passes for messages
+    told = record[others[0]]
+    if first == "problem":
+        is_right = record["correctness_math_verify"] or []
+        is_whole = record.get("is_reasoning_complete") or is_right
+        told = next((text for text, *flags in zip(told, is_right, is_whole) if all(flags)), None)
+        if not told:
+            return []
+    if first == "instruction" and record.get("input"):  # what it is about
+        asked += "\n\n" + record["input"]
+    messages = []
+    for role, content in (("user", asked), ("assistant", told)):
+        messages += content if isinstance(content, list) else [{"role": role, "content": content}]
+    return messages
 
 
-def in_our_words(turn):
-    """The message that a turn of a conversation is, be it in ShareGPT's words."""
-    who = turn.get("from")
-    return {"role": ROLES.get(who, who), "content": turn["value"]} if who else turn
+def message(turn):
+    """The message of a turn, which may be in ShareGPT's words. Nulls are left out: tables have all
+    keys in all rows, but templates ask whether a key is there. (Of `content` they ask whether it is
+    null.)"""
+    if "from" in turn:
+        turn = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+    return {key: value for key, value in turn.items() if value is not None or key == "content"}
 
 
-def exchange(prompt, response):
-    """The messages of a prompt, a text or itself messages, and the answer to it."""
-    asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    return [*asked, {"role": "assistant", "content": response}]
+def conversation(tokenizer, turns):
+    """The text of a conversation, as the model would have seen and generated it:
 
+        the prompt, by the template with add_generation_prompt   the answer   its end token
 
-def thought_in(document):
-    """What of a conversation's last answer lies within <think> and </think>; empty where none is."""
-    answer = document[-1].get("content") if isinstance(document, list) and document else None
-    found = re.search("<think>(.*)</think>", answer, re.DOTALL) if isinstance(answer, str) else None
-    return found[1].strip() if found else ""
+    As a rule that is what the template makes of all messages. But some templates (DeepSeek-R1's)
+    end the prompt with <think>, and leave thoughts out of the messages that they show. Then the
+    answer is put together from the last message's thought and text.
+    """
+    *asked, last = messages = [message(turn) for turn in turns]
+    text = last["content"] if isinstance(last.get("content"), str) else ""
+    inline, _, text = text.rpartition("</think>")
+    thought = (last.get("reasoning_content") or inline.replace("<think>", "")).strip()
+    # Llama 3.2's template asks strftime_now for the date of the day. It stays the same here, or a
+    # run that is resumed tomorrow would see other text.
+    template = partial(tokenizer.apply_chat_template, enable_thinking=bool(thought),
+                       strftime_now=datetime(2024, 7, 26).strftime)
+    whole = template(messages).rstrip()  # without the line break behind the end token
+    if last["role"] != "assistant" or not text:  # a call of a tool only the template can write
+        return whole
+    prompt = template(asked, add_generation_prompt=True)
+    if whole.startswith(prompt) and thought in whole:
+        return whole
+    before = re.sub(r"<think>\s*$", "", prompt)
+    if thought or before != prompt:
+        text = f"<think>\n{thought}\n</think>\n\n{text.strip()}"
+    return before + text
 
 
 # -------------------------------------------------------------------------------------------- Files
 
 
 def open_file(file):
-    """(the numbers of the rows of each group, a list of ranges; a function that gives the row of a
-    number: where it stands, and a dict) of a .txt file, its documents parted by blank lines, a
-    .jsonl or a .parquet file. Raises InputError naming the file and its line."""
-    if file.endswith(".parquet"):
-        return open_parquet(file)
+    """For each record of a file a function that gives it, a dict."""
+    if file.endswith(".txt"):
+        paragraphs = re.split(r"\n\s*\n", read_text(file).rstrip())
+        return [partial(dict, text=paragraph) for paragraph in paragraphs]
     if file.endswith(".jsonl"):
-        rows = [(f"{file}: line {n}", row) for n, row in read_lines(file).items()]
-    else:
-        text = read_text(file, f"{file}: not readable as text; {SOURCES}")
-        documents = enumerate(re.split(r"\n\s*\n", text), 1)
-        rows = [(f"{file}: paragraph {n}", {"text": d}) for n, d in documents if d.strip()]
-    return [range(len(rows))], rows.__getitem__
+        return [partial(json.loads, line) for line in read_text(file).rstrip().split("\n")]
+    import pyarrow.parquet  # only here: without parquet files nobody needs it
 
-
-def open_parquet(file):
-    """The same of a .parquet file. One row group is held at a time, and of that a row becomes a
-    dict, with the columns that matter, when it is asked for."""
-    with refusing(f'{file}: to read parquet, pip install -e ".[data]"', ImportError):
-        import pyarrow.parquet
-    damaged = f"{file}: not a whole parquet file; download it again"
-    errors = (pyarrow.ArrowException, OSError, ValueError)
-    with refusing(damaged, *errors):
-        opened = pyarrow.parquet.ParquetFile(file)
-        columns = set(COLUMNS).intersection(opened.schema_arrow.names)
-        sizes = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
-    require(columns, f"{file}: has none of the columns {', '.join(COLUMNS)}")
-    ends = list(accumulate(sizes))
-    groups = [range(end - size, end) for size, end in zip(sizes, ends)]
-    read_group = lru_cache(maxsize=1)(lambda g: opened.read_row_group(g, sorted(columns)))
-
-    def read(number):
-        g = bisect(ends, number)
-        with refusing(damaged, *errors):
-            [row] = read_group(g).slice(number - groups[g].start, 1).to_pylist()
-        return f"{file}: row {number}", row
-
-    return groups, read
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file)
+        table = parquet.read(spelling(parquet.schema_arrow.names) + OPTIONAL)
+    except (pyarrow.ArrowException, ValueError, OSError) as e:
+        raise InputError(f"{file}: {e}") from e
+    return [lambda n=n: table.slice(n, 1).to_pylist()[0] for n in range(len(table))]
 
 
 def find_files(source):
     """(the files of a source, sorted; a function that gives the local path of one; the commit of a
-    hub dataset, else None). Raises InputError."""
+    hub dataset, else None)."""
     path = Path(source)
-    files = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
-    files = [str(file) for file in files if file.is_file() and file.suffix in KINDS]
-    if files:
-        return files, str, None
-    hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\S+))?", source)
-    is_there = hub_id and not path.exists() and path.suffix not in KINDS
-    require(is_there, f"{source}: not found, not readable, or of another kind; {SOURCES}")
-    return find_on_hub(*hub_id.groups())
+    if not path.exists():
+        return find_on_hub(*source.split("@", 1))
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [str(file) for file in files if file.suffix in KINDS and file.is_file()]
+    require(files, f"{source}: no {', '.join(KINDS)} file")
+    return files, str, None
 
 
-def find_on_hub(name, revision):
-    """The same of a hub dataset: its parquet files, each of which is fetched when it is needed;
-    without network, those that the hub's cache holds. revision: None for the newest."""
+def find_on_hub(name, revision=None):
+    """The same of a hub dataset: its parquet files, each of which is fetched when it is reached.
+    revision: None for the newest."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # of its client; where that is httpx, no OSError
 
     hub = HfApi()
-    kind = dict(repo_id=name, repo_type="dataset")
-    # RuntimeError: the library that transfers large files has no other
-    errors = (HTTPError, OSError, ValueError, RuntimeError)
+    try:  # no file is fetched yet, but the cache notes which commit the revision is
+        folder = hub.snapshot_download(
+            name, repo_type="dataset", revision=revision, allow_patterns=[])
+    except Exception as e:  # of its HTTP library, too, which differs between versions
+        raise InputError(f"{name}: not a file or folder here, nor on the hub or in its cache "
+                         f"({type(e).__name__}); check name and network") from e
+    version = {"repo_type": "dataset", "revision": Path(folder).name}
     try:
-        commit = hub.repo_info(**kind, revision=revision).sha
-        files = hub.list_repo_files(**kind, revision=commit)
-        # notes in the cache, too, which commit the revision is, for a run without network
-        hub.snapshot_download(**kind, revision=revision, allow_patterns="README.md")
-    except errors as e:
-        problem = f"{name}: neither from the hub ({type(e).__name__}) nor from its cache; {REMEDY}"
-        kind.update(revision=revision, local_files_only=True)
-        with refusing(problem, *errors):  # no patterns: a cache without README.md will do
-            folder = Path(hub.snapshot_download(**kind, allow_patterns=[]))
-        commit = folder.name
-        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*.parquet")]
-        tqdm.write(f"{name}: no answer from the hub; its cache has {len(files)} files", sys.stderr)
-
-    def fetch(file):
-        with refusing(f"{name}: {file} did not come from the hub; {REMEDY}", *errors):
-            return hub.hf_hub_download(name, file, repo_type="dataset", revision=commit)
-
-    return training_files(name, files), fetch, commit
-
-
-def training_files(name, files):
-    """Of a dataset's files the parquet ones to train on, sorted. There may be several configs and
-    splits, told by folder or by name; the main one is in data/ as a rule."""
-    for where in ("data/.*train[^/]*", ".*train.*", ".*"):
-        found = [file for file in files if re.fullmatch(where + "[.]parquet", file)]
-        if found:
-            return sorted(found)
-    raise InputError(f"{name}: no parquet files; try {name}@refs/convert/parquet, or {SOURCES}")
+        files = hub.list_repo_files(name, **version)
+    except Exception:
+        tqdm.write(f"{name}: no answer from the hub; what its cache has is used", sys.stderr)
+        return *find_files(folder)[:2], version["revision"]
+    files = sorted(file for file in files if file.endswith(".parquet"))
+    require(files, f"{name}: no parquet files; try {name}@refs/convert/parquet")
+    # of several splits those to train on, of several configs the main one
+    files = [file for file in files if "train" in file] or files
+    files = [file for file in files if file.startswith("data/")] or files
+    return files, partial(hub.hf_hub_download, name, **version), version["revision"]
 
 
 # ------------------------------------------------------------------------------------------ Packing
@@ -199,142 +192,98 @@ def shuffled(things, key):
 
 @dataclass
 class TextData:
-    """Documents as full rows. A row of the source that cannot be used, since the chat template, the
-    tokenizer or the model does not take it, is skipped whenever it is drawn.
+    """Documents as full sequences. A record that the chat template, the tokenizer or the model does
+    not take is skipped whenever it is reached, and named once.
 
-    revision: the commit of a hub dataset; source@revision is the same data later. Raises InputError
-    for what shows before the first batch: no such source, a damaged file, too few documents, or
-    none that can be used.
+    revision: the commit of a hub dataset; source@revision is the same data later.
     """
 
     source: str  # a file, a folder or a hub dataset: owner/name, or owner/name@commit
-    tokenizer: Tokenizer
+    tokenizer: object  # checkpoint.py's
     vocab_size: int
     seq_len: int
     batch_size: int
     seed: int
-    pack_across: bool = False  # a row counts as one document
+    pack_across: bool = False  # a sequence counts as one document
 
     def __post_init__(self):
-        self.skipped = set()  # where each of them stands
-        self.problem = "none is a verified solution"  # of the last one
+        self.problems = [f"{self.source}: no text or verified solution among what is held out"]
         self.files, self.fetch, self.revision = find_files(self.source)
-        groups, _ = open_file(self.fetch(self.files[0]))
-        require(groups and groups[-1].stop > 1, f"{self.files[0]}: fewer than 2 usable documents, "
-                "parted by blank lines, or JSON lines, or rows; one in 50 is held out")
-        self.held_out(1)
+        self.held_out(1)  # so that what is wrong with the source shows at once
 
     def batches(self, step, place=None):
-        """An endless generator of (ids (B, T) int64, documents, the place after it), from a place
-        on, None for the beginning. documents: B lists of lengths whose sum is T; the last one of a
-        row may be 1. step: not used; other data goes by it. Raises InputError."""
-        *place, files = place or [len(self.files)]
-        require(files == len(self.files), f"{self.source}: has {len(self.files)} files now, and had "
-                f"{files} when the run began; resume it with the same")
-        documents = self.documents(*place)
+        """Endless: (ids (B, T) int64, documents, the place after it), from a place on, None for the
+        beginning. documents: B lists of lengths whose sum is T; the last length of each may be 1.
+        step: not used; other data goes by it."""
+        documents = self.documents(*(place or ()))
         while True:
             yield self.pack(documents, self.batch_size)
 
-    def held_out(self, rows):
-        """(ids (rows, T) int64, documents) of what is never trained on, the same for every seed;
-        from its beginning again where that is too little. Raises InputError."""
-        return self.pack(self.documents(held_out=True), rows)[:2]
+    def held_out(self, count):
+        """(ids (count, T) int64, documents) of what is never trained on, the same for every seed;
+        from its beginning again where that is too little."""
+        return self.pack(self.documents(held_out=True), count)[:2]
 
-    def pack(self, documents, rows):
-        """`documents` end to end, in so many rows: what batches yields."""
+    def pack(self, documents, count):
+        """`documents` end to end, in `count` sequences: what batches yields."""
         ids = []
         lengths = []
-        for _ in range(rows):
-            row = []
+        for _ in range(count):
             cut = []
-            while len(row) < self.seq_len:
+            while room := self.seq_len - sum(cut):
                 document, place = next(documents)
-                cut.append(min(len(document), self.seq_len - len(row)))
-                row += document[:cut[-1]]
-            ids.append(row)
+                ids += document[:room]
+                cut.append(len(document[:room]))
             lengths.append([self.seq_len] if self.pack_across else cut)
-        return torch.tensor(ids), lengths, place
+        return torch.tensor(ids).view(count, -1), lengths, place
 
     def documents(self, epoch=0, first=0, begin=0, held_out=False):
         """Endless: (token ids, the place after it) of each document from a place on; those to train
         on shuffled, or those held out as they stand."""
-        misses = 0
-        while True:
-            key = f"{self.seed} {epoch}"
-            files = self.files if held_out else shuffled(self.files, key)
-            for f in range(first, len(files)):
-                groups, read = open_file(self.fetch(files[f]))
-                if not held_out:
-                    groups = shuffled(groups, f"{key} {f}")
-                    groups = [shuffled(group, f"{key} {f} {group}") for group in groups]
-                numbers = [n for group in groups for n in group if is_held_out(n) == held_out]
-                for r in range(begin, len(numbers)):
-                    ids = self.encode(*read(numbers[r]))
-                    misses = 0 if ids else misses + 1
-                    require(misses < MISSES, f"{self.source}: gives no tokens for {MISSES} rows on "
-                            f"end, of those to train on or those held out; mend it ({self.problem})")
-                    if ids:
-                        yield ids, [epoch, f, r + 1, len(files)]
+        for epoch in itertools.count(epoch):
+            usable = first + begin > 0  # there was a document before this place
+            order = sorted if held_out else partial(shuffled, key=f"{self.seed} {epoch}")
+            for f, name in enumerate(order(self.files)[first:], first):
+                file = self.fetch(name)
+                records = open_file(file)
+                numbers = order([n for n in range(len(records)) if (n % HELD_OUT == 1) == held_out])
+                for r, number in enumerate(numbers[begin:], begin + 1):
+                    if ids := self.encode(f"{file}: document {number + 1}", records[number]):
+                        usable = True
+                        yield ids, [epoch, f, r]
                 begin = 0
             first = 0
-            epoch += 1
+            require(usable, self.problems[-1])
 
-    def encode(self, where, row):
-        """The token ids of a row's document with an end token; None if it is left out, or skipped,
-        which is said once."""
+    def encode(self, where, read):
+        """The token ids of a document with one end token; [] if it is left out, or skipped."""
+        tokenizer = self.tokenizer
         try:
-            document = document_of(row)
-            if document is None:
-                return None
-            ids = self.tokenizer.encode(document, **TEMPLATE)
-            thought = thought_in(document)
-            if thought and thought not in self.tokenizer.decode(ids):  # some templates leave it out
-                text = self.with_thought(document)
-                ids = self.tokenizer.encode(text, add_special_tokens=False)
-            end = self.tokenizer.end_id
-            if end not in (None, *ids[-1:]):
-                ids.append(end)
-            require(len(ids) > 1, "it is empty")
+            document = document_of(read())
+            if not document:
+                return []
+            is_text = isinstance(document, str)
+            text = document if is_text else conversation(tokenizer, document)
+            ids = tokenizer.encode(text, add_special_tokens=is_text)
+            is_special = not tokenizer.decode(ids[-1:], skip_special_tokens=True)
+            if tokenizer.end_id is not None and not is_special:  # many templates end with one
+                ids.append(tokenizer.end_id)
             require(max(ids) < self.vocab_size, "it has a token that the model does not know")
             return ids
-        except InputError as e:
-            self.problem = e
-            if where not in self.skipped and len(self.skipped) < NAMED:
-                tqdm.write(one_line(f"{where} is skipped: {e}", None), sys.stderr)
-            self.skipped.add(where)
-
-    def with_thought(self, messages):
-        """The last answer as it stands behind what the template makes of all before it."""
-        *asked, answer = messages
-        asked = self.tokenizer.apply_chat_template(
-            asked, add_generation_prompt=True, **TEMPLATE)
-        begun = asked.rstrip().endswith("<think>")
-        return asked + (answer["content"].lstrip().removeprefix("<think>") if begun else answer["content"])
+        except Exception as e:  # one bad record ends no run, whatever is wrong with it
+            problem = f"{where} is skipped: {e}"
+            if problem not in self.problems:
+                self.problems.append(problem)
+                tqdm.write(problem, sys.stderr)
+            return []
 
 
 def ahead(iterator):
-    """What an iterator yields, asked for up to two items ahead by a thread of its own: so text is
-    made into tokens while a GPU is at work. What it raises is raised here, in its turn. The thread
-    ends when this generator is closed."""
-    items = queue.Queue()
-    wanted = threading.Semaphore(2)
-
-    def work():
-        try:
-            while wanted.acquire():
-                items.put(next(iterator))
-        except BaseException as e:  # StopIteration, too
-            items.put(e)
-
-    thread = threading.Thread(target=work, daemon=True)  # which no exit waits for
-    thread.start()
-    try:
-        while not isinstance(item := items.get(), BaseException):
+    """What an endless iterator yields, each item made by a thread while the one before it is in
+    use: so text is made into tokens while a GPU is at work."""
+    with ThreadPoolExecutor(1) as thread:  # leaving it waits for the item that is being made
+        coming = thread.submit(next, iterator)
+        while True:
+            item = coming.result()
+            coming = thread.submit(next, iterator)
             yield item
-            wanted.release()
-        if not isinstance(item, StopIteration):
-            raise item
-    finally:
-        iterator = iter([])  # all that the thread finds when it wakes up
-        wanted.release()
-        thread.join(timeout=2)  # one at work while Python ends may crash it

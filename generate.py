@@ -3,6 +3,7 @@ Generate from a dense or DMS checkpoint with the compacting cache, and see what 
 
     python generate.py                                    # the last retrofit, or the shipped model
     python generate.py --model out/my-dms --prompt "How many primes are below 100?"
+    python generate.py --prompt - < question.txt          # the prompt from standard input
     python generate.py --chat                             # several turns over one cache
     python generate.py -n 8 --temperature 1.0             # 8 chains that share one prompt, and vote
     python generate.py --requests in.jsonl --out out.jsonl   # many; goes on where it was stopped
@@ -11,35 +12,149 @@ Generate from a dense or DMS checkpoint with the compacting cache, and see what 
     python generate.py --show-evictions page.html         # and what each of them holds
     python generate.py --dense                            # the same, nothing evicted
 
+A line of --requests is a JSON object with "prompt" or "messages". It may state options of its own
+(REQUEST_OPTIONS, by the names that servers use, too), and for the chat template "tools",
+"enable_thinking" and "chat_template_kwargs". Its row in --out has the answers under "generated",
+then the request's own keys.
+
 The text goes to standard output; the closing line with speed and memory goes to standard error.
-First continuous batching, then the script. A row here is a place in the cache's batch.
+Read it from top to bottom: how a token is sampled, the decode step, continuous batching, text out
+of tokens, and the script.
 """
+
+import functools
 import hashlib
-import itertools
 import json
 import os
 import re
 import sys
 import time
-from collections import Counter, deque
-from contextlib import suppress
+import weakref
+from collections import Counter, deque, namedtuple
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
 import torch
-from tokenizers.decoders import DecodeStream
+from filelock import FileLock
 from tqdm import tqdm
 
-from checkpoint import (InputError, check_ids, checked, choose_device, load_model, load_tokenizer,
-                        locked, parse_object, parse_options, read_json, read_lines, read_text,
-                        refusing, require, resolve, run_script, torchrun_place)
-from kernels.decode_step import DecodeStep, sample
-from kv_cache import CacheFull, KVCache
-from model import Model
+from checkpoint import (context_of, end_ids, generation_defaults, load_model, load_tokenizer,
+                        resolve, say)
+from common import (InputError, choose_device, parse_options, read_text, require, run_script,
+                    torchrun_place)
+from kv_cache import PLAIN, CacheFull, KVCache
 from show import held_by_heads, show_evictions
 
 SHIPPED = Path(__file__).resolve().parent / "toy" / "retrofitted"
+
+
+# ---------------------------------------------------------------------------------------- Sampling
+
+
+# How the next token of a sequence is sampled: arguments of `sample`
+Sampling = namedtuple("Sampling", "temperature top_k top_p min_p repetition_penalty",
+                      defaults=(0.0, 0, 1.0, 0.0, 1.0))
+
+
+def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
+           repetition_penalty=1.0, ids=()):
+    """One token for each of B sequences: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64.
+
+    First the tokens that a sequence has already, ids [B][T], are made less likely by the penalty
+    (Keskar et al. 1909.05858). At a temperature below 1e-5 the likeliest token is taken. Otherwise
+    the distribution is cut to the top_k likeliest tokens (0: all), then to the fewest that hold
+    top_p of the mass, then to those at least min_p times as likely as the first. The token is where
+    the running sum of what is left passes `uniform`, in order of likelihood if it was sorted, else
+    of token ids.
+    """
+    if repetition_penalty != 1:
+        occurs = torch.zeros_like(logits, dtype=torch.bool)
+        for row, sequence in zip(occurs, ids):
+            row[list(set(sequence))] = True
+        less = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(occurs, less, logits)
+    if temperature < 1e-5:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    order = None  # the token ids of sorted logits
+    if top_k > 0 or top_p < 1:
+        V = logits.shape[-1]
+        logits, order = logits.topk(min(int(top_k), V) if top_k > 0 else V)
+    p = logits.softmax(-1)
+    if top_p < 1:  # a token stays unless those before it suffice; the first always does
+        p = p.where(p.cumsum(-1) - p < max(top_p, 1e-9), 0)
+    p = p.where(p >= min_p * p.amax(-1, keepdim=True), 0)
+    mass = p.double().cumsum(-1)
+    point = uniform.double()[:, None] * mass[:, -1:]
+    place = torch.searchsorted(mass, point, right=True)
+    return (place if order is None else order.gather(1, place))[:, 0]
+
+
+def next_tokens(sequences, logits):
+    """The next token id of each Sequence: logits (n, V) -> [n ids]. Those of equal settings are
+    sampled together; what runs beside a sequence changes nothing for it."""
+    groups = {}
+    for place, sequence in enumerate(sequences):
+        groups.setdefault(sequence.sampling, []).append(place)
+    tokens = torch.zeros(len(sequences), dtype=torch.int64, device=logits.device)
+    for sampling, places in groups.items():
+        uniform = torch.tensor([sequences[i].uniform() for i in places], device=logits.device)
+        ids = [sequences[i].ids for i in places]
+        tokens[places] = sample(logits[places], uniform, *sampling, ids)
+    return tokens.tolist()
+
+
+# --------------------------------------------------------------------------------- The decode step
+
+
+class DecodeStep:
+    """Appends one token to every sequence that runs, and gives the logits of the next.
+
+    On a GPU it is captured as a CUDA graph the second time that it runs on the same page table, and
+    replayed from then on: one launch in place of hundreds. cache.decode_step keeps it as long as
+    the cache lives, so the turns of a conversation do not capture it anew.
+    """
+
+    def __init__(self, model, cache):
+        self.model = model
+        # weak: the cache holds its step, and a circle would keep its memory from being freed
+        self.cache = weakref.proxy(cache)
+        # plain kernels wait for the GPU, which a graph cannot do
+        self.captures = cache.device.type == "cuda" and cache.kernels != PLAIN
+        self.table = None  # the page table of the last run: the cache may replace it by a wider one
+
+    @torch.inference_mode()
+    def __call__(self, tokens):
+        """tokens: {index in the batch: token id} of the sequences that run. Returns logits (B, V),
+        which the next call may overwrite. Raises CacheFull before anything has changed."""
+        every = range(self.cache.batch_size)
+        inputs = [[tokens.get(i, 0) for i in every], [i in tokens for i in every]]
+        inputs = torch.tensor(inputs, dtype=torch.int64, device=self.cache.device)
+        self.cache.reserve(inputs[1])
+        if not self.captures or self.table is not self.cache.rows.table:
+            self.table = self.cache.rows.table
+            self.inputs = inputs
+            self.graph = None
+            return self.run()
+        self.inputs.copy_(inputs)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, and runs nothing
+                self.logits = self.run()
+        self.graph.replay()
+        return self.logits
+
+    def run(self):
+        token, count = self.inputs
+        try:
+            for ids, attend in self.cache.pieces(token[:, None], count):  # a single piece
+                x = self.model.hidden(ids, attend, attend.start)
+        except BaseException:  # one layer may have stored its token, and the next one has not
+            self.cache.release(count.nonzero()[:, 0].tolist())
+            raise
+        return self.model.lm_head(x[:, 0])
 
 
 # ----------------------------------------------------------------------------- Continuous batching
@@ -47,256 +162,243 @@ SHIPPED = Path(__file__).resolve().parent / "toy" / "retrofitted"
 
 @dataclass(eq=False)
 class Sequence:
-    """A text in the making. What `generate` draws is added to ids and to new."""
+    """A text in the making. `generate` adds what it samples to ids and to new."""
 
-    ids: list  # all of its tokens: given, then drawn
+    ids: list  # all of its tokens: the prompt's, then its own
     max_new_tokens: int
     seed: object = 0
-    stop: object = None  # (token id) -> bool, asked about every token drawn but an end token
-    new: list = field(default_factory=list)  # drawn so far, an end token included
+    stop: object = None  # (token id) -> bool, asked about every new token but an end token
+    sampling: Sampling = Sampling()
+    new: list = field(default_factory=list)  # its own so far, an end token included
     over: bool = False
-    error: str | None = None  # why it is over before its end
-    row: int | None = None  # of the cache, which holds ids[:fed] there
+    finish_reason: str = "length"  # once it is over: "stop", or "length" at max_new_tokens
+    error: str | None = None  # why it could not be finished
+    index: int | None = None  # in the cache's batch, while the cache holds ids[:fed]
     fed: int = 0
 
     def __post_init__(self):
         self.ids = list(self.ids)
 
     def uniform(self):
-        """The random number in [0, 1), exact in float32, for its next token: of its seed and place
-        alone, whatever runs beside it."""
+        """The random number in [0, 1), exact in float32, for its next token. It follows from the
+        seed and the token's place alone."""
         place = f"{self.seed} {len(self.new)}".encode()
         return int(hashlib.blake2b(place, digest_size=3).hexdigest(), 16) / 2**24
 
 
-def check_sampling(sampling, where):
-    """Raise InputError unless these can be arguments of `sample`."""
-    for key in sampling:
-        checked(sampling, key, int if key == "top_k" else float, where)
-
-
-@dataclass
 class Scheduler:
-    """Which sequence runs in which row of the cache, and which wait."""
+    """Which sequence runs at which index of the cache's batch, and which wait."""
 
-    model: Model
-    cache: KVCache
-    sequences: list
-    end_ids: set
-    sampling: dict
-    release: bool
-
-    def __post_init__(self):
-        self.cache.check_model(self.model)
-        check_sampling(self.sampling, "sampling")
-        seen = self.cache.seen.tolist()  # tokens of each row
-        rows = [sequence.row for sequence in self.sequences if sequence.row is not None]
-        require(len({*self.sequences}) == len(self.sequences) and len({*rows}) == len(rows),
-                "a sequence, or the row of one, is given twice")
-        for sequence in self.sequences:
-            require(sequence.max_new_tokens > len(sequence.new), "max_new_tokens allows no new token")
-            check_ids(self.model.config, sequence.ids)
-            require(sequence.row is None or seen[sequence.row] == sequence.fed,
-                    "the cache does not hold what a sequence has fed")
-        self.step = DecodeStep(self.model, self.cache, self.sampling)
-        self.free_rows = [row for row, n in enumerate(seen) if n == 0 and row not in rows]
+    def __init__(self, model, cache, sequences, end_ids, release):
+        cache.check_model(model)
+        cache.decode_step = cache.decode_step or DecodeStep(model, cache)
+        self.model = model
+        self.cache = cache
+        self.end_ids = end_ids
+        self.release = release
         self.running = []  # the youngest last
-        # neighbours with the same tokens are a group, which is fed once and forked
-        sequences = sorted(self.sequences, key=lambda s: s.row is None)  # those with a row first
-        groups = itertools.groupby(sequences, key=lambda s: (s.row, s.ids))
-        self.waiting = deque(list(group) for _, group in groups)
-        self.blocked_until_one_ends = False  # after pages ran out, nothing starts until then
-        new = sum(sequence.row is None for sequence in sequences)
-        # one row that is released can serve them all, one after another
-        require(len(self.free_rows) >= (min(new, 1) if self.release else new),
-                f"{new} sequences cannot all stay in the cache's free rows; release them")
+        self.blocked = False  # after pages ran out, nothing starts until a sequence ends
+        # those that are in the cache go first: others may have to wait for their places
+        self.waiting = deque(sorted(sequences, key=lambda s: s.index is None))
+        seen = cache.seen.tolist()
+        taken = {s.index: s.fed for s in sequences if s.index is not None}
+        require(all(seen[i] == fed for i, fed in taken.items()),
+                "the cache does not hold what a sequence has fed")
+        self.free = [i for i, n in enumerate(seen) if n == 0 and i not in taken]
+        fresh = len(sequences) - len(taken)
+        require(fresh <= len(self.free) or release and (taken or self.free),
+                "more sequences than the cache has places; release them as they end")
 
-    def decode(self):
-        """One more token for all that run, [(sequence, token id)]."""
-        inputs = {sequence.row: (sequence.ids[-1], sequence.uniform()) for sequence in self.running}
+    def step(self):
+        """One more token for all that run, and the first of those that start: [(sequence, id)]."""
+        new = []
         try:
-            drawn = self.step(inputs) if inputs else {}
+            if self.running:
+                logits = self.cache.decode_step({s.index: s.ids[-1] for s in self.running})
+                new = self.record(self.running, logits[[s.index for s in self.running]])
         except CacheFull as e:
-            return self.put_back(self.running[-1:], e)
-        return self.record([(sequence, drawn[sequence.row]) for sequence in self.running])
-
-    def admit(self):
-        """Start groups while there is room; the first token of each, [(sequence, token id)]."""
-        drawn = []
+            new = self.put_back(self.running[-1], e)
+        source = None  # the last prompt that was computed: its ids, index and logits
         while self.may_start():
-            group = self.next_group()
-            self.running += group
+            sequence = self.waiting.popleft()
+            if sequence.index is None:
+                sequence.index = self.free.pop(0)
+            self.running.append(sequence)
             try:
-                logits = self.feed(group)
+                if source and sequence.fed == 0 and sequence.ids == source[0]:  # fork it
+                    every = range(self.cache.batch_size)
+                    self.cache.select([source[1] if i == sequence.index else i for i in every])
+                else:
+                    ids = torch.tensor([sequence.ids[sequence.fed :]], device=self.model.device)
+                    at = sequence.index
+                    logits = self.model(ids, cache=self.cache, sequence=at, last_only=True)[:, -1]
+                    source = (list(sequence.ids), at, logits)
             except CacheFull as e:
-                return drawn + self.put_back(group, e)
-            uniform = torch.tensor([s.uniform() for s in group], device=logits.device)
-            tokens = sample(logits.expand(len(group), -1), uniform, **self.sampling)
-            drawn += self.record(list(zip(group, tokens.tolist())))
-        return drawn
+                new += self.put_back(sequence, e)
+                break
+            new += self.record([sequence], source[2])
+        for sequence in [s for s in self.running if s.over]:
+            self.running.remove(sequence)
+            self.blocked = False
+            if self.release:
+                self.give_up_place(sequence)
+        return new
 
     def may_start(self):
-        """Is there a row for the first that waits, and are there pages for about what it will hold
-        once it is fed, by the compression seen so far? For what it draws later there may be none
-        in the end: then the youngest is put back."""
-        if not self.waiting or self.blocked_until_one_ends:
+        """Is there a place for the first that waits, and are there pages for what it will hold
+        after its prompt, if it compresses as others have so far? There may be none for what it says
+        later: then the youngest is put back."""
+        if not self.waiting or self.blocked or self.waiting[0].index is None and not self.free:
             return False
-        first = self.waiting[0][0]
-        if first.row is None and not self.free_rows:
-            return False
-        ratio, free = self.cache.ratio_and_free_pages()
-        pairs = (len(first.ids) - first.fed) / (ratio or 1)
-        # of each head; its last page is half empty on average, and half a page is a margin
+        pairs = len(self.waiting[0].ids) - self.waiting[0].fed
+        pairs /= self.cache.compression_ratio() or 1
+        # A head that holds n pairs has ceil(n / page_size) pages. Over many heads that is
+        # n / page_size + 1/2 on average, as the last page is half full. Another half is a margin.
         pages = self.cache.layers * self.cache.kv_heads * (pairs / self.cache.page_size + 1)
-        return pages <= free or not self.running
+        return pages <= int(self.cache.pool.free_count) or not self.running
 
-    def next_group(self):
-        """The first group that waits, or as much of it as there are rows for, with rows."""
-        group = self.waiting.popleft()
-        if group[0].row is None:
-            if len(group) > len(self.free_rows):
-                self.waiting.appendleft(group[len(self.free_rows) :])
-                group = group[: len(self.free_rows)]
-            for sequence in group:
-                sequence.row = self.free_rows.pop(0)
-        return group
+    def put_back(self, sequence, problem):
+        """It has found no page: it gives up those that it has, and waits to be appended again with
+        all that it has said, first in line. If no other can make room it has failed: [(it, None)].
+        """
+        self.running.remove(sequence)
+        # where nothing runs, conversations that wait for their turn must give up theirs
+        others = self.running or [s for s in self.waiting if s.index is not None]
+        for each in [sequence] if self.running else [sequence, *others]:
+            self.give_up_place(each)
+        self.blocked = bool(self.running)
+        if others:
+            self.waiting.appendleft(sequence)
+            return []
+        sequence.over = True
+        sequence.error = str(problem)
+        return [(sequence, None)]
 
-    def feed(self, group):
-        """Feed what a group shares once, and fork it. Returns logits (1, V) of the next token."""
-        first = group[0]
-        ids = torch.tensor([first.ids[first.fed :]], device=self.model.device)
-        logits = self.model(ids, cache=self.cache, sequence=first.row, last_only=True)
-        if len(group) > 1:
-            rows = [sequence.row for sequence in group]
-            every = range(self.cache.batch_size)
-            self.cache.select([first.row if row in rows else row for row in every])
-        return logits[:, -1]
+    def give_up_place(self, sequence):
+        self.cache.release([sequence.index])
+        self.free.append(sequence.index)
+        sequence.index = None
+        sequence.fed = 0
 
-    def put_back(self, sequences, problem):
-        """They have not found their pages: give up what they have, and wait to be fed again, first
-        in line, with what they have drawn. If nothing is left that could make room, the sequence
-        does not fit by itself, and has failed: [(it, None)], as nothing was drawn."""
-        self.take_out(sequences, release=True)
-        self.blocked_until_one_ends = bool(self.running)
-        holders = [s for group in self.waiting for s in group if s.row is not None]
-        if len(sequences) == 1 and not self.running and not holders:
-            sequences[0].over = True
-            sequences[0].error = str(problem)
-            return [(sequences[0], None)]
-        # Half of a group's forks may fit where all of them do not: so it waits in two halves, the
-        # first of them at the head of the queue (extendleft reverses).
-        half = (len(sequences) + 1) // 2
-        self.waiting.extendleft(part for part in (sequences[half:], sequences[:half]) if part)
-        # where nobody runs, those that wait with a row and its pages must give them up, too
-        if not self.running:
-            self.take_out(holders, release=True)
-        return []
-
-    def take_out(self, sequences, release):
-        """Run them no longer. release: their rows and pages are free again."""
-        self.running = [s for s in self.running if s not in sequences]
-        if release and sequences:
-            rows = [sequence.row for sequence in sequences]
-            self.cache.release(rows)
-            self.free_rows += rows
-            for sequence in sequences:
-                sequence.row = None
-                sequence.fed = 0
-
-    def record(self, drawn):
-        """Add what was drawn, [(sequence, token id)], to the sequences. Returns it."""
-        for sequence, token in drawn:
-            sequence.fed = len(sequence.ids)  # all but the token just drawn is in the cache
+    def record(self, sequences, logits):
+        new = list(zip(sequences, next_tokens(sequences, logits)))
+        for sequence, token in new:
+            sequence.fed = len(sequence.ids)  # the cache holds all but the new token
             sequence.ids.append(token)
             sequence.new.append(token)
-            stops = token in self.end_ids or sequence.stop and sequence.stop(token)
-            sequence.over = bool(stops) or len(sequence.new) >= sequence.max_new_tokens
-        return drawn
-
-    def retire(self):
-        """Take those that are over out of the batch."""
-        ended = [sequence for sequence in self.running if sequence.over]
-        self.take_out(ended, self.release)
-        if ended:
-            self.blocked_until_one_ends = False
+            stops = token in self.end_ids or bool(sequence.stop and sequence.stop(token))
+            sequence.finish_reason = "stop" if stops else "length"
+            sequence.over = stops or len(sequence.new) >= sequence.max_new_tokens
+        return new
 
 
 @torch.inference_mode()
 def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
-    """Continue sequences, a list of any length, in the rows of a cache: continuous batching.
+    """Continue sequences, a list of any length, in the cache's batch: continuous batching.
 
-    Yields after each step the list of (sequence, token id) drawn, None for the token of one that
-    has failed. A sequence ends on an id of end_ids, when its stop(token) is true, after
-    max_new_tokens, or because it cannot fit by itself. When pages run out the youngest gives its
-    own back and is fed again later: nothing is lost or drawn twice. sampling: arguments of
-    `sample`. release=False: ended sequences keep their rows, in which the cache holds all but
-    their last token; to go on with one, add to its ids, reset `new` and `over`, and give it again.
+    Yields after each step the list of (sequence, new token id), None for the token of one that has
+    failed. A sequence ends on an id of end_ids, when its stop(token) is true, after max_new_tokens,
+    or because it does not fit by itself. When pages run out the youngest gives its own back and is
+    appended again later: nothing is lost, and nothing is sampled twice. sampling: {field of
+    Sampling: value}, for all of them. release=False: ended sequences keep their places, where the
+    cache holds all but their last token. To go on with one, add to its ids, reset `new` and `over`,
+    and hand it in again.
     """
-    scheduler = Scheduler(model, cache, sequences, end_ids, sampling or {}, release)
+    for sequence in sequences:
+        sequence.sampling = sequence.sampling._replace(**sampling or {})
+    scheduler = Scheduler(model, cache, sequences, end_ids, release)
     try:
         while scheduler.waiting or scheduler.running:
-            drawn = scheduler.decode() + scheduler.admit()
-            scheduler.retire()
-            yield drawn
+            yield scheduler.step()
     finally:  # the caller may leave early: nothing of what runs stays behind
-        scheduler.take_out(scheduler.running, release)
+        for sequence in scheduler.running if release else []:
+            scheduler.give_up_place(sequence)
+
+
+# ------------------------------------------------------------------------------ Text out of tokens
+
+
+class Stream:
+    """Tokens in, text out (`text`, and by pieces to `show`) as soon as no later token can change
+    it. In the end it is what the tokenizer makes of all tokens at once, up to a stop string. As a
+    Sequence's `stop` it says whether one has come.
+    """
+
+    def __init__(self, tokenizer, stops=(), show=lambda text: None, skip_special_tokens=True):
+        self.decode = functools.partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
+        self.name_of = tokenizer.fast.id_to_token
+        self.stops = [stop for stop in stops if stop]
+        # a special token is no part of the text, so as a stop string it is an end token
+        ids = [tokenizer.fast.token_to_id(stop) for stop in self.stops]
+        self.end_ids = {id for id in ids if id is not None and not self.decode([id, id])}
+        self.show = show
+        # The last tokens whose text is out. A text's first token is decoded differently (Llama 2's
+        # loses its space), so the next ones must not be taken for it.
+        self.before = []
+        self.held_back = []  # tokens whose text may still change
+        self.text = ""
+        self.rest = ""  # text that may be the beginning of a stop string
+        self.stopped = False
+
+    def __call__(self, token):
+        if token in self.end_ids:
+            self.finish()
+            self.stopped = True
+        elif self.decode([token, token]):  # not a special token (twice: a first space is dropped)
+            self.held_back.append(token)
+            # The first bytes of a character are decoded as U+FFFD. Tokens of one byte, <0x0A>, are
+            # decoded with their neighbours: a wrong byte makes U+FFFD of all that lie side by side.
+            is_byte = self.name_of(token).startswith("<0x")
+            if not is_byte and not self.undecided().endswith("\ufffd"):
+                self.let_out(self.undecided())
+                self.before, self.held_back = self.held_back, []
+        return self.stopped
+
+    def undecided(self):
+        """The text of the tokens that are held back."""
+        return self.decode(self.before + self.held_back)[len(self.decode(self.before)) :]
+
+    def finish(self):
+        """Let out what was held back, and turned out to be text after all."""
+        if not self.stopped:
+            self.let_out(self.undecided(), is_last=True)
+            self.held_back = []
+
+    def let_out(self, text, is_last=False):
+        self.rest += text
+        ends = [self.rest.find(stop) for stop in self.stops if stop in self.rest]
+        begun = [n for stop in self.stops for n in range(len(stop)) if self.rest.endswith(stop[:n])]
+        held_back = 0 if is_last else max(begun, default=0)
+        certain = self.rest[: min(ends, default=len(self.rest) - held_back)]
+        self.stopped = bool(ends)
+        self.rest = self.rest[len(certain) :]
+        self.text += certain
+        self.show(certain)
+
+
+NUMBER = r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d+)?(?:/\d+)?"
+
+
+def final_answer(text):
+    """What chains vote on: the contents of the last \\boxed{}, else the last number, else the last
+    line; None for no text. \\text{(A)} is A, and 12,345 is 12345."""
+    *_, answer = None, *re.findall(r".*\S.*", text)
+    *_, answer = answer, *re.findall(NUMBER, text)
+    _, boxed, rest = text.rpartition("\\boxed{")
+    depth = list(accumulate((character == "{") - (character == "}") for character in rest))
+    if boxed and -1 in depth:
+        answer = rest[: depth.index(-1)]
+    if answer is not None:
+        answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", answer).strip()
+        answer = re.sub(r"^\((\w)\)$", r"\1", answer)
+        answer = answer.replace(",", "") if re.fullmatch(NUMBER, answer) else answer
+    return answer
 
 
 # -------------------------------------------------------------------------------------- The script
 
 
-class Stream:
-    """Tokens in, printable text out (`text`, and by pieces to `show`) as soon as it is certain:
-    half a character and what may begin a stop string are held back. As a Sequence's `stop` it says
-    whether a stop string has come."""
-
-    def __init__(self, tokenizer, stop_strings=(), show=None):
-        self.tokenizer = tokenizer
-        self.stops = list(filter(None, stop_strings))
-        self.show = show
-        self.decoder = DecodeStream(skip_special_tokens=True)
-        self.ids = []
-        self.decoded = self.text = ""  # text: as much of it as is certain
-        self.stopped = False
-
-    def __call__(self, token):
-        self.ids.append(token)
-        if self.stops or self.show:
-            self.decoded += self.decoder.step(self.tokenizer.fast, token) or ""
-            beginnings = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
-            held_back = [len(text) for text in beginnings if self.decoded.endswith(text)]
-            self.let_out(len(self.decoded) - max(held_back, default=0))
-        return self.stopped
-
-    def finish(self):
-        """Let out what was held back and turned out to be text after all."""
-        if not self.stopped:
-            self.decoded = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-            self.let_out(len(self.decoded))
-
-    def let_out(self, end):
-        """Make decoded[:end] the text, or what comes before a stop string."""
-        places = (self.decoded.find(stop, len(self.text)) for stop in self.stops)
-        found = [place for place in places if place >= 0]
-        self.stopped = bool(found)
-        end = min(found) if found else max(end, len(self.text))  # what is out stays out
-        certain = self.decoded[:end]
-        if self.show:
-            self.show(certain[len(self.text) :])
-        self.text = certain
-
-
-def final_answer(text):
-    """What chains vote on: the contents of the last \\boxed{}, else the last number, else the last
-    line; None for no text."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    numbers = [x.replace(",", "").rstrip(".") for x in re.findall(r"-?\d[\d,]*\.?\d*", text)]
-    lines = [line for line in text.split("\n") if line.strip()]
-    return (boxed or numbers or lines or [None])[-1]
-
-
-def show_now(text):
-    print(text, end="", flush=True)
+show_now = functools.partial(print, end="", flush=True)
 
 
 @dataclass
@@ -306,20 +408,21 @@ class Options:
     model: str = None  # folder or hub id (default: the last retrofit, else the shipped toy model)
     adapter: str = None  # DMS adapters to lay over the model: a file, a folder or a hub id
     prompt: str = None  # text, or - for standard input (default: a problem of the toy world)
-    raw: bool = False  # feed the prompt as it is, without the chat template
+    raw: bool = False  # take the prompt as it is, without the chat template
     task: Literal["needles", "variables", "arithmetic"] = "needles"  # the toy problem to ask
     chat: bool = False  # several turns, a line each, over one cache
     n: int = 1  # parallel chains of each prompt
     requests: str = None  # a file of JSON lines with "prompt" or "messages"
-    out: str = None  # JSON lines with their answers; those that it holds are not done again
+    out: str = None  # JSON lines with their answers; those that it holds are not made again
     batch: int = None  # most chains side by side (default: 16 on a CPU, 64 on a GPU)
-    memory: float = None  # GB of the cache (default: 80 % of what a GPU has free, or a machine has)
+    memory: float = None  # GB of the cache (default: 80% of what a GPU has free, or a machine has)
     max_new_tokens: int = 400
     temperature: float = None  # 0 is greedy (default: generation_config.json, else 1; toy: 0)
     top_k: int = None
     top_p: float = None
     min_p: float = None
-    stop: list = ()  # a string that ends the text; may be repeated
+    repetition_penalty: float = None
+    stop: list = ()  # a string or special token that ends the text; may be repeated
     seed: int = 0
     dense: bool = False  # switch eviction off
     show_evictions: str = ""  # each token by how many heads hold it: printed, or a .html file
@@ -328,222 +431,237 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] = None  # (default: bfloat16 on a GPU)
 
 
+# the least and the most of a number that a request may state, too
+RANGES = {"n": (1, 1000), "max_new_tokens": (1, 2**31), "temperature": (0, 1000), "top_p": (0, 1),
+          "top_k": (-1, 2**31), "min_p": (0, 1), "repetition_penalty": (0.01, 100)}
+
+
 class Session:
     """A loaded model, its tokenizer, and the options of a run."""
 
     def __init__(self, options):
         self.options = options
         folder = resolve(options.model)
+        self.defaults = {"temperature": 1.0} | generation_defaults(folder)
         self.tokenizer = load_tokenizer(folder)
-        self.model = load_model(folder, options.device, getattr(torch, options.dtype), options.adapter)
+        dtype = getattr(torch, options.dtype)
+        self.model = load_model(folder, options.device, dtype, options.adapter)
         if options.compile:
             self.model.compile()
         if options.dense and self.model.config.dms:
             self.model.config.dms.disable_eviction = True
-        file = folder / "generation_config.json"
-        stated = read_json(file) if file.exists() else {}
-        ends = stated.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
-        self.end_ids = {end for end in (*ends, self.tokenizer.end_id) if isinstance(end, int)}
-        if stated.get("do_sample") is False:
-            stated["temperature"] = 0.0
-        self.sampling = {"temperature": 1.0}
-        for source in (stated, vars(options)):
-            given = {key: source.get(key) for key in ("temperature", "top_k", "top_p", "min_p")}
-            self.sampling |= {key: value for key, value in given.items() if value is not None}
-        check_sampling(self.sampling, file)
-        self.tokens, self.seconds = 0, 0.0
+        config = self.model.config
+        self.stated_context = config.max_position_embeddings
+        config.max_position_embeddings = context_of(config)  # the cache must have room for it
+        self.end_ids = end_ids(folder, self.tokenizer)
+        self.cache = None
+        self.tokens = 0
+        self.seconds = 0.0
 
-    def new_cache(self, rows):
-        memory = self.options.memory and self.options.memory * 1e9
-        model = self.model
-        self.cache = KVCache(model.config, rows, model.device, model.dtype, memory=memory)
-
-    def encode(self, prompt, max_new_tokens):
-        """Text, or a list of messages -> token ids, through the chat template unless there is none
-        or --raw. Raises InputError if there is no room for so many new tokens."""
-        is_raw = self.options.raw or self.tokenizer.template is None
-        if isinstance(prompt, str) and not is_raw:
+    def encode(self, prompt, **template):
+        """Text, or a list of messages -> token ids, through the chat template with these variables
+        unless there is none or --raw."""
+        if isinstance(prompt, str) and self.tokenizer.template and not self.options.raw:
             prompt = [{"role": "user", "content": prompt}]
-        ids = self.tokenizer.encode(prompt, add_generation_prompt=True)
-        check_ids(self.model.config, ids, max_new_tokens)
-        return ids
+        return self.tokenizer.encode(prompt, add_generation_prompt=True, **template)
 
-    def chains(self, ids, max_new_tokens, seed, show=None):
-        """-n sequences that continue ids, each with a Stream as its `stop`."""
-        streams = [Stream(self.tokenizer, self.options.stop, show) for _ in range(self.options.n)]
-        return [Sequence(ids, max_new_tokens, f"{seed} {i}", s) for i, s in enumerate(streams)]
+    def chains(self, ids, options, seed, show=lambda text: None):
+        """-n sequences that continue ids, each with a Stream as its `stop`. Raises InputError if
+        the options are out of range, or the model's context is too short for them."""
+        for name, (low, high) in RANGES.items():
+            value = getattr(options, name)
+            fits = value is None or isinstance(value, (int, float)) and low <= value <= high
+            require(fits, f"{name} = {value!r}: give a number from {low} to {high}")
+        context = self.model.config.max_position_embeddings
+        require(0 < len(ids) <= context - options.max_new_tokens,
+                f"{len(ids)} tokens in the prompt and {options.max_new_tokens} to come, but the "
+                f"model's context is {context}; shorten it or ask for less")
+        if len(ids) + options.max_new_tokens > self.stated_context:
+            say("warning: longer than the context that config.json states, as its RoPE allows")
+        stated = {name: getattr(options, name) for name in Sampling._fields}
+        stated = {name: value for name, value in stated.items() if value is not None}
+        sampling = Sampling(**self.defaults | stated)
+        streams = [Stream(self.tokenizer, options.stop, show) for _ in range(options.n)]
+        return [Sequence(ids, options.max_new_tokens, f"{seed} {i}", stream, sampling)
+                for i, stream in enumerate(streams)]
 
     def run(self, chains, release=True):
-        """Generate; yields the chains that are over, after each step."""
+        """Generate, in a cache that is made once; yields each chain when it is over."""
+        if self.cache is None:
+            memory = self.options.memory and self.options.memory * 1e9
+            places = min(self.options.batch, len(chains) or 1)
+            like = (self.model.device, self.model.dtype)
+            self.cache = KVCache(self.model.config, places, *like, memory=memory)
         begin = time.perf_counter() - self.seconds
-        for drawn in generate(self.model, self.cache, chains, self.end_ids, self.sampling, release):
-            self.tokens += sum(token is not None for _, token in drawn)
+        for new in generate(self.model, self.cache, chains, self.end_ids, release=release):
+            self.tokens += len(new)
             self.seconds = time.perf_counter() - begin
-            over = [chain for chain, _ in drawn if chain.over]
-            for chain in over:
-                chain.stop.finish()
-            yield over
+            for chain in [chain for chain, _ in new if chain.over]:
+                chain.stop.finish()  # which may find a stop string in what was held back
+                chain.finish_reason = "stop" if chain.stop.stopped else chain.finish_reason
+                yield chain
 
     def finish(self, chains, release=True):
         """Generate to the end. Raises InputError if a chain did not fit into the cache."""
-        for over in self.run(chains, release):
-            for chain in over:
-                require(not chain.error, chain.error)
-
-
-def read_turns():
-    """Turns of a conversation from standard input, a line each."""
-    prompt = "> " if sys.stdin.isatty() else ""
-    with suppress(EOFError), refusing("standard input is not text", ValueError):
-        while True:
-            line = input(prompt)
-            if line.strip():
-                yield {"role": "user", "content": line}
+        for chain in self.run(chains, release):
+            require(not chain.error, chain.error)
+        cut = sum(chain.finish_reason == "length" for chain in chains)
+        if cut:
+            print(f"\n[cut at --max-new-tokens: {cut} of {len(chains)}]", file=sys.stderr)
 
 
 def chat(session):
-    """Turns over one cache: each feeds only what the template puts after an answer, the new turn
-    included. What the model said stays as it was said, thoughts too, as the cache cannot unsay it.
+    """Turns over one cache. Each appends only what the template puts after an answer, the new turn
+    included. What the model said stays as it was said, thoughts too: the cache cannot unsay it.
 
     To get that text, the new turn is rendered behind a made-up exchange whose answer is a mark, and
     the result is cut at the mark.
     """
-    options = session.options
     mark = "@ANSWER@"
     before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    session.new_cache(1)
-    chain = Sequence([], options.max_new_tokens)
-    for number, turn in enumerate(read_turns()):
-        turns = [*before, turn] if number else [turn]
+    cue = "> " if sys.stdin.isatty() else ""
+    chain = Sequence([], 1)
+    show_now(cue)
+    for number, line in enumerate(filter(str.strip, sys.stdin)):
+        turns = [*before * bool(number), {"role": "user", "content": line.rstrip("\n")}]
         text = session.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         if number:
-            require(mark in text, "--chat needs a template that repeats the answers; this one does not")
+            require(mark in text, "--chat needs a template that repeats the model's answers")
             text = text.split(mark, 1)[1]
-        if number and chain.ids[-1] in session.end_ids:
-            chain.ids.pop()  # it was not fed yet, and the text begins with it
+            if chain.ids[-1] in session.end_ids:
+                chain.ids.pop()  # it was not appended yet, and the text begins with it
         ids = chain.ids + session.tokenizer.encode(text, add_special_tokens=False)
-        check_ids(session.model.config, ids, options.max_new_tokens)
-        chain = replace(chain, ids=ids, seed=f"{options.seed} {number} 0", new=[], over=False)
-        chain.stop = Stream(session.tokenizer, options.stop, show_now)
+        seed = f"{session.options.seed} {number}"
+        [turn] = session.chains(ids, session.options, seed, show_now)
+        chain = replace(turn, index=chain.index, fed=chain.fed)
         session.finish([chain], release=False)
-        print(flush=True)
+        show_now(f"\n{cue}")
 
 
-ROW = '{"generated": {"line": '  # how each row of --out begins
-
-
-def answered_line(row, requests, problem):
-    """The line of --requests, {line: request}, that a row of --out answers. Raises InputError with
-    that problem if it answers none."""
-    require(row.startswith(ROW), problem)
-    request = parse_object(row, problem)
-    line = request.pop("generated")["line"]
-    # compared as texts, since NaN is not equal to itself
-    require(json.dumps(request) == json.dumps(requests.get(line)), problem)
-    return line
-
-
-def answered_lines(out, requests):
-    """The lines of --requests that a file has answers for. A last row without its line's end is cut
-    off, and done again. Raises InputError if the file holds anything else."""
-    problem = f"{out}: holds something else than whole answers to these requests; give another --out"
-    *rows, cut = read_text(out, problem).split("\n")
-    require(ROW.startswith(cut) or cut.startswith(ROW), problem)
-    lines = {answered_line(row, requests, problem) for row in rows}
-    try:
-        json.loads(cut)
-    except ValueError:
-        pass  # nothing, or a part of a row
-    else:  # a whole row: it must be an answer, too, or the file is not ours
-        answered_line(cut, requests, problem)
-    os.truncate(out, out.stat().st_size - len(cut.encode()))
-    return lines
-
-
-def chains_of_request(session, request, line):
-    """The chains that answer a request. Raises InputError naming its line."""
-    where = f"{session.options.requests}: line {line}"
-    require("generated" not in request, f'{where}: "generated" is the key of answers; rename it')
-    prompt = request.get("messages") or request.get("prompt")
-    require(isinstance(prompt, (str, list)) and prompt, f'{where} needs "prompt" or "messages"; add one')
-    most = checked(request, "max_new_tokens", int, where) or session.options.max_new_tokens
-    with refusing(where, InputError):
-        ids = session.encode(prompt, most)
-    return session.chains(ids, most, f"{session.options.seed} {line}")
-
-
-def serve(session):
-    """Answer every line of --requests, many side by side, and append the answers to --out as they
-    are finished. What is there already is not done again."""
-    rank, world = torchrun_place()
-    requests = dict(list(read_lines(session.options.requests).items())[rank::world])
-    out = Path(session.options.out)
-    if world > 1:
-        out = Path(str(out).removesuffix(".jsonl") + f".{rank}-of-{world}.jsonl")
-    require(out.is_file() or not out.exists(), f"{out}: is no file; give another --out")
-    with locked(out):
-        done = answered_lines(out, requests) if out.exists() else ()
-        chains = {line: chains_of_request(session, request, line)
-                  for line, request in requests.items() if line not in done}
-        session.new_cache(min(session.options.batch, max(len(chains) * session.options.n, 1)))
-        failed = answer(session, chains, requests, out)
-    require(not failed, f"{len(failed)} requests are not answered, run again with more --memory: "
-            f"{'; '.join(list(failed.values())[:3])}")
-
-
-def answer(session, chains, requests, out):
-    """Run chains, {line: those of its request}, to their ends. Returns {line: error} of requests
-    that could not be answered."""
-    line_of = {chain: line for line, group in chains.items() for chain in group}
-    left = Counter(line_of.values())
-    failed = {}
-    with open(out, "a") as file, tqdm(total=len(line_of), desc=out.name) as bar:
-        for over in session.run(list(line_of)):
-            for chain in over:
-                line = line_of[chain]
-                left[line] -= 1
-                if chain.error:
-                    failed[line] = f"line {line}: {chain.error}"
-                if left[line] == 0 and line not in failed:
-                    row = {"generated": {"line": line, **answer_of(chains[line])}, **requests[line]}
-                    print(json.dumps(row), file=file, flush=True)
-            bar.update(len(over))
-            bar.set_postfix_str(f"{session.tokens / session.seconds:.1f} tokens/s", refresh=False)
-    return failed
+def one_prompt(session, prompt, check=None):
+    """Answer a prompt in -n chains, and say what they voted for, or what check(texts) says."""
+    options = session.options
+    show = show_now if options.n == 1 else lambda text: None
+    chains = session.chains(session.encode(prompt), options, options.seed, show)
+    if check:
+        print(f"{prompt}\n", file=sys.stderr)
+    session.finish(chains, release=not options.show_evictions)
+    said = answer_of(chains)
+    texts = [f"[{i}] {text}\n" for i, text in enumerate(said["texts"], 1)]
+    print("".join(texts) if options.n > 1 else "", flush=True)
+    if options.n > 1 or check:
+        verdict = f"answer {said['answer']}; {said['votes']} of {options.n} agree"
+        print(f"[{check(said['texts']) if check else verdict}]", file=sys.stderr)
+    if options.show_evictions:
+        chain = chains[0]
+        held = held_by_heads(session.cache, chain.index)
+        stream = Stream(session.tokenizer, skip_special_tokens=False)
+        show_evictions(options.show_evictions, stream, chain.ids[: chain.fed], held)
 
 
 def answer_of(chains):
     """What --out says of a request: its chains' texts, and what most of them answer."""
     texts = [chain.stop.text for chain in chains]
     answer, votes = Counter(map(final_answer, texts)).most_common(1)[0]
-    tokens = [len(chain.new) for chain in chains]
-    return {"texts": texts, "answer": answer, "votes": votes, "tokens": tokens}
+    return {"texts": texts, "answer": answer, "votes": votes,
+            "tokens": [len(chain.new) for chain in chains],
+            "finish_reason": [chain.finish_reason for chain in chains]}
 
 
-def one_prompt(session, prompt, check=None):
-    """Answer a prompt in -n chains, and say what they voted for, or what check(texts) says."""
-    options = session.options
-    ids = session.encode(prompt, options.max_new_tokens)
-    if check:
-        print(f"{prompt}\n", file=sys.stderr)
-    session.new_cache(options.n)
-    chains = session.chains(ids, options.max_new_tokens, options.seed, show_now if options.n == 1 else None)
-    session.finish(chains, release=not options.show_evictions)
-    said = answer_of(chains)
-    if options.n > 1:
-        print("".join(f"[{i}] {text}\n" for i, text in enumerate(said["texts"], 1)), end="")
-    print(flush=True)
-    if options.n > 1 or check:
-        verdict = f"answer {said['answer']}; {said['votes']} of {options.n} agree"
-        print(f"[{check(said['texts']) if check else verdict}]", file=sys.stderr)
-    if options.show_evictions:
-        chain = chains[0]
-        held = held_by_heads(session.cache, chain.row)
-        show_evictions(options.show_evictions, session.tokenizer, chain.ids[: chain.fed], held)
+ROW = '{"generated": {"line": '  # how each row of --out begins
+# what a line of --requests may set for itself, and what other servers obey, but this one does not
+REQUEST_OPTIONS = [*RANGES, "stop", "seed"]
+ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+NOT_OBEYED = """best_of echo frequency_penalty function_call functions guided_choice guided_json
+    guided_regex ignore_eos length_penalty logit_bias logprobs min_tokens no_repeat_ngram_size
+    num_beams presence_penalty prompt_logprobs response_format stop_token_ids stream suffix
+    suppress_tokens tool_choice top_logprobs typical_p""".split()
 
 
-def parse(argv=None):
+def answered_lines(out, requests):
+    """The numbers of the lines, {number: text}, that a file has answers for. A last row without its
+    line's end is cut off, to be made again. Raises InputError if the file holds anything else."""
+    *rows, cut = read_text(out).split("\n")
+    answered = set()
+    try:
+        for row in rows:
+            answer = json.loads(row)
+            number = answer.pop("generated")["line"]
+            # compared as texts, since NaN is not equal to itself
+            request = json.loads(requests[number])
+            require(json.dumps(answer) == json.dumps(request), f"line {number} has changed")
+            answered.add(number)
+        require(cut[: len(ROW)] == ROW[: len(cut)], "no row")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        problem = "holds something else than answers to these requests; give another --out"
+        raise InputError(f"{out}: {problem} ({e})") from e
+    os.truncate(out, out.stat().st_size - len(cut))  # rows are written in ASCII
+    return answered
+
+
+def chains_of_request(session, number, text):
+    """The chains that answer a line of --requests, by the options that it states for itself."""
+    request = json.loads(text)
+    require(isinstance(request, dict) and "generated" not in request,
+            'a request is a JSON object without the key "generated"')
+    prompt = request.get("messages") or request.get("prompt")
+    require(prompt and isinstance(prompt, (str, list)), 'it needs "prompt" or "messages"')
+    stated = {ALIASES.get(name, name): x for name, x in request.items() if x is not None}
+    for name in filter(stated.get, NOT_OBEYED):
+        say(f"{session.options.requests}: {name} is not obeyed")
+    own = {name: stated[name] for name in REQUEST_OPTIONS if name in stated}
+    if isinstance(own.get("stop"), str):
+        own["stop"] = [own["stop"]]
+    options = replace(session.options, **own)
+    template = {name: stated[name] for name in ("tools", "enable_thinking") if name in stated}
+    ids = session.encode(prompt, **template | stated.get("chat_template_kwargs", {}))
+    return session.chains(ids, options, own.get("seed", f"{options.seed} {number}"))
+
+
+def serve(session):
+    """Answer every line of --requests, many side by side, and append the answers to --out as they
+    are finished. What is there already is not made again. A line that cannot be answered does not
+    stop the others."""
+    rank, world = torchrun_place()
+    out = Path(session.options.out)
+    if world > 1:
+        out = out.with_name(f"{out.name.removesuffix('.jsonl')}.{rank}-of-{world}.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = enumerate(read_text(session.options.requests).split("\n"), 1)
+    requests = dict([(number, text) for number, text in lines if text.strip()][rank::world])
+    chains, failed = {}, {}  # by the number of a line
+    with FileLock(f"{out}.lock", blocking=False), open(out, "a") as file:
+        answered = answered_lines(out, requests)
+        for number in [number for number in requests if number not in answered]:
+            try:
+                chains[number] = chains_of_request(session, number, requests[number])
+            except json.JSONDecodeError as e:
+                failed[number] = f"no JSON ({e})"
+            except (ValueError, TypeError) as e:
+                failed[number] = e
+        answer(session, chains, requests, failed, file)
+    for number, problem in sorted(failed.items()):
+        print(f"error: {session.options.requests}: line {number}: {problem}", file=sys.stderr)
+    require(not failed, f"{len(failed)} of {len(requests)} requests are not answered; mend them, "
+            "or give more --memory, and run again")
+
+
+def answer(session, chains, requests, failed, file):
+    """Run chains, {number of a line: its own}, to their ends, and write a row for each line, or why
+    it has none to `failed`."""
+    number_of = {chain: number for number, group in chains.items() for chain in group}
+    left = Counter(number_of.values())
+    for chain in tqdm(session.run(list(number_of)), total=len(number_of), unit="chain"):
+        number = number_of[chain]
+        left[number] -= 1
+        if chain.error:
+            failed[number] = chain.error
+        elif left[number] == 0 and number not in failed:
+            row = {"generated": {"line": number, **answer_of(chains[number])}}
+            print(json.dumps(row | json.loads(requests[number])), file=file, flush=True)
+
+
+def main(argv=None):
     options = Options(**parse_options(Options, argv))
     modes = (options.prompt is not None) + options.chat + (options.requests is not None)
     require(modes <= 1, "--prompt, --chat and --requests exclude each other")
@@ -554,16 +672,10 @@ def parse(argv=None):
     if options.model is None:
         finished = list(Path("out").glob("*/results.json"))
         options.model = max(finished, key=os.path.getmtime).parent if finished else SHIPPED
-    return options
-
-
-def main(argv=None):
-    options = parse(argv)
     check = None
     if options.prompt == "-":
-        with refusing("standard input is not text", ValueError):
-            options.prompt = sys.stdin.read()
-    elif options.prompt is None and not options.chat and not options.requests:
+        options.prompt = sys.stdin.read()
+    elif modes == 0:
         from toy.tasks import question
 
         options.prompt, check = question(options.task, options.seed)
@@ -578,11 +690,11 @@ def main(argv=None):
     else:
         one_prompt(session, options.prompt, check)
     if session.tokens:
-        s = session.cache.stats()
-        speed = f"in {session.seconds:.2f} s, {session.tokens / session.seconds:.1f} tokens/s"
-        held = f"at most {s['peak_pairs']:,} pairs held, in {s['peak_page_bytes']:,} bytes"
-        print(f"[{session.tokens} tokens, prompts included, {speed}; compression "
-              f"{s['compression_ratio'] or 1:.2f}x; {held}]", file=sys.stderr)
+        stats = session.cache.stats()
+        print(f"[{session.tokens} tokens, prompts included, in {session.seconds:.2f} s, "
+              f"{session.tokens / session.seconds:.1f} tokens/s; compression "
+              f"{stats['compression_ratio']:.2f}x; at most {stats['peak_pairs']:,} pairs held, in "
+              f"{stats['peak_page_bytes']:,} bytes]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,102 +1,345 @@
 """
 The KV cache: pages, slots and the ring.
 
-Every KV head of every sequence and layer, a row, holds its own number of key/value pairs, in pages
-of `page_size` slots that come from one pool. Attention does not care in which order keys are
-stored, since RoPE is already inside them. Hence the whole trick:
+A *row* is one KV head of one sequence in one layer. Each row holds its own number of key/value
+pairs, in pages of `page_size` slots that come from one pool. Attention does not care in which order
+keys are stored, since RoPE is already inside them. Hence the whole trick:
 
     token j = t - (window + 1) leaves the window as token t arrives
         j was evicted  ->  t is written over j's slot          (the row's length stays)
         j was kept     ->  t is appended                       (length + 1)
 
 Nothing is ever moved. Each slot says whose pair it holds, by position, and what was decided about
-it. The ring says in which slot each token of the window lies: token t's at t mod (window + 1).
+it. A row's ring has window + 1 entries: entry t mod (window + 1) is the slot of token t.
 
-A decode step, one token for every sequence, is stored by kernels/cache_write.py and then attended
-to by kernels/decode_attention.py. A block of tokens is attended to and then stored, both by
-kernels/block.py, since its first tokens still see what expires within it. The tests feed the same
-tokens both ways. A dense model is the same cache with nothing evicted.
+A single token is stored first and then attends, since it sees all that its row holds. A block of
+tokens attends first and is stored afterwards, since its first tokens still see what expires within
+it. The tests append the same tokens both ways. A dense model is the same cache with nothing evicted.
 
-This file knows nothing of training, of tokenizers, or of how a decision was made.
+All of it is plain PyTorch. kernels/ has faster versions of three functions (store_one, attend_one,
+attend_block); without that folder everything still runs. This file knows nothing of training, of
+tokenizers, or of how a decision was made.
 
-Letters: those of dms.py, and N = B * Hkv rows of a layer, of which row b * Hkv + h is KV head h of
-sequence b; P pages in the pool; M columns of the page table; W = window + 1 entries of the ring.
+Letters: those of dms.py, and N = B * Hkv rows of a layer, where row b * Hkv + h is KV head h of
+sequence b; P pages in the pool; M columns of the page table; W = window + 1 entries of the ring;
+S slots of the longest row.
 """
 
 import copy
+import os
+from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from checkpoint import one_line, refusing, require  # InputErrors, of one line
-from kernels.block import append_block
-from kernels.choose import choose_kernels
-from kernels.pages import CacheFull as CacheFull  # for those who import it from here
-from kernels.pages import PagePool, Rows, fork, free_memory
+from dms import attention, decisions, visible
 
 
-def together(*numbers):
-    """Some integers, scalar tensors each, as a list: a GPU is waited for once."""
-    return torch.stack([number.long() for number in numbers]).tolist()
+class CacheFull(RuntimeError):
+    """No page is left for a token that must be stored."""
+
+
+# ------------------------------------------------------------------------------------------- Pages
+
+
+class PagePool:
+    """Pages of slots for all rows of all layers, and a stack of those that no row has."""
+
+    def __init__(self, pages, page_size, head_dim, dtype, device):
+        shape = (pages, page_size)
+        self.page_size = page_size
+        with torch.device(device):
+            self.keys = torch.empty(*shape, head_dim, dtype=dtype)  # (P, page_size, D)
+            self.values = torch.empty_like(self.keys)
+            self.position = torch.empty(shape, dtype=torch.int32)  # of a slot's token
+            self.evicted = torch.zeros(shape, dtype=torch.bool)  # the decision about it
+            # the free pages are free[:free_count]; the last of them is the top of the stack
+            self.free = torch.arange(pages, dtype=torch.int32).flip(0)  # (P,)
+            self.free_count = torch.tensor([pages], dtype=torch.int32)
+        self.slots = (self.keys, self.values, self.position, self.evicted)
+
+    def __len__(self):
+        return len(self.free)
+
+    def check(self, needed, free):
+        """Raise CacheFull unless `needed` pages are among the free ones."""
+        if needed > free:
+            raise CacheFull(f"the cache is full: {needed} pages are needed, and {free} of its "
+                            f"{len(self)} are free; allow more memory or fewer sequences")
+
+    def take(self, count):
+        """The numbers of `count` free pages, (count,) int32. Raises CacheFull, taking none."""
+        top = int(self.free_count)
+        self.check(count, top)
+        self.free_count -= count
+        return self.free[top - count : top].flip(0)
+
+    def free_all_but(self, in_use):
+        """Put every page on the stack that is not in `in_use`, an integer tensor. Since forks share
+        pages, a page is free once no table names it: so the tables are asked, and nothing needs to
+        count references."""
+        is_free = torch.ones_like(self.free, dtype=torch.bool)
+        is_free[in_use] = False
+        pages = is_free.nonzero()[:, 0].flip(0)
+        self.free[: len(pages)] = pages
+        self.free_count.fill_(len(pages))
 
 
 @dataclass
-class Feed:
-    """One piece of input on its way into the cache: the `attend` of Model.hidden, called once for
-    every layer. It attends to what the cache holds and to the piece itself, and stores the piece.
+class Rows:
+    """What every row holds, and where. rows.layer(l) is the same of one layer, without the L."""
+
+    seen: torch.Tensor  # (N,) int64: tokens appended so far, which is the next one's position
+    length: torch.Tensor  # (L, N) int32: pairs held, in slots 0 to length - 1 of the row
+    table: torch.Tensor  # (L, N, M) int32: the row's pages, in order of its slots
+    ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W, while it is in the window
+
+    def layer(self, layer):
+        return Rows(self.seen, self.length[layer], self.table[layer], self.ring[layer])
+
+    def select(self, index):
+        """The rows of an index: views for a slice, copies for a tensor of numbers."""
+        by_layer = [x[:, index] for x in (self.length, self.table, self.ring)]
+        return Rows(self.seen[index], *by_layer)
+
+    def pages_in_use(self, page_size):
+        """Which entries of the table name a page, (L, N, M) bool."""
+        first_slot = torch.arange(self.table.shape[-1], device=self.table.device) * page_size
+        return first_slot < self.length[..., None]
+
+    def pages_to_be_written(self, page_size):
+        """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window,
+        since it may be reused. (The last pair of a row is always in its window, so a last page with
+        room is among them. Entries of the ring that are not set yet, or are left from a released
+        sequence, mark pages too; but all that such a row holds is in its window anyway.)"""
+        column = self.ring // page_size
+        written = torch.zeros_like(self.table, dtype=torch.bool)
+        written.scatter_(2, column.long(), True)
+        return written & self.pages_in_use(page_size)
+
+
+def fork(rows, index, pool):
+    """New Rows, whose row i continues rows[index[i]]. What `index`, (n,) int64, does not name is
+    dropped. Where an earlier row continues the same one, row i is a copy: it gets pages of its own
+    in place of those that may still be written to, and shares the others. Raises CacheFull before
+    anything has changed."""
+    forked = rows.select(index)
+    is_copy = (index[:, None] == index).tril(-1).any(dim=1)  # of an earlier row
+    to_copy = forked.pages_to_be_written(pool.page_size) & is_copy[:, None]
+    originals = forked.table[to_copy]
+    in_use = forked.table[forked.pages_in_use(pool.page_size)]
+    # not pool.free_count: the pages of dropped sequences come free, too
+    pool.check(len(originals), len(pool) - len(in_use.unique()))
+    pool.free_all_but(in_use)
+    own = pool.take(len(originals))
+    forked.table[to_copy] = own
+    for slots in pool.slots:
+        slots[own] = slots[originals]
+    return forked
+
+
+# ----------------------------------------------------------- The rule in memory, for one layer's rows
+
+
+def locate(rows, row, slot, pool):
+    """Where slots lie in the pool: (page, place in the page) of slot[i] of row[i]."""
+    return rows.table[row, slot // pool.page_size], slot % pool.page_size
+
+
+def held(slots, rows, row):
+    """Copies of what the n slots of one row hold, in order: [(n, ...)] of tensors (P, page_size,
+    ...) of the pool."""
+    n = int(rows.length[row])
+    pages = rows.table[row, : -(-n // slots[0].shape[1])]
+    return [x[pages].flatten(0, 1)[:n] for x in slots]
+
+
+def decide_newest(evict, new, rows, pool):
+    """With a shift of 1, the first new token decides about the one before it, the newest that is
+    held: note evict (N,) at its slot, in rows that get tokens (new > 0) and hold any."""
+    row = ((new > 0) & (rows.seen > 0)).nonzero()[:, 0]
+    slot = rows.ring[row, (rows.seen[row] - 1) % rows.ring.shape[1]]
+    pool.evicted[locate(rows, row, slot, pool)] = evict[row]
+
+
+def add_pages(rows, pool, length):
+    """Give the rows the pages that they need to hold `length` (N,) pairs. Raises CacheFull."""
+    has = rows.pages_in_use(pool.page_size)  # (N, M)
+    will_have = replace(rows, length=length).pages_in_use(pool.page_size)
+    lacks = will_have & ~has
+    rows.table[lacks] = pool.take(int(lacks.sum()))
+
+
+def store(k, v, evict, new, rows, pool, window):
+    """Store new tokens, and free the slots of what nobody will see any more.
+
+    Afterwards only what the last new token sees is of use. So every pair held that it does not see
+    leaves its slot open, and a new token that it does not see is never stored. The others, the
+    survivors, take the open slots in order, and so do those behind the row's last slot:
+
+        slots held      a  b  c  d  e         b and d were evicted, and now leave the window
+        open            -  1  -  3  -  5  6   their slots, and all behind the last
+        survivors       x  y  z               the new tokens that are stored
+        afterwards      a  x  c  y  e  z
+
+    No hole is left below the new length: at most min(new, W) tokens leave the window, and the last
+    min(new, W) new ones are in it, so at least that many survive.
+
+    k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
+    (N,) int64, how many of the T are real. All of the rows' state is updated but `seen`. Pages that
+    are written to must not be shared, and the tables must have room. Raises CacheFull before
+    anything has changed.
     """
+    position = pool.position[rows.table].flatten(1)  # (N, S): of all slots that the tables name
+    evicted = pool.evicted[rows.table].flatten(1)
+    in_use = torch.arange(position.shape[1], device=k.device) < rows.length[:, None]
+    last = (rows.seen + new - 1)[:, None]
+    token = rows.seen[:, None] + torch.arange(evict.shape[1], device=k.device)  # (N, T): positions
+    stays = in_use & visible(last, position, evicted, window)  # (N, S)
+    survives = visible(last, token, evict, window)  # (N, T); padding comes after `last`: False
+
+    open_slots = stays.byte().argsort(dim=1, stable=True)  # (N, S): first those that do not stay
+    rank = survives.cumsum(1) - 1  # (N, T): a survivor's place among those of its row
+    slots = open_slots.gather(1, rank.clamp(min=0))
+    length = (stays.sum(1) + survives.sum(1)).int()
+    add_pages(rows, pool, length)
+    rows.length.copy_(length)
+    row, t = survives.nonzero(as_tuple=True)
+    slot = slots[row, t]
+    where = locate(rows, row, slot, pool)
+    pool.keys[where] = k[row, t]
+    pool.values[where] = v[row, t]
+    pool.position[where] = token[row, t].int()
+    pool.evicted[where] = evict[row, t]
+
+    W = window + 1
+    recent = t >= new[row] - W  # the ring holds the window; a survivor may lie behind it already
+    row, t, slot = row[recent], t[recent], slot[recent]
+    rows.ring[row, token[row, t] % W] = slot.int()
+
+
+def store_one(k, v, evict, new, rows, pool, shift):
+    """Store one token in every row that gets one.
+
+    k, v: (N, D), the pool's dtype; evict: (N,) bool, decided at this token about the one `shift`, 0
+    or 1, before it; new: (N,) int64, 1 for a row that gets a token, 0 for one that rests.
+    """
+    if shift == 1:
+        decide_newest(evict, new, rows, pool)
+        evict = torch.zeros_like(evict)  # the new token itself is not decided yet
+    store(k[:, None], v[:, None], evict[:, None], new, rows, pool, rows.ring.shape[1] - 1)
+
+
+# ------------------------------------------------------------------- Attention, of one layer's rows
+
+
+def attend_one(q, rows, pool):
+    """Softmax attention, in float32, of each row's queries q (N, G, D) to all that it holds. A row
+    that holds nothing gives 0. Returns (N, G, D)."""
+    y = torch.zeros_like(q)
+    for row in rows.length.nonzero()[:, 0].tolist():
+        k, v = (x.float() for x in held((pool.keys, pool.values), rows, row))  # (n, D)
+        # keys first: with the long side in front, a CPU is up to 7 times faster
+        score = k @ q[row].float().T * q.shape[2] ** -0.5  # (n, G)
+        y[row] = score.softmax(dim=0).T @ v
+    return y
+
+
+def attend_block(q, k, v, evict, new, rows, pool, window):
+    """Attention of new tokens, none of which is stored yet, to all that the rule lets them see.
+
+    q: (N, G, T, D); k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about
+    these tokens; new: (N,) int64, how many of the T are real. Returns (N, G, T, D), whose padding is
+    finite but means nothing. Rows are taken one by one, which bounds the memory of the mask.
+    """
+    y = torch.zeros_like(q)
+    for row, n in enumerate(new.tolist()):
+        if n == 0:
+            continue
+        keys, values, position, evicted = held(pool.slots, rows, row)
+        query = rows.seen[row] + torch.arange(n, device=k.device)
+        position = torch.cat((position, query))  # (S + n,): held keys, then the new ones
+        evicted = torch.cat((evicted, evict[row, :n]))
+        mask = visible(query[:, None], position, evicted, window)  # (n, S + n)
+        keys = torch.cat((keys, k[row, :n]))[None]  # (1, S + n, D)
+        values = torch.cat((values, v[row, :n]))[None]
+        y[row, :, :n] = attention(q[None, row, :, :n], keys[None], values[None], mask)[0]
+    return y
+
+
+# The functions that kernels may replace, each with the signature of its plain version above
+Kernels = namedtuple("Kernels", "store_one attend_one attend_block")
+PLAIN = Kernels(store_one, attend_one, attend_block)
+
+
+def choose_kernels(device, dtype):
+    """Triton's on a GPU, numba's for single tokens on a CPU, and the plain ones elsewhere."""
+    try:
+        if device.type == "cuda":
+            from kernels import attention, write
+
+            return Kernels(write.store_one, attention.attend_one, attention.attend_block)
+        if dtype in (torch.float32, torch.bfloat16):
+            from kernels import cpu
+
+            return Kernels(cpu.store_one, cpu.attend_one, attend_block)
+    except ImportError:  # no Triton, no numba, or no kernels/
+        pass
+    return PLAIN
+
+
+# --------------------------------------------------------------------------------------- The cache
+
+
+@dataclass
+class PieceAttention:
+    """The `attend` of Model.hidden for one piece of input: called once for every layer, it attends
+    to what the cache holds and to the piece itself, and stores the piece."""
 
     cache: "KVCache"
-    rows: Rows  # those fed, of all layers
+    rows: Rows  # those that the piece belongs to, of all layers
     count: torch.Tensor  # (B,) int64: the real tokens of each sequence, the rest being padding
 
     def __post_init__(self):
         self.new = self.count.repeat_interleave(self.cache.kv_heads)  # (N,): the same by row
-        self.start = self.rows.seen[:: self.cache.kv_heads, None]  # (B, 1): first positions
+        # (B, 1): first positions, a view that changes when the next piece is asked for
+        self.start = self.rows.seen[:: self.cache.kv_heads, None]
 
-    @torch.inference_mode()
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D)."""
+        cache = self.cache
+        rows = self.rows.layer(layer)
         N = len(self.new)
         T, D = k.shape[2:]
-        feed = self.one_token if T == 1 else self.block
-        q_of_rows = q.reshape(N, -1, T, D)
-        kv = k.flatten(0, 1), v.flatten(0, 1)
-        if logits is not None:  # None: nothing is evicted
-            logits = logits.reshape(N, T)
-        y = feed(layer, self.rows.layer(layer), q_of_rows, *kv, logits)
+        q_by_row = q.reshape(N, -1, T, D)  # (N, G, T, D)
+        k = k.reshape(N, T, D)
+        v = v.reshape(N, T, D)
+        if logits is None:
+            logits = k.new_full((N, T), -1.0)  # keep everything
+        logits = logits.reshape(N, T)
+        if T == 1:  # store, then attend: the token sees all that its rows hold, itself included
+            new_pairs = (k[:, 0], v[:, 0], logits[:, 0] > 0, self.new)
+            cache.kernels.store_one(*new_pairs, rows, cache.pool, cache.shift)
+            y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, cache.pool)
+        else:  # attend, then store: the first tokens still see what expires within the block
+            new_pairs = (k, v, self.decide(logits, rows), self.new)
+            y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, cache.pool, cache.window)
+            store(*new_pairs, rows, cache.pool, cache.window)
         return y.view(q.shape)
 
-    def one_token(self, layer, rows, q, k, v, logits):
-        """Store, then attend: the new token is one of the pairs held."""
-        pool = self.cache.pool
-        kernels = self.cache.kernels
-        evict = torch.zeros_like(self.new, dtype=torch.bool)
-        if logits is not None:
-            evict = logits[:, 0] > 0
-        q = q[:, :, 0]
-        k = k[:, 0]
-        kernels.cache_write(k, v[:, 0], evict, self.new, rows, pool, self.cache.shift)
-        return kernels.decode_attention(q, pool.keys, pool.values, rows.table, rows.length)
-
-    def block(self, layer, rows, q, k, v, logits):
-        """Attend, then store: the block's first tokens still see what expires within it."""
+    def decide(self, logits, rows):
+        """What a block's logits (N, T) decide about its own tokens, (N, T) bool. With a shift of 1
+        the first one decides about the newest token held, and nothing yet about the last one."""
         cache = self.cache
-        reads = (rows.length + self.new) * (self.new > 0)
-        cache.reads[layer] += reads.view(-1, cache.kv_heads).sum(0)
-        return append_block(
-            q,
-            k,
-            v,
-            logits,
-            self.new,
-            rows,
-            cache.pool,
-            cache.window,
-            cache.shift,
-            cache.kernels.block_attention,
-        )
+        evict = decisions(logits, cache.shift)
+        if cache.shift == 1:
+            decide_newest(logits[:, 0] > 0, self.new, rows, cache.pool)
+            token = torch.arange(evict.shape[1], device=evict.device)
+            evict &= token < self.new[:, None] - 1  # padding comes after the last real token
+        return evict
 
 
 class KVCache:
@@ -112,37 +355,36 @@ class KVCache:
 
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None,
                  chunk=None, memory=None):
-        """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page, a power
-        of two. chunk: the most tokens computed at a time; 1 counts as 2. memory: bytes of the pool;
-        None is what the model's whole context takes without eviction, but at most 80 % of a GPU's
-        free memory, or of the machine's (whose pages take memory once they are written to)."""
+        """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page. chunk: the
+        most tokens computed at a time, at least 3. memory: bytes of the pool; None is what the
+        model's whole context takes without eviction, but at most 80% of a GPU's free memory or of
+        the machine's (whose pages take memory once they are written to)."""
         self.device = torch.device(device)
-        on_gpu = self.device.type == "cuda"
-        self.page_size = page_size or (64 if config.head_dim >= 64 else 32)
-        self.chunk = max(chunk or (2048 if on_gpu else 512), 2)
-        require(self.page_size.bit_count() == 1, "page_size must be a power of two")
-        require(batch_size > 0 and (chunk or 1) > 0 and (memory is None or memory > 0),
-                "batch_size and chunk must be at least 1, memory above 0")
-        self.config = replace(config, dms=copy.copy(config.dms))  # as it is now
-        self.layers = config.num_hidden_layers
+        page_size = page_size or (64 if config.head_dim >= 64 else 32)
+        self.chunk = max(chunk or (2048 if self.device.type == "cuda" else 512), 3)  # see `pieces`
+        # a copy, by which check_model notices a later change
+        self.config = replace(config, dms=copy.copy(config.dms))
+        self.layers = L = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
         self.window = config.eviction.window if config.eviction else 0
         self.shift = config.eviction.shift if config.eviction else 0
         self.kernels = choose_kernels(self.device, dtype)
+        self.decode_step = None  # generate.py keeps its captured step here, as long as the cache lives
 
-        N = batch_size * self.kv_heads
-        self.page_bytes = PagePool.page_bytes(self.page_size, config.head_dim, dtype)
+        N = batch_size * self.kv_heads  # rows of a layer
+        # keys, values, position and decision of a page's slots
+        self.page_bytes = page_size * (2 * config.head_dim * dtype.itemsize + 4 + 1)
         if memory is None:
-            pages = self.layers * N * self.pages_for(config.max_position_embeddings)
+            pages = L * N * -(-config.max_position_embeddings // page_size)  # the whole context
             memory = min(pages * self.page_bytes, 0.8 * free_memory(self.device))
-        problem = f"no memory for a cache of {memory / 1e9:.1f} GB; allow it less"
-        with refusing(problem, RuntimeError, OverflowError, ValueError):
-            self.rows = Rows.empty(self.layers, N, self.window + 1, self.device)
-            pages = max(int(memory / self.page_bytes), 1)
-            self.pool = PagePool(pages, self.page_size, config.head_dim, dtype, self.device)
+        pages = max(int(memory / self.page_bytes), 1)
+        self.pool = PagePool(pages, page_size, config.head_dim, dtype, self.device)
+        seen = torch.zeros(N, dtype=torch.int64, device=self.device)
+        sizes = ((), (1,), (self.window + 1,))  # of length, table and ring
+        self.rows = Rows(seen, *(seen.int().new_zeros(L, N, *size) for size in sizes))
 
-        self.reads = self.rows.seen.new_zeros(self.layers, self.kv_heads)
-        self.peak_pairs = self.rows.seen.new_zeros(1)
+        self.reads = seen.new_zeros(L, self.kv_heads)
+        self.peak_pairs = seen.new_zeros(1)
         self.least_free_pages = self.pool.free_count.clone()
         self.ended_tokens = 0
         self.ended_pairs = 0
@@ -152,162 +394,167 @@ class KVCache:
         return len(self.rows.seen) // self.kv_heads
 
     @property
+    def page_size(self):
+        return self.pool.page_size
+
+    @property
     def seen(self):
-        """Tokens fed to each sequence, (B,) int64."""
+        """Tokens appended to each sequence, (B,) int64."""
         return self.rows.seen[:: self.kv_heads]
 
-    def pages_for(self, slots):
-        return -(-slots // self.page_size)
+    def check_model(self, model):
+        """Raise ValueError unless the cache was made for this model, as it is configured now."""
+        if self.config != model.config or self.pool.keys.dtype != model.dtype:
+            raise ValueError("the cache was made for another config or dtype; make a new one")
 
     def rows_of(self, sequences):
-        """The indices of the rows of some sequences, in order, (n * Hkv,) int64."""
+        """The numbers of the rows of sequences, in order, (n * Hkv,) int64."""
+        if not set(sequences) <= set(range(self.batch_size)):
+            raise ValueError(f"the cache has sequences 0 to {self.batch_size - 1}, not {sequences}")
         rows = [b * self.kv_heads + head for b in sequences for head in range(self.kv_heads)]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
-    def check_model(self, model):
-        """Raise InputError unless it was made for such a model, as that is configured now."""
-        require(self.config == model.config,
-                "the cache was made for another config, or this one before it changed; make a new one")
-        stored = self.pool.keys.dtype
-        require(stored == model.dtype, f"the cache stores {stored}, the model gives {model.dtype}; "
-                "make it with dtype=model.dtype")
-
-    def check_sequences(self, sequences):
-        """Raise InputError unless these are indices of sequences."""
-        require(set(sequences) <= set(range(self.batch_size)),
-                f"the cache has sequences of indices below {self.batch_size}, "
-                f"not all of {one_line(list(sequences))}")
-
-    def check_lengths(self, B, T, lengths=None, sequence=None):
-        """The real tokens in each row of ids (B, T), (B,) int64 on the cache's device. Raises
-        InputError where ids, lengths or the one sequence do not fit the cache."""
-        self.check_sequences([] if sequence is None else [sequence])
-        expected = self.batch_size if sequence is None else 1
-        lengths = [T] * B if lengths is None else lengths
-        lengths = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
-        has_shape = B == expected and lengths.shape == (B,)
-        require(has_shape and bool((lengths.clamp(0, T) == lengths).all()),
-                f"lengths must be {expected} numbers from 0 to {T}, and ids have such rows")
-        return lengths
+    # ------------------------------------------------------------------------------------ Appending
 
     @contextmanager
-    def append(self, count, T, sequence=None, reserve=True, of=None):
-        """`with cache.append(...) as feed:` gives a Feed, which is to be called once for each layer
-        with T new tokens. When the block ends, they count as seen.
+    def append(self, ids, lengths=None, sequence=None):
+        """`with cache.append(ids) as pieces:` gives what `pieces` yields. Arguments: as for
+        Model.states.
 
-        count: (B,) int64, how many of the T are real in each sequence; sequence: the tokens are
-        this one's alone. reserve=False: the caller has called `reserve` already. of: (B,) int64, the
-        tokens of a longer input, of which these are a piece.
-
-        Raises CacheFull. For T = 1, which may only be the first piece, nothing has changed then.
-        For T > 1 some layers have stored the piece and others have not, as after anything that is
-        raised within the block: the sequences that it is for are released, with all that they held.
+        CacheFull for a single token is raised before anything has changed. Whatever is raised
+        later comes when one layer has stored a piece and the next has not: so the sequences that
+        the ids belong to are released, with all that they held.
         """
         sequences = range(self.batch_size) if sequence is None else [sequence]
-        rows = slice(sequences[0] * self.kv_heads, (sequences[-1] + 1) * self.kv_heads)
-        if T > 1:
-            self.widen_tables(T, int(self.rows.length.max()))
-        elif reserve:
+        rows = self.rows_of(sequences).tolist()
+        rows = slice(rows[0], rows[-1] + 1)
+        B, T = ids.shape
+        if lengths is None:
+            lengths = [T] * B
+        count = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
+        fits = len(count) == B == len(sequences) and bool((count.clamp(0, T) == count).all())
+        if not fits:
+            raise ValueError(f"ids (B, T) and lengths (B,), at most {T}, must be of {sequences}")
+        if T == 1:
             self.reserve(count, rows)
-        feed = Feed(self, self.rows.select(rows), count)
         try:
-            yield feed
+            yield self.pieces(ids, count, rows)
         except BaseException:
-            fed = count if of is None else of
-            self.release([b for b, tokens in zip(sequences, fed.tolist()) if tokens > 0])
+            self.release([b for b, n in zip(sequences, count.tolist()) if n > 0])
             raise
-        with torch.inference_mode():
-            feed.rows.seen += feed.new  # a view of the cache's own rows
-            # a step reads its own tokens, too, and is counted here; a block was, by Feed.block
-            if T == 1:
-                fed = feed.rows.length * (feed.new > 0)  # (L, N)
-                self.reads += fed.view(self.layers, -1, self.kv_heads).sum(1)
+
+    def pieces(self, ids, count, rows=slice(None)):
+        """Yield (piece of ids, its PieceAttention), for pieces of at most `chunk` tokens. A piece is
+        counted as seen when the next one is asked for, so the caller must run the loop to its end.
+        For a single token nothing here waits for a GPU, and the caller has called `reserve`. Pieces
+        are equally long, so none of a longer input is a single token.
+        """
+        for piece in ids.tensor_split(-(-ids.shape[1] // self.chunk), dim=1):
+            T = piece.shape[1]
+            if T > 1:
+                self.widen_tables(T, int(self.rows.length.max()))
+            attend = PieceAttention(self, self.rows.select(rows), count.clamp(max=T))
+            before = attend.rows.length.clone()
+            yield piece, attend
+            count = count - attend.count
+            attend.rows.seen += attend.new  # a view of the cache's own
+            # a token attends to what is held now, a block to what was held and to itself
+            attended = attend.rows.length if T == 1 else before + attend.new
+            attended = attended * (attend.new > 0)  # (L, N)
+            self.reads += attended.view(self.layers, -1, self.kv_heads).sum(1)
             self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
             self.least_free_pages.clamp_(max=self.pool.free_count)
 
     @torch.inference_mode()
     def reserve(self, count, rows=slice(None)):
-        """Make sure that the next step of one token, for every sequence whose count (B,) is 1, finds
-        its pages. Raises CacheFull, before anything has changed. (It waits for the GPU, once, which
-        has nothing to do: the token that this step begins with was waited for, too.)"""
-        length = self.rows.length[:, rows]
+        """Make sure that one token for every sequence whose count (B,) is 1 finds its page. Raises
+        CacheFull before anything has changed. It waits for the GPU, once."""
+        part = self.rows.select(rows)
         new = count.repeat_interleave(self.kv_heads)
-        needs_page = (length % self.page_size == 0) & (new > 0)
-        needed, free, longest = together(
-            needs_page.sum(),
-            self.pool.free_count[0],
-            self.rows.length.max(),
-        )
+        # The slot of the token that leaves the window is reused if that was evicted. (With shift 1
+        # and window 0 this step itself decides about it. It is taken for kept, so a page too many
+        # may be asked for.)
+        W = self.window + 1
+        layer = torch.arange(self.layers, device=self.device)[:, None]
+        row = torch.arange(len(new), device=self.device)
+        leaving = part.ring[layer, row, part.seen % W]  # (L, N)
+        page = part.table[layer, row, leaving // self.page_size]
+        reused = self.pool.evicted[page, leaving % self.page_size] & (part.seen >= W)
+        needs_page = (part.length % self.page_size == 0) & ~reused & (new > 0)
+        # one transfer from the GPU for all three
+        numbers = (needs_page.sum(), self.pool.free_count[0], self.rows.length.max())
+        needed, free, longest = torch.stack([number.long() for number in numbers]).tolist()
         self.pool.check(needed, free)
         self.widen_tables(1, longest)
 
     def widen_tables(self, tokens, longest):
-        """Make room in the page tables for the longest row and `tokens` more."""
-        self.rows.widen(self.pages_for(longest) + self.pages_for(tokens))
+        """Make room in the page tables for the longest row and `tokens` more. A table that must
+        grow is replaced, by one with room to spare."""
+        columns = -(-(longest + tokens) // self.page_size)
+        present = self.rows.table.shape[2]
+        if columns > present:
+            self.rows.table = F.pad(self.rows.table, (0, columns - present + present // 2))
+
+    # ---------------------------------------------------------------------------- Ending and forking
 
     @torch.inference_mode()
     def release(self, sequences):
-        """End sequences (their indices): their pages are free again, and their rows empty. Raises
-        InputError for an index that is none."""
-        self.check_sequences(sequences := set(sequences))
-        rows = self.rows_of(sequences)
+        """End sequences: their pages are free again, and their rows empty."""
+        rows = self.rows_of(set(sequences))
         self.count_ended(rows)
         self.rows.seen[rows] = 0
         self.rows.length[:, rows] = 0
-        self.pool.free_all_but(self.rows.pages_in_use(self.page_size))
+        self.pool.free_all_but(self.rows.table[self.rows.pages_in_use(self.page_size)])
 
     @torch.inference_mode()
     def select(self, sequences):
-        """Sequence i of the cache continues what sequences[i] has fed: name one several times to
+        """From now on sequence i continues what sequences[i] has seen: name one several times to
         fork it, do not name it to drop it. Forks share the pages that they will not write to.
-        Raises InputError, or CacheFull, before anything has changed."""
-        require(sequences, "select at least one sequence")
-        self.check_sequences(sequences)
-        dropped = set(range(self.batch_size)) - set(sequences)
-        is_copy = [b in sequences[:i] for i, b in enumerate(sequences)]
-        is_copy = torch.tensor(is_copy, device=self.device).repeat_interleave(self.kv_heads)
-        chosen = fork(self.rows, self.rows_of(sequences), is_copy, self.pool)
+        Raises CacheFull before anything has changed."""
+        dropped = self.rows_of(set(range(self.batch_size)) - set(sequences))
+        chosen = fork(self.rows, self.rows_of(sequences), self.pool)
         self.least_free_pages.clamp_(max=self.pool.free_count)
-        self.count_ended(self.rows_of(dropped))
-        if len(sequences) == self.batch_size:
-            self.rows.copy_(chosen)  # a captured decode step goes on reading these tensors
-        else:
+        self.count_ended(dropped)
+        if len(sequences) != self.batch_size:
             self.rows = chosen
+            return
+        # in place, since a captured step goes on reading these tensors (of another batch size the
+        # step is captured anew)
+        for name, mine in vars(self.rows).items():
+            mine.copy_(getattr(chosen, name))
+
+    # -------------------------------------------------------------------------------------- Counting
 
     def positions(self, sequence, layer, head):
         """The positions of the tokens whose pairs a KV head holds, ascending, (n,) int32."""
-        self.check_sequences([sequence])
-        require(0 <= layer < self.layers and 0 <= head < self.kv_heads,
-                f"there are {self.layers} layers of {self.kv_heads} KV heads, from 0")
-        row = sequence * self.kv_heads + head
-        return self.rows.positions(layer, row, self.pool)
+        row = self.rows_of([sequence])[head]
+        [position] = held([self.pool.position], self.rows.layer(layer), row)
+        return position.sort().values
 
     def count_ended(self, rows):
-        """Note what sequences hold that end now. (rows: indices)"""
+        """Note what sequences hold that end now. rows: the numbers of their rows."""
         self.ended_tokens += int(self.rows.seen[rows].sum()) // self.kv_heads
         self.ended_pairs += int(self.rows.length[:, rows].sum())
 
     def compression_ratio(self):
-        """Tokens fed so far x L x Hkv / the pairs held at their ends, None before any token."""
-        return self.ratio_and_free_pages()[0]
-
-    def ratio_and_free_pages(self):
-        """(compression_ratio, the pages that are free), waiting for the GPU once."""
-        held, tokens, free = together(
-            self.rows.length.sum(),
-            self.seen.sum(),
-            self.pool.free_count[0],
-        )
-        pairs = self.ended_pairs + held
-        dense_pairs = (self.ended_tokens + tokens) * self.layers * self.kv_heads
-        return (dense_pairs / pairs if pairs else None), free
+        """Tokens seen so far x L x Hkv / the pairs held at their ends, None before any token."""
+        pairs = self.ended_pairs + int(self.rows.length.sum())
+        tokens = self.ended_tokens + int(self.seen.sum())
+        return tokens * self.layers * self.kv_heads / pairs if pairs else None
 
     def stats(self):
-        """Of the sequences held now: tokens, fed to them; pairs, held; dense_pairs, what a dense
-        cache would hold; pages and page_bytes, in use; pairs_per_head, [L][Hkv].
-        Of all so far, ended ones, too: compression_ratio; peak_pairs, the most held at once;
-        peak_page_bytes; reads, pairs attended to, summed over steps, a block counting as one;
-        reads_per_head, [L][Hkv]. Of the pool: pool_bytes."""
+        """Of the sequences in the cache now:
+            tokens          appended to them
+            pairs           held, and pairs_per_head [L][Hkv]
+            dense_pairs     that a dense cache would hold
+            pages           in use, and page_bytes
+        Of all so far, ended ones included:
+            compression_ratio
+            peak_pairs      the most held at once, and peak_page_bytes
+            reads           pairs attended to, summed over steps (a block counts as one step), and
+                            reads_per_head [L][Hkv]
+        pool_bytes          of all pages
+        """
         tokens = int(self.seen.sum())
         pages = len(self.pool) - int(self.pool.free_count)
         by_head = self.rows.length.view(self.layers, -1, self.kv_heads).sum(1)
@@ -325,3 +572,13 @@ class KVCache:
             "pairs_per_head": by_head.tolist(),
             "reads_per_head": self.reads.tolist(),
         }
+
+
+def free_memory(device):
+    """Bytes that a GPU has free, or that this machine, or the container around us, has in all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    container = limit.read_text().strip() if limit.exists() else "max"
+    return machine if container == "max" else min(machine, int(container))

@@ -5,11 +5,11 @@ The decoder: Llama, Qwen2 and Qwen3 in one class.
     x = x + down(silu(gate(x)) * up(x))            (pre-norm, rotary positions, grouped queries)
 
 Module names are the checkpoints' own, so a state dict needs no table of names. `attend` is handed
-in: masked attention over the tokens themselves, a KVCache, or what a trainer wants to put there.
-This file knows nothing of where weights come from, nor of eviction, beyond computing each layer's
-decision logits and handing them to `attend` with q, k and v.
+in: masked attention over the tokens themselves, a KVCache, or what a trainer puts there. This file
+knows nothing of where weights come from, nor of eviction, beyond computing each layer's decision
+logits and handing them to `attend` with q, k and v.
 
-    model = load_model("Qwen/Qwen3-0.6B")         # checkpoint.py
+    model = load_model("Qwen/Qwen3-0.6B")         # from checkpoint.py
     logits = model(ids)                           # (B, T) -> (B, T, V)
 
 References: Touvron et al. 2302.13971 (Llama), Yang et al. 2505.09388 (Qwen3), Su et al. 2104.09864
@@ -49,7 +49,7 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     dms: DMSConfig | None = None  # None: a dense model
-    extra: dict = field(default_factory=dict, compare=False)  # what config.json has beside it
+    extra: dict = field(default_factory=dict, compare=False)  # whatever else config.json has
 
     @property
     def eviction(self):
@@ -96,7 +96,7 @@ def llama3_frequencies(config, freq):
 
 
 def yarn_frequencies(config, freq):
-    """The same, the ramp being over channels, and cos and sin scaled by 0.1 ln(factor) + 1."""
+    """The same, with the ramp over channels, and cos and sin scaled by 0.1 ln(factor) + 1."""
     rope = config.rope_scaling
     D = config.head_dim
     original = original_context(config)
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         C = config.hidden_size
         Hq_D = config.num_attention_heads * config.head_dim
         Hkv_D = config.num_key_value_heads * config.head_dim
-        qwen2 = config.model_type == "qwen2"  # biases on q, k and v, whatever the config says
+        qwen2 = config.model_type == "qwen2"  # has biases on q, k and v, whatever the config says
         bias = config.attention_bias or qwen2
         self.q_proj = nn.Linear(C, Hq_D, bias=bias)
         self.k_proj = nn.Linear(C, Hkv_D, bias=bias)
@@ -160,14 +160,14 @@ class Attention(nn.Module):
     def add_adapter(self):
         """The decision's own weights, which decide nothing yet (s = 0), in float32."""
         config = self.config
-        C = config.hidden_size
         with self.q_proj.weight.device:
-            norm = nn.RMSNorm(C, config.rms_norm_eps)
-            proj = nn.Linear(C, config.num_key_value_heads, bias=config.attention_bias)
-        for parameter in proj.parameters():
+            norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+            projection = nn.Linear(
+                config.hidden_size, config.num_key_value_heads, bias=config.attention_bias)
+        for parameter in projection.parameters():
             nn.init.zeros_(parameter)
-        self.dms_proj_alpha_norm = norm
-        self.dms_proj_alpha = proj
+        self.dms_proj_alpha_norm = norm  # NVIDIA's names
+        self.dms_proj_alpha = projection
 
     def project(self, residual, x, rope):
         """What `attend` takes: q (B, Hq, T, D), k and v (B, Hkv, T, D), rotated, and the decision
@@ -176,35 +176,36 @@ class Attention(nn.Module):
         residual, x: (B, T, C) before and after the input norm; rope: cos, sin.
         """
         config = self.config
-        Hkv = config.num_key_value_heads
-        # a borrowed channel is no part of the query, whether anything is evicted or not
-        neuron = config.dms is not None and config.dms.source == "neuron"
         q = self.q_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hq, D)
-        if neuron and config.dms.borrowed_weight > 0:  # faded out, as if the projection's weights were
-            q = dms.silence_borrowed(q, Hkv, config.dms.borrowed_weight)
         k = self.k_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hkv, D)
         v = self.v_proj(x).unflatten(2, (-1, config.head_dim))
         if config.model_type == "qwen3":
             q = self.q_norm(q)
             k = self.k_norm(k)
-
-        logits = None
-        if config.eviction is not None:
-            if neuron:
-                s = dms.borrowed_score(q, Hkv)
-            else:
-                s = dms.adapter_score(residual, self.dms_proj_alpha_norm, self.dms_proj_alpha)
-            logits = config.dms.logits(s)
-
-        if neuron:
-            q = dms.silence_borrowed(q, Hkv, config.dms.borrowed_weight)
-        q = apply_rope(q, *rope)
+        logits = self.decide(residual, q)
+        q = apply_rope(self.without_borrowed(q), *rope)
         k = apply_rope(k, *rope)
-        if neuron:
-            # RoPE has turned channel D/2 - 1 partly into the silent one. The released models were
-            # trained with it silent in the score, so it is silenced again.
-            q = dms.silence_borrowed(q, Hkv, config.dms.borrowed_weight)
+        # RoPE mixes channel D/2 - 1 into the borrowed one, which would put it back into the score.
+        # The released models were trained without it, so it is set to 0 once more.
+        q = self.without_borrowed(q)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits
+
+    def decide(self, residual, q):
+        """The decision logits (B, Hkv, T), None where nothing is evicted. q: (B, T, Hq, D)."""
+        eviction = self.config.eviction
+        if eviction is None:
+            return None
+        if eviction.source == "neuron":
+            s = dms.borrowed_score(q, self.config.num_key_value_heads)
+        else:
+            s = dms.adapter_score(residual, self.dms_proj_alpha_norm, self.dms_proj_alpha)
+        return eviction.logits(s)
+
+    def without_borrowed(self, q):
+        """A borrowed channel is no part of the query, whether anything is evicted or not."""
+        if self.config.dms is None or self.config.dms.source != "neuron":
+            return q
+        return dms.silence_borrowed(q, self.config.num_key_value_heads)
 
 
 class MLP(nn.Module):
@@ -221,7 +222,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer, in two halves with the attention between them: torch.compile fuses each half."""
+    """A layer, in two halves with the attention between them."""
 
     def __init__(self, config):
         super().__init__()
@@ -239,25 +240,17 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, rope, attend, recompute=False):
-        """recompute: keep only each half's inputs for backward, and compute it again there. The
-        attention, which is dear to compute, is not."""
+        """recompute: keep only each half's inputs for backward, and compute the half again there.
+        The attention, which costs most at length, is not computed again."""
 
         def run(half, *inputs):
             if not recompute:
                 return half(*inputs)
-            # nothing random is in it
+            # nothing random is in a half, so there is no random state to preserve
             return checkpoint(half, *inputs, use_reentrant=False, preserve_rng_state=False)
 
         inputs = run(self.before, x, rope)
         return run(self.after, x, attend(*inputs))
-
-
-def check_ids(ids, V):
-    """Raise ValueError unless ids (B, T) are token ids of a vocabulary of V words, one at least."""
-    has_shape = ids.dim() == 2 and ids.numel() > 0
-    if not has_shape or ids.is_floating_point() or ids.min() < 0 or ids.max() >= V:
-        problem = f"ids must be integers (B, T), at least one, from 0 to {V - 1}"
-        raise ValueError(problem)
 
 
 class Model(nn.Module):
@@ -270,8 +263,8 @@ class Model(nn.Module):
         V = config.vocab_size
         C = config.hidden_size
         layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        # load_model builds models on the "meta" device and fills them in. There nn.Embedding's own
-        # initialisation would import torch's compiler, which takes seconds: so it is given weights.
+        # A ready weight, since load_model builds models on the "meta" device: there nn.Embedding's
+        # own initialisation would import torch's compiler, which takes seconds.
         embed_tokens = nn.Embedding(V, C, _weight=torch.rand(V, C))
         norm = nn.RMSNorm(C, config.rms_norm_eps)
         self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
@@ -306,60 +299,39 @@ class Model(nn.Module):
     def hidden(self, ids, attend, start=0, recompute=False):
         """The final normed states (B, T, C) of ids (B, T) int64.
 
-        attend(layer, q, k, v, logits) -> (B, Hq, T, D), with what Attention.project gives. start:
-        position of each row's first token, (B, 1) integer; or with documents packed into a row, for
-        every token minus the place where its document begins, (B, T). recompute: see Block.
+        attend(layer, q, k, v, logits) -> (B, Hq, T, D), with what Attention.project gives. start is
+        added to 0, 1, ..., T - 1 to give positions: (B, 1) integer, each sequence's first one, or
+        for packed documents -Packing.first, (B, T). recompute: see Block.
         """
         x = self.model.embed_tokens(ids)
         rope = self.rope(ids.shape[1], start, x.dtype)
         for layer, block in enumerate(self.model.layers):
-            of_layer = functools.partial(attend, layer)
-            x = block(x, rope, of_layer, recompute)
+            x = block(x, rope, functools.partial(attend, layer), recompute)
         return self.model.norm(x)
 
+    def states(self, ids, cache=None, lengths=None, sequence=None):
+        """The final normed states (B, T, C) of ids (B, T) int64 on the model's device.
+
+        With a cache (a KVCache) the ids are appended to it, and nothing is differentiated. lengths
+        (B,): sequence b brings ids[b, :lengths[b]], and the rest is padding, which is never stored.
+        sequence: ids (1, T) belong to this one sequence of the cache, and the others rest.
+        Raises ValueError for ids or lengths that do not fit, CacheFull where pages run out.
+        """
+        V = self.config.vocab_size
+        if ids.dim() != 2 or ids.numel() == 0 or ids.min() < 0 or ids.max() >= V:
+            raise ValueError(f"ids must be (B, T), at least one, from 0 to {V - 1}")
+        if cache is None:
+            return self.hidden(ids, dms.masked_attention(self.config))
+        cache.check_model(self)
+        with torch.inference_mode(), cache.append(ids, lengths, sequence) as pieces:
+            return torch.cat([self.hidden(piece, attend, attend.start)
+                              for piece, attend in pieces], dim=1)
+
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):
-        """Next-token logits (B, T, V), or for last_only (B, 1, V), of each row's last token alone.
-        Arguments as for `states`."""
+        """Next-token logits (B, T, V), or for last_only (B, 1, V), of each sequence's last token
+        alone. The other arguments are those of `states`."""
         x = self.states(ids, cache, lengths, sequence)
         if last_only:
             last = -1 if lengths is None else torch.as_tensor(lengths, device=x.device) - 1
             x = x[torch.arange(len(x), device=x.device), last][:, None]
         return self.lm_head(x)
-
-    def states(self, ids, cache=None, lengths=None, sequence=None):
-        """The final normed states (B, T, C) of ids (B, T) int64 on the model's device.
-
-        cache: a KVCache, to which ids are appended, in pieces of at most cache.chunk tokens;
-        nothing is differentiated through it. With a cache, lengths (B,) int64: row b brings
-        ids[b, :lengths[b]], the rest is padding and never stored; and sequence: ids (1, T) are
-        this one sequence's, the others rest. Raises ValueError for ids that are none, and InputError
-        (checkpoint.py) where they or the model do not fit the cache.
-        """
-        check_ids(ids, self.config.vocab_size)
-        if cache is None:
-            return self.hidden(ids, dms.masked_attention(self.config))
-        cache.check_model(self)
-        lengths = cache.check_lengths(*ids.shape, lengths, sequence)
-        states = []
-        left = lengths
-        # The first piece is the odd one, so that only it can be a single token: what does not fit
-        # of such a one is found before anything has changed.
-        whole, odd = divmod(ids.shape[1] - 1, cache.chunk)
-        with torch.inference_mode():
-            for piece in ids.split([odd + 1, *[cache.chunk] * whole], dim=1):
-                T = piece.shape[1]
-                count = left.clamp(0, T)  # real tokens of this piece
-                left = left - count
-                # the Feed that the cache gives is the `attend` of this piece
-                with cache.append(count, T, sequence, of=lengths) as feed:
-                    states.append(self.hidden(piece, feed, feed.start))
-        return torch.cat(states, dim=1)
-
-
-def __getattr__(name):
-    """What people import from here lives in checkpoint.py, which imports this file."""
-    if name not in ("load_model", "load_tokenizer"):
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    import checkpoint
-
-    return getattr(checkpoint, name)

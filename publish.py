@@ -5,38 +5,37 @@ A release: a folder of a retrofitted model that others can load, with a card tha
     python publish.py --model out/qwen3-8b-dms-8x --out release --merge    # with the base's weights
     python publish.py --model Qwen/Qwen3-8B --adapter owner/adapters --merge --out merged
 
-A model whose weights were all trained is one whole folder anyway. Everything is checked before
-anything is written, and config.json is written last: a folder without it is not complete. Nothing
-is uploaded. The card's text is model_card.md.
+A model whose weights were all trained is one whole folder anyway. The release is written beside
+--out and renamed when it is complete. Nothing is uploaded. The card's text is model_card.md.
 """
+
 import json
-import os
 import re
-from contextlib import ExitStack, redirect_stdout
+import shutil
+import tempfile
+import textwrap
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from checkpoint import (BLOCK_SIZE, checked, config_to_dict, copy_tokenizer, find_adapters,
-                        fingerprint, has_metadata, one_line, open_model, parse_options, path_or_id,
-                        read_json, read_text, refusing, require, resolve, run_script, write_model,
-                        write_json, write_text)
+from checkpoint import (copy_tokenizer, find_adapters, has_metadata, load_model, read_optional,
+                        resolve, save_model)
+from common import parse_options, read_json, read_text, require, run_script, write_json, write_text
 from evaluate import print_table
 
-CARD = Path(__file__).resolve().parent / "model_card.md"
-FASTDMS_READS = ("reads this folder; it silences the borrowed channel before RoPE only, so that its "
-                 "logits may differ a little")
-FASTDMS = (("llama", "default"), ("llama", "linear"), ("llama", "llama3"), ("qwen3", "default"))
-WEIGHTS = {"adapters": "the base's weights, unchanged, and the adapters", "all": "trained weights"}
-PLACES = ("name_or_path", "tokenizer_file")  # where older libraries note where a tokenizer lay
-SOURCES = {"adapter": "an adapter of its layer", "neuron": "a channel of its first query head"}
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+FASTDMS = ("llama default", "llama linear", "llama llama3", "qwen3 default")
+HELD = {"adapters": "the base's weights, unchanged, and the adapters", "all": "trained weights",
+        None: "all weights; whether the base's were trained is not known",
+        "alone": "the adapters alone, to be laid over the base's weights, which are not here"}
 
 
 @dataclass
 class Options:
     """Of the command line."""
 
-    model: path_or_id = None  # what retrofit.py wrote, or with --adapter the base: folder or hub id
+    model: str = None  # what retrofit.py wrote, or with --adapter the base: folder or hub id
     out: str = None  # folder for the release, a new one
     adapter: str = None  # DMS adapters that belong to --model: a file, a folder or a hub id
     merge: bool = False  # one whole folder: the base's weights and the adapters
@@ -44,121 +43,103 @@ class Options:
     license: str = None  # for the card, such as apache-2.0
 
 
-# ---------------------------------------------------------------------------------------- The card
+def results_of(run):
+    """The results of a run as code in Markdown. run: what results.json holds, perhaps nothing."""
+    if not run:
+        return "It has not been measured."
+    dms = f"DMS {run['settings']['target_cr']:g}x"
+    titles = ("dense", dms, f"window of {run['window_tokens']}")
+    with redirect_stdout(StringIO()) as printed:
+        print_table(dict(zip(titles, run["results"].values())))
+    return textwrap.indent(printed.getvalue(), "    ") + f"\nOn `{run['hardware']}`."
 
 
-def shown(value):
-    """Any value as Markdown that is nothing but text: code, on one line."""
-    return f"`{one_line(value).replace('`', '_') or ' '}`"
+def read_by_others(config, is_whole):
+    """What NVIDIA's package and FastDMS make of a release."""
+    dms = config.dms
+    nvidia = fastdms = "cannot be used with this folder"
+    if is_whole and config.model_type == "qwen3" and dms.window > 1:
+        nvidia = "computes the same from this folder" + ", on a CPU only" * (dms.window <= 256)
+        if dms.shift == 0:
+            nvidia = "refuses this folder, whose decisions it would shift by one token"
+    kind = (config.rope_scaling or {}).get("rope_type", "default")
+    if has_metadata(dms) and f"{config.model_type} {kind}" in FASTDMS:
+        fastdms = ("reads this folder; it silences the borrowed channel before RoPE only, so that "
+                   "its logits may differ a little")
+    return {"nvidia": nvidia, "fastdms": fastdms}
+
+
+def card(options, config, base, held, run):
+    """README.md of a release. base: hub id or None; held: a key of HELD; run: what results.json
+    holds, perhaps nothing."""
+    tags = ["dms", "kv-cache-compression"]
+    header = {"base_model": base, "license": options.license, "tags": tags}
+    recipe = [f"- `{key}`: `{value}`" for key, value in run.get("settings", {}).items()]
+    source = {"adapter": "an adapter of its layer", "neuron": "a channel of its first query head"}
+    return read_text(Path(__file__).with_name("model_card.md")).format(
+        header="\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items() if value),
+        base=base or f"a {config.model_type} model", recipe="\n".join(recipe) or "Not known.",
+        source=source[config.dms.source], window=config.dms.window, cr=config.dms.target_cr,
+        results=results_of(run), weights=HELD[held], **read_by_others(config, held != "alone"))
 
 
 def without_path(value):
-    """A setting's value; of what may be a path of this machine, and no hub id, only the name."""
-    is_path = isinstance(value, str) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value)
+    """A setting, but only the name of what may be a path of this machine: of all but a hub id."""
+    is_path = isinstance(value, str) and not re.fullmatch(HUB_ID, value)
     return Path(value).name if is_path else value
 
 
-def read_run(folder):
-    """What a retrofit left beside its model: (its settings, {file: text}, the table of results).
-    No path of this machine is in them. Raises InputError."""
-    texts = {}
-    metrics = folder / "metrics.jsonl"
-    if metrics.is_file() and not metrics.is_symlink():
-        texts[metrics.name] = read_text(metrics, f"{metrics}: not readable; move it away")
-    file = folder / "results.json"
-    if not file.exists():
-        return {}, texts, "It has not been measured."
-    run = read_json(file)
-    errors = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
-    with refusing(f"{file}: not as retrofit.py writes it; move it away", *errors):
-        settings = {key: without_path(value) for key, value in run["settings"].items()}
-        titles = ("dense", f"DMS {settings['target_cr']:g}x", f"window of {run['window_tokens']:d}")
-        columns = [run["results"][name] for name in ("dense", "DMS", "window")]
-        with redirect_stdout(StringIO()) as printed:
-            print_table(dict(zip(titles, columns)))
-        # indented, a line is code, whatever is in it
-        table = "".join(f"    {line}\n" for line in printed.getvalue().splitlines())
-        texts[file.name] = json.dumps({**run, "settings": settings}, indent=2) + "\n"
-    return settings, texts, f"{table}\nOn {shown(run.get('hardware'))}."
-
-
-def card(options, config, base, is_whole, settings, table):
-    """README.md of a release. base: hub id or None. settings, table: as read_run gives them."""
-    tags = ["dms", "kv-cache-compression"]
-    header = {"base_model": base, "license": options.license, "tags": tags}
-    weights = "the adapters alone, to be laid over the base's weights, which are not here"
-    if is_whole:
-        train = "adapters" if options.merge else settings.get("train")
-        weights = WEIGHTS.get(train, "all weights; whether the base's were trained is not known")
-    dms = config.dms
-    block_size = config_to_dict(config).get(BLOCK_SIZE, 1)
-    # who computes the same from these files; NVIDIA's code shifts by one, on a GPU with such blocks
-    with_nvidia = config.model_type == "qwen3" and dms.shift == 1 and block_size % 256 == 0
-    kind = (config.rope_scaling or {}).get("rope_type", "default")
-    with_fastdms = has_metadata(dms) and (config.model_type, kind) in FASTDMS
-    recipe = [f"- {shown(key)}: {shown(value)}" for key, value in settings.items()]
-    reads = {True: "computes the same from this folder", False: "cannot be used with this folder"}
-    return read_text(CARD, f"{CARD}: missing").format(
-        header="\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items() if value),
-        base=shown(base or f"a {config.model_type} model"), recipe="\n".join(recipe) or "Not known.",
-        source=SOURCES[dms.source], window=dms.window, cr=dms.target_cr, results=table,
-        weights=weights, nvidia=reads[is_whole and with_nvidia],
-        fastdms=FASTDMS_READS if with_fastdms else reads[False])
-
-
-# -------------------------------------------------------------------------------------- The script
-
-
-def publish(options, stack):
-    """Write the release. stack: an ExitStack for the files that are read. Raises InputError, before
-    anything is written."""
-    require(options.model and options.out, "give --model, and a new folder with --out")
-    require(options.base is None or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", options.base),
-            f"--base {options.base}: is no hub id; give owner/name")
-    out = Path(options.out)
-    require(not out.exists() or out.is_dir() and not any(out.iterdir()),
-            f"{out}: already holds something; choose another --out")
-    model, weights = open_model(options.model, stack, adapter=options.adapter)
-    config = model.config
-    require(config.dms, f"{options.model}: is a dense model; retrofit it, or give its --adapter")
+def write_release(options, out):
+    """Write the release into an empty folder, config.json last."""
+    model = load_model(options.model, dtype=None, adapter=options.adapter)  # as it is stored
     folder = resolve(options.model)
-    named_base = checked(read_json(folder / "config.json"), "dms_base_model", str, folder)
+    raw = read_json(folder / "config.json")
     # what the adapters belong to; None where the folder has weights of its own for everything
-    adapted = options.model if options.adapter else named_base
-    is_whole = options.merge or adapted is None
-    require(adapted or not options.merge, f"{folder}: is whole as it is; leave out --merge")
-    require(config.dms.shift == 1 or not options.merge,
-            "--merge: these adapters have shift 0, and NVIDIA's code would shift them by one all the "
-            "same; leave it out: this engine can use them as they are")
-    is_here = os.path.isdir(folder / (adapted or "."))
+    adapted = raw.get("dms_base_model") or options.adapter and options.model
+    is_alone = adapted and not options.merge
+    is_here = adapted and ((folder / adapted).is_dir() or Path(adapted).is_dir())
     base = options.base or (None if is_here else adapted)  # by its hub id
-    require(is_whole or base, f"{adapted}: is a folder of this machine; give its hub id with --base")
-    run_folder = find_adapters(options.adapter)[0].parent if options.adapter else folder
-    settings, texts, table = read_run(run_folder)
-    texts["README.md"] = card(options, config, base, is_whole, settings, table)
+    require(model.config.dms, f"{options.model}: is a dense model; retrofit it, or give --adapter")
+    require(adapted or not options.merge, f"{folder}: is whole as it is; leave out --merge")
+    require(base or not is_alone, f"{adapted}: is a folder here; give its hub id with --base")
 
-    out.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(folder, out)
     file = out / "tokenizer_config.json"
-    stated = read_json(file) if file.exists() else {}
-    places = {key: without_path(stated[key]) for key in PLACES if key in stated}
-    if places.items() - stated.items():
-        write_json(file, {**stated, **places})
-    for name, text in texts.items():
-        write_text(out / name, text)
-    # every tensor as it is stored, so that nothing is rounded
-    tensors = {name: weights[name].get_tensor(name) for name, _ in model.named_parameters()
-               if is_whole or "dms_proj_alpha" in name}
-    more = {} if is_whole else {"dms_base_model": base, "dms_base_fingerprint": fingerprint(weights)}
-    write_model(out, config, tensors, more)
+    if file.exists():  # older libraries note there where it lay
+        places = ("name_or_path", "tokenizer_file")
+        write_json(file, {k: v for k, v in read_json(file).items() if k not in places})
+    run_folder = find_adapters(options.adapter).parent if options.adapter else folder
+    if (run_folder / "metrics.jsonl").exists():
+        shutil.copyfile(run_folder / "metrics.jsonl", out / "metrics.jsonl")
+    run = read_optional(run_folder / "results.json")
+    if run:
+        run["settings"] = {key: without_path(value) for key, value in run["settings"].items()}
+        write_json(out / "results.json", run)
+    held = "adapters" if options.merge else run.get("settings", {}).get("train")
+    text = card(options, model.config, base, "alone" if is_alone else held, run)
+    write_text(out / "README.md", text)
+    revision = raw.get("dms_base_revision") if base == adapted else ""
+    save_model(model, out, None, base=base if is_alone else None, revision=revision)
 
 
 def main(argv=None):
     options = Options(**parse_options(Options, argv))
-    with ExitStack() as stack:
-        publish(options, stack)
-    print(f"{options.out}: written; read its README.md, put in the name of your repository, and\n"
-          f"hf upload owner/name {options.out}")
+    require(options.model and options.out, "give --model, and a new folder with --out")
+    require(re.fullmatch(HUB_ID, options.base or "owner/name"),
+            f"--base {options.base}: is no hub id; give owner/name")
+    out = Path(options.out)
+    require(not out.exists() or out.is_dir() and not any(out.iterdir()),
+            f"{out}: already holds something; choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as place:
+        release = Path(place) / out.name
+        release.mkdir()
+        write_release(options, release)
+        if out.exists():
+            out.rmdir()
+        release.rename(out)
+    print(f"{out}: written; read its README.md, put in the name of your repository, and\n"
+          f"hf upload owner/name {out}")
 
 
 if __name__ == "__main__":

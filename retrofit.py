@@ -1,106 +1,306 @@
 """
-The retrofit: teach a dense model, by distillation from itself, which tokens each head can forget.
+Retrofit a checkpoint with DMS by distillation.
 
-    loss = KL(teacher || student) + max(1 - 1/CR(step) - fraction let go, 0)
+    loss = KL(teacher || student) + max(1 - 1/CR(step) - evicted fraction, 0)
 
 The teacher is the model as it was, the student the same with relaxed eviction decisions (dms.py).
-A step (distillation.py) follows from what is saved, so an interrupted run goes on to the same
-result, also with another number of processes, which share the sequences of a step. Afterwards it
-measures (evaluate.py).
+First the training step, in one process or several, then the loop around it and the script.
 
     python retrofit.py                                     # the shipped toy teacher, on a laptop
     python retrofit.py --model Qwen/Qwen3-8B               # OpenR1-Math-220k from the hub
     torchrun --nproc-per-node 8 retrofit.py --model Qwen/Qwen3-8B
     python retrofit.py --resume --out out/teacher-dms-8x   # after any interruption
+
+A step follows from (seed, step, its sequences, weights, optimizer state, the fraction that the step
+before evicted) alone. So an interrupted run goes on to the same result, and processes that share
+the sequences of a step sum to the same gradients, up to the order of sums.
 """
+
 import json
-import os
+import math
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as distributed
+from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import (check_options, choose_device, copy_tokenizer, load_tokenizer, locked,
-                        parse_config, parse_object, parse_options, path_or_id, read_json,
-                        read_settings, read_text, refusing, require, resolve, run_script,
-                        save_model, torchrun_place, write_json, write_text)
-from data import DEFAULT, TextData, ahead
-from distillation import Distillation, load_pair, settling_rows
-from estimate import announce, check_memory
-from evaluate import draw_curves, evaluate, kl_on_text
+import dms
+from checkpoint import (copy_tokenizer, load_model, load_tokenizer, parse_config, read_settings,
+                        resolve, save_model)
+from common import (all_reduce, choose_device, is_sharded, parse_options, read_json, require,
+                    run_script, shard, sharded_like, torchrun_place, whole, write_atomic,
+                    write_json)
+from data import DEFAULT, TextData, ahead, settling_sequences
+from evaluate import evaluate, kl_on_text, settle_offset
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
-# of --data toy; and of text, on a GPU (the tokens of NVIDIA's recipe for 8x: 65 million) and on a
-# CPU (1.2 million: some hours for a model of 135 million weights)
+# The defaults for --data toy, and for text on a GPU (the 65 million tokens that NVIDIA's recipe
+# takes to 8x) and on a CPU (1.2 million: some hours for a model of 135 million weights).
 TOY_DEFAULTS = dict(data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4,
-                    seq_len=512, eval_rows=32)
-GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=1000, batch_size=8, seq_len=8192, eval_rows=32)
-CPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=300, batch_size=4, seq_len=1024, eval_rows=8)
+                    seq_len=512, eval_sequences=32)
+GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=1000, batch_size=8, seq_len=8192,
+                    eval_sequences=32)
+CPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=300, batch_size=4, seq_len=1024,
+                    eval_sequences=8)
+MAX_KL = 10.0  # nats; a step beyond it ends the run
 
 
 @dataclass
 class Options:
-    """Of the command line: --batch-size 8 for batch_size."""
+    """The command line: --batch-size 8 for batch_size. None is filled in by `complete`."""
 
-    model: path_or_id = str(TEACHER)  # folder or hub id (default: the toy teacher)
-    data: path_or_id = None  # toy, a file, or a dataset of the hub (default: toy, or OpenR1-Math-220k)
-    data_revision: str = None  # commit of a hub dataset (default: the newest)
+    model: str = str(TEACHER)  # folder or hub id (default: the toy teacher)
+    data: str = None  # toy, a file, a folder, or a hub dataset: owner/name or owner/name@commit
     out: str = None  # folder for the checkpoint (default: out/NAME-dms-CRx)
     resume: bool = False  # continue the interrupted run in --out
     target_cr: float = 8.0  # compression ratio to reach
-    window: int = None  # tokens always readable (default: 16 for toy data, else 512 or what fits)
+    window: int = None  # tokens that stay readable (default: 16 for toy, else 512 or what fits)
     train: Literal["adapters", "all"] = None  # (default: all for toy data, else adapters)
     decision: Literal["adapter", "neuron"] = "adapter"  # where decisions come from
     shift: Literal[0, 1] = 1  # the logit at token t decides token t - shift
     per: Literal["head", "layer"] = "head"  # granularity of decisions
     steps: int = None  # (default: 500 for toy data, else 1000, on a CPU 300)
-    fade_steps: int = 0  # before these, in which a borrowed neuron is faded out of the scores
-    lr: float = None  # (default: 1e-3 for toy data, else 0.12 / hidden size, which is 3e-5 for 8B)
+    lr: float = None  # (default: 1e-3 for toy data, else 0.12 / hidden size, 3e-5 for 8B)
     batch_size: int = None  # sequences per step (default: 8, for toy data or on a CPU 4)
-    seq_len: int = None  # tokens per sequence (default: 512 for toy data, else 8192, on a CPU 1024)
+    seq_len: int = None  # tokens per sequence (default: 512 for toy, else 8192, on a CPU 1024)
     pack_across: bool = False  # attention crosses the borders of documents in a sequence
     compression_weight: float = 1.0  # of the compression loss
     reverse_kl: bool = False  # weigh the KL by the student's probabilities
-    recompute: bool = False  # recompute blocks in backward, also for sequences up to 2048
     compile: bool = False  # let torch.compile fuse each half of every block
     shard: bool = False  # spread the weights over the GPUs of torchrun (FSDP2)
-    max_kl: float = 10.0  # a step of more nats ends the run
     seed: int = 0
     save_every: int = 50  # steps between saved states
     eval_every: int = 0  # steps between measurements on held-out text (default: none)
-    eval_rows: int = None  # held-out sequences for the KL (default: 32, for text on a CPU 8)
-    eval_problems: int = 200  # held-out problems per task
-    eval_batch: int = 100  # problems generated side by side
-    eval_tokens: int = 256  # most new tokens of an answer
+    eval_sequences: int = None  # held-out sequences for the KL (default: 32, on a CPU 8)
+    eval_problems: int = 200  # held-out problems of each toy task
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = None  # of frozen weights (bfloat16 on a GPU)
-
-    @property
-    def torch_dtype(self):
-        return getattr(torch, self.dtype)
+    dtype: Literal["float32", "bfloat16", "float16"] = None  # of frozen weights
 
     def settings(self):
-        """What a resumed run must not change, but for what it measures afterwards."""
+        """What a resumed run must not change."""
         changing = ("resume", "out", "device", "shard")
-        return {k: v for k, v in vars(self).items() if k not in changing and v is not None}
+        return {k: v for k, v in vars(self).items() if k not in changing}
+
+
+# ------------------------------------------------------------------------------------ Distillation
+
+
+def load_pair(options):
+    """(student, ready to be trained; teacher): one model where it serves as both."""
+    train_all = options.train == "all"
+    device = "cpu" if options.shard else options.device  # shard() moves it, piece by piece
+    teacher = load_model(options.model, device, getattr(torch, options.dtype))
+    student = load_model(options.model, device) if train_all else teacher
+    settings = dms.DMSConfig(options.window, options.decision, options.shift, per=options.per,
+                             target_cr=options.target_cr)
+    if train_all:
+        dms.start_retrofit(student, settings)
+    if options.shard:
+        for model in {student, teacher}:
+            shard(model)
+    if not train_all:  # after shard(): adapters are small, so every process has all of them
+        dms.start_retrofit(student, settings)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(train_all or "dms_proj_alpha" in name)
+    if options.compile:
+        student.compile()
+    return student, teacher
+
+
+def choose_attention(device):
+    """What training attends with: a Triton kernel on a GPU, else dms.relaxed_attention."""
+    if device.type == "cuda":
+        with suppress(ImportError):  # without Triton, or without kernels/
+            from kernels.training import relaxed_attention
+
+            return relaxed_attention
+    return dms.relaxed_attention
+
+
+class Distillation:
+    """A student, its teacher, which may be the student itself without eviction, and AdamW."""
+
+    def __init__(self, student, teacher, options):
+        self.student = student
+        self.teacher = teacher
+        self.options = options
+        self.attention = choose_attention(student.device)
+        self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
+        self.evicted_fraction = 0.0  # of the last step's pairs
+
+    def step(self, step, ids, documents):
+        """Step number `step`, on ids (B, T) and the lengths of each sequence's documents, the same
+        in all processes. Returns its metrics. Raises InputError, before weights change, if it
+        diverges."""
+        options = self.options
+        cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
+        kl, self.evicted_fraction = all_reduce(self.backward(step, ids, documents, cr)).tolist()
+        for parameter in self.parameters.values():
+            if not is_sharded(parameter.grad):  # FSDP has summed what it shards
+                all_reduce(parameter.grad)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)).item()
+        require(math.isfinite(kl + norm) and kl <= MAX_KL,
+                f"step {step + 1} diverged, with a KL of {kl:.3g} and a gradient of {norm:.3g}; "
+                "the last saved state is kept; begin anew with a lower --lr")
+        self.optimizer.param_groups[0]["lr"] = learning_rate(step, options.steps, options.lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"step": step + 1, "kl": kl, "target_cr": round(cr, 4), "grad_norm": norm,
+                "cr": 1 / max(1 - self.evicted_fraction, 1e-6)}
+
+    def backward(self, step, ids, documents, cr):
+        """The gradients of this process's share of a step, some 4,096 tokens at a time. Returns its
+        share of the KL and of the evicted fraction, (2,)."""
+        rank, world = torchrun_place()
+        tokens = sum(map(sum, documents))
+        predictions = tokens - sum(map(len, documents))
+        sums = torch.zeros(2, device=self.student.device)
+        B, T = ids.shape
+        mine = list(range(rank, B, world))
+        at_a_time = max(4096 // T, 1)
+        for begin in range(0, len(mine), at_a_time):
+            part = mine[begin : begin + at_a_time]
+            packing = dms.Packing([documents[b] for b in part], T, sums.device)
+            seeds = [f"{self.options.seed} {step} {b}" for b in part]
+            kl, evicted = self.compare(ids[part].to(sums.device), packing, seeds)
+            shares = torch.stack((kl / predictions, evicted / tokens))
+            # The fraction of the whole step is known only after its last sequence. So whether the
+            # target is missed is judged by the step before, and the gradient is this step's.
+            fraction = self.evicted_fraction + shares[1] - shares[1].detach()
+            compression = dms.compression_loss(fraction, cr)
+            (shares[0] + self.options.compression_weight * compression).backward()
+            sums += shares.detach()
+        return sums
+
+    def compare(self, ids, packing, seeds):
+        """(the KL, summed over tokens; the pairs evicted, the mean over heads), with gradients."""
+        with torch.no_grad():
+            # a token's position, counted from where its document begins, is its place minus first
+            target = self.teacher.hidden(ids, dms.document_attention(packing), -packing.first)
+        relaxed = dms.RelaxedAttention(self.student.config.dms, packing, self.attention, seeds)
+        recompute = ids.shape[1] > 2048  # short sequences have the memory to do without
+        states = self.student.hidden(ids, relaxed, -packing.first, recompute)
+        kl = dms.distillation_loss(
+            states, target, self.student.lm_head.weight, self.teacher.lm_head.weight,
+            packing.predicts(), self.options.reverse_kl)
+        return kl, relaxed.evicted_pairs()
+
+    def save(self, file, step, place):
+        """Weights in training, AdamW's state and the place in the data, one safetensors file,
+        replaced atomically. To be called in all processes."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            for key, tensor in {"weight": parameter, **self.optimizer.state[parameter]}.items():
+                tensors[f"{key}.{name}"] = whole(tensor.detach()).cpu().contiguous()
+        notes = json.dumps(
+            {"step": step, "place": place, "evicted_fraction": self.evicted_fraction})
+        if torchrun_place()[0] == 0:
+            write_atomic(file, lambda new: save_file(tensors, new, {"notes": notes}))
+
+    def load(self, file):
+        """The inverse of save: (steps done, place in the data)."""
+        with safe_open(file, "pt") as saved:
+            for name, parameter in self.parameters.items():
+                state = {key: sharded_like(saved.get_tensor(f"{key}.{name}"), parameter)
+                         for key in ("weight", "exp_avg", "exp_avg_sq")}
+                parameter.data.copy_(state.pop("weight"))
+                state["step"] = saved.get_tensor(f"step.{name}")
+                self.optimizer.state[parameter] = state
+            notes = json.loads(saved.metadata()["notes"])
+        self.evicted_fraction = notes["evicted_fraction"]
+        return notes["step"], notes["place"]
+
+
+def learning_rate(step, steps, peak):
+    """Linear from 0 over the first 20 steps, constant, linear to 0 over the last 40%."""
+    return peak * min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))
+
+
+# ---------------------------------------------------------------------------------------- The loop
 
 
 def make_data(options):
-    """Where sequences come from: .batches(step, place), .held_out(rows)."""
-    sizes = (options.seq_len, options.batch_size, options.seed)
+    """Where sequences come from: .batches(step, place), .held_out(count)."""
     tokenizer = load_tokenizer(options.model)
+    sizes = (options.seq_len, options.batch_size, options.seed)
     if options.data == "toy":
         from toy.data import ToyData
 
         return ToyData(tokenizer, *sizes)
     vocab_size = config_of(options.model).vocab_size
-    source = "@".join(filter(None, (options.data, options.data_revision)))
-    return TextData(source, tokenizer, vocab_size, *sizes, options.pack_across)
+    return TextData(options.data, tokenizer, vocab_size, *sizes, options.pack_across)
+
+
+def train(options, data, out):
+    """Run the steps that are still to do, and write the checkpoint into `out`."""
+    is_main = torchrun_place()[0] == 0
+    run = Distillation(*load_pair(options), options)
+    state = out / "state.safetensors"
+    done, place = run.load(state) if state.exists() else (0, None)
+    if is_main:
+        begin_folder(options, out, done)
+    bar = tqdm(range(done, options.steps), "retrofit", disable=not is_main,
+               initial=done, total=options.steps)
+    with closing(ahead(data.batches(done, place))) as batches:
+        for step in bar:
+            begin = time.time()
+            ids, documents, place = next(batches)
+            row = run.step(step, ids, documents)
+            if options.eval_every and (step + 1) % options.eval_every == 0:
+                kl, _, cache = kl_on_text(run.student, run.teacher, data, options.eval_sequences)
+                row |= {"held_out_kl": kl, "held_out_cr": cache.compression_ratio()}
+            if is_main:
+                with open(out / "metrics.jsonl", "a") as log:
+                    print(json.dumps(row), file=log)
+            speed = sum(map(sum, documents)) / (time.time() - begin)
+            peak = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
+            memory = f", {peak:.1f} GB" if peak else ""
+            bar.set_postfix_str(f"KL {row['kl']:.4f}, target {row['target_cr']:.2f}x, "
+                                f"actual {row['cr']:.2f}x, {speed:,.0f} tokens/s{memory}")
+            if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+                run.save(state, step + 1, place)
+    ratio = settle_offset(run.student, data)
+    if is_main:
+        hint = "" if ratio >= options.target_cr else "; more --steps, or a higher --lr, may help"
+        print(f"{ratio:.2f}x on held-out text, by hard decisions{hint}")
+        write_checkpoint(run.student, options, out)
+
+
+def begin_folder(options, out, done):
+    """What a run's folder holds from the first step on. done: steps that it has behind it."""
+    write_json(out / "settings.json", options.settings())
+    copy_tokenizer(resolve(options.model), out)
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)[:done] if done else []
+    metrics.write_text("".join(lines))  # what comes after the saved state will come again
+    if done:
+        print(f"{out}: goes on after step {done}, on {torch.get_num_threads()} threads; with "
+              "another number than before the result differs in its last bits")
+
+
+def write_checkpoint(model, options, out):
+    """Adapters with the name of their base, or all weights, by the main process."""
+    if options.train == "adapters":
+        return save_model(model, out, torch.float32, base=options.model)
+    if options.shard:  # no process has whole weights: they are made anew from the last saved state
+        run = Distillation(*load_pair(replace(options, shard=False, device="cpu")), options)
+        run.load(out / "state.safetensors")
+        run.student.config = model.config  # with the settled offset
+        model = run.student
+    # half precision, as published models have it; what was trained is float32
+    save_model(model, out, torch.float16 if options.dtype == "float16" else torch.bfloat16)
+
+
+# -------------------------------------------------------------------------------------- The script
 
 
 def config_of(model):
@@ -108,153 +308,77 @@ def config_of(model):
     return parse_config(read_json(file), file)
 
 
-# ---------------------------------------------------------------------------------------- Training
-
-
-def train(options, data, out):
-    """Run the steps that are still to do and write the checkpoint into `out`. Nothing is written
-    before the model and the data have been loaded and checked."""
-    is_first = torchrun_place()[0] == 0
-    options.data_revision = getattr(data, "revision", None)  # what a resumed run goes on with
-    run = Distillation(*load_pair(options), options)
-    check_data(options, data, run.student.config.vocab_size)
-    state = out / "state.safetensors"
-    done, place = run.load(state) if state.exists() else (0, None)
-    metrics = out / "metrics.jsonl" if is_first else Path(os.devnull)
-    if is_first:
-        begin_folder(options, out, done)
-        announce(options, run.student.config, torchrun_place()[1])
-    steps = options.fade_steps + options.steps
-    bar = tqdm(range(done, steps), "retrofit", initial=done, total=steps, disable=not is_first)
-    with open(metrics, "a") as log, closing(ahead(data.batches(done, place))) as batches:
-        for step in bar:
-            begin = time.time()
-            ids, documents, place = next(batches)
-            row = run.step(step, ids, documents)
-            if options.eval_every and (step + 1) % options.eval_every == 0:
-                kl, _, cache = kl_on_text(run.student, run.teacher, data, options.eval_rows)
-                row |= {"held_out_kl": kl, "held_out_cr": cache.compression_ratio()}
-            log.write(json.dumps(row) + "\n")
-            speed = sum(map(sum, documents)) / (time.time() - begin)
-            bar.set_postfix_str(f"KL {row['kl']:.4f}, target {row['target_cr']:.2f}x, "
-                                f"actual {row['cr']:.2f}x, {speed:,.0f} tokens/s")
-            if (step + 1) % options.save_every == 0 or step + 1 == steps:
-                log.flush()
-                run.save(state, step + 1, place)
-    ratio = run.settle_offset(data)
-    if is_first:
-        short = "" if ratio >= options.target_cr else "; more --steps, or a higher --lr, may give more"
-        print(f"{ratio:.2f}x on held-out text, by hard decisions{short}")
-        write_checkpoint(run, options, out)
-        draw_curves(out)
-
-
-def check_data(options, data, vocab_size):
-    """Refuse held-out text with tokens that the model lacks, or too short for the target."""
-    ids, documents = data.held_out(settling_rows(options.seq_len))
-    last_id = int(ids.max())
-    require(last_id < vocab_size, f"the model has no token {last_id}, the data has")
-    lengths = [n for row in documents for n in row]
-    # with nothing kept for good
-    most = sum(lengths) / sum(min(n, options.window + 1) for n in lengths)
-    require(most >= options.target_cr, f"target CR {options.target_cr:g} is impossible: the documents "
-            f"are so short that the window alone holds 1 / {most:.1f} of them; use longer ones, a "
-            "smaller --window or --target-cr, or --pack-across")
-
-
-def begin_folder(options, out, done):
-    """What a run's folder holds from the first step on. done: steps that it has behind it."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", options.settings())
-    copy_tokenizer(resolve(options.model), out)
-    metrics = out / "metrics.jsonl"
-    lines = []
-    if done > 0:
-        problem = f"{metrics}: not readable; put an empty file in its place to go on"
-        lines = read_text(metrics, problem).splitlines()[:done]  # what comes after the state is void
-        lines = [json.dumps(parse_object(line, problem)) + "\n" for line in lines]
-        print(f"{out}: goes on after step {done}, on {torch.get_num_threads()} threads; with another "
-              "number than before the result differs in its last bits")
-    write_text(metrics, "".join(lines))
-
-
-def write_checkpoint(run, options, out):
-    """Adapters with the name of their base, or all weights."""
-    if options.shard:  # its weights lie in pieces: they are made anew from the last state
-        offset = run.student.config.dms.offset
-        options = replace(options, shard=False, device="cpu")
-        run = Distillation(*load_pair(options), options)
-        run.load(out / "state.safetensors")
-        run.student.config.dms.offset = offset
-    if options.train == "adapters":
-        save_model(run.student, out, torch.float32, base=options.model)
+def complete(options):
+    """Fill in what the command line leaves open: by the data, the device, and the model's context
+    and width."""
+    choose_device(options)
+    is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
+    if options.data == "toy" or is_teacher:
+        defaults = TOY_DEFAULTS
     else:
-        # half precision, as published models have it; what was trained is float32
-        dtype = torch.float16 if options.dtype == "float16" else torch.bfloat16
-        save_model(run.student, out, dtype)
-
-
-# -------------------------------------------------------------------------------------- The script
-
-
-def text_defaults(options):
-    """For text: by the device, and by the model's context and width."""
-    config = config_of(options.model)
-    defaults = CPU_DEFAULTS if options.device == "cpu" else GPU_DEFAULTS
-    seq_len = options.seq_len or min(defaults["seq_len"], config.max_position_embeddings)
-    fits = max(int(seq_len / options.target_cr) - 1, 1)  # the window alone must leave room
-    window = min(512, 2 ** (fits.bit_length() - 1))
-    # A step moves a logit by about lr * C: as much as in NVIDIA's recipe, 3e-5 for C = 4096.
-    return {**defaults, "seq_len": seq_len, "window": window, "lr": 0.12 / config.hidden_size}
+        config = config_of(options.model)
+        defaults = CPU_DEFAULTS if options.device == "cpu" else GPU_DEFAULTS
+        seq_len = options.seq_len or min(defaults["seq_len"], config.max_position_embeddings)
+        # the largest power of two that leaves room for the target: (window + 1) * cr <= seq_len
+        fits = max(int(seq_len / options.target_cr) - 1, 1)
+        window = min(512, 2 ** (fits.bit_length() - 1))
+        # A step moves a logit by about lr * C: as much as in NVIDIA's recipe, 3e-5 for C = 4096.
+        defaults = dict(defaults, seq_len=seq_len, window=window, lr=0.12 / config.hidden_size)
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def parse(argv=None):
-    """The Options: defaults, for toy data or text, then a resumed run's own, then those given."""
-    given = parse_options(Options, argv)
-    options = Options(**given)  # enough to find the run's folder
-    out = Path(options.out or f"out/{Path(options.model).name}-dms-{options.target_cr:g}x")
-    saved = {}
+    """The Options: what the command line states, then a resumed run's own, then defaults."""
+    stated = parse_options(Options, argv)
+    options = Options(**stated)
+    out = options.out or f"out/{Path(options.model).name}-dms-{options.target_cr:g}x"
     if options.resume:
-        file = out / "settings.json"
+        file = Path(out) / "settings.json"
         require(file.exists(), f"{out}: holds no run to resume; name its folder with --out")
         saved = read_json(file)
-        check_options(Options, saved, file)
-    for key, value in saved.items():
-        started = f"was started with another --{key.replace('_', '-')} ({value!r})"
-        require(key.startswith(("eval_", "max_kl")) or given.get(key, value) == value,
-                f"{out}: {started}; resume it as it is")
-    options = Options(**{**saved, **given})  # enough to know which defaults apply
-    is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
-    is_toy = options.data == "toy" or is_teacher
-    options = Options(**{**(TOY_DEFAULTS if is_toy else text_defaults(options)), **saved, **given})
-    options.out = str(out)
-    choose_device(options)
+        for name in stated.keys() & saved.keys():
+            require(name.startswith("eval_") or stated[name] == saved[name],
+                    f"{out}: was started with --{name.replace('_', '-')} {saved[name]}; keep it")
+        options = Options(**{**saved, **stated})
+    options.out = out
+    complete(options)
     return options
 
 
 def check(options):
-    """What can be known to be wrong before anything is loaded."""
+    """Refuse what would fail, or be wrong, only after long work."""
     folder = resolve(options.model)
     require(read_settings(folder, read_json(folder / "config.json")) is None,
             f"{folder}: is already a DMS checkpoint; give the model that it came from")
-    least = (options.window + 1) * options.target_cr
-    require(least <= options.seq_len, f"target CR {options.target_cr:g} is impossible: the window alone "
-            f"holds {options.window + 1} of {options.seq_len} tokens; use a smaller --window or "
-            "--target-cr, or longer sequences")
-    is_neuron = options.decision == "neuron"
-    require(not is_neuron or options.train == "all",
+    context = config_of(options.model).max_position_embeddings
+    require(options.seq_len <= context,
+            f"--seq-len is longer than the model's context of {context}; shorten it")
+    require((options.window + 1) * options.target_cr <= options.seq_len,
+            f"the window alone holds {options.window + 1} of {options.seq_len} tokens; for "
+            f"{options.target_cr:g}x use a smaller --window, or longer sequences")
+    require(options.decision == "adapter" or options.train == "all",
             "--decision neuron has no adapters to train; add --train all")
-    require(options.fade_steps == 0 or is_neuron and not options.shard,
-            "--fade-steps is for --decision neuron, without --shard")
+    require(not options.device.startswith("cuda") or torch.cuda.get_device_capability()[0] >= 8,
+            "a GPU before Ampere (sm_80) cannot hold a training step; use --device cpu")
     world = torchrun_place()[1]
     require(options.batch_size % world == 0,
-            f"--batch-size {options.batch_size} cannot be shared by {world} processes; give a multiple")
+            f"--batch-size {options.batch_size} is no multiple of the {world} processes")
     require(world > 1 or not options.shard, "--shard needs several processes; use torchrun")
     out = Path(options.out)
-    is_new = not out.exists() or out.is_dir() and not [*out.glob("[!.]*")]  # but for the lock
-    require(is_new or options.resume,
+    require(options.resume or not out.exists() or not any(out.iterdir()),
             f"{out}: already holds something; continue it with --resume, or choose another --out")
-    check_memory(options, config_of(options.model), world)
+
+
+def check_data(options, data):
+    """Refuse held-out text that is too short for the target."""
+    _, documents = data.held_out(settling_sequences(options.seq_len))
+    lengths = sum(documents, [])  # of the documents of all sequences
+    most = sum(lengths) / sum(min(n, options.window + 1) for n in lengths)  # nothing is kept
+    require(most >= options.target_cr,
+            f"the documents are so short that the window alone holds 1/{most:.1f} of them; "
+            "use longer ones, a smaller --window or --target-cr, or --pack-across")
 
 
 def main(argv=None):
@@ -266,9 +390,13 @@ def main(argv=None):
         distributed.barrier()  # all have looked at --out before anything is written there
     out = Path(options.out)
     begin = time.time()
-    with locked(out) if rank == 0 else nullcontext():
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock", blocking=False) if rank == 0 else nullcontext():
         data = make_data(options)
+        if options.data != "toy" and data.revision and "@" not in options.data:
+            options.data += f"@{data.revision}"  # what a resumed run goes on with
         if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
+            check_data(options, data)
             # the fastest products: on a GPU TF32, on most CPUs float32 by oneDNN
             torch.set_float32_matmul_precision("medium")
             train(options, data, out)
@@ -277,11 +405,10 @@ def main(argv=None):
             distributed.destroy_process_group()
         if rank == 0:
             print(f"{out}: checkpoint written, {time.time() - begin:.0f} s")
-            problem = f"{out}: is written, but there is no memory to measure it"
-            with refusing(problem, torch.OutOfMemoryError):
-                evaluate(data, options, out)
+            evaluate(data, options, out)
             print(f"\n{out / 'results.json'}: written, {time.time() - begin:.0f} s in all")
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; continue with --resume")
+    run_script(main, "stopped; continue with --resume",
+               "a shorter --seq-len, or --shard over several GPUs, needs less")

@@ -1,110 +1,77 @@
 """
-A training step of the retrofit, adapters on a frozen base, on random weights of a real shape: time
-and memory of a step of one sequence, beside what estimate.py counts.
+A training step of the retrofit: adapters on a frozen base of random weights, one sequence.
 
-    python bench/retrofit_step.py --shape qwen3-8b --lengths 8192 32768 --out bench/results/step.json
-    python bench/retrofit_step.py                     # on a CPU: 4 layers of Qwen3-0.6B, 1,024 tokens
-    python bench/retrofit_step.py --shape smollm2-135m --layers 30 --dtype float32     # all of a small model
+    python bench/retrofit_step.py                      # a GPU: Qwen3-8B's shape, 8,192 tokens
+    python bench/retrofit_step.py --shape smollm2-135m
 
-A token's time is that of a step over its tokens; MFU is counted operations (estimate.step_flops)
-over time, relative to the rate of large products measured in the same run.
+Counted are the operations that the step computes: a pass of the teacher, one of the student, one
+backward through activations, and for long sequences the halves of each block again. `of_products`
+is their rate relative to that of large products in the same run, `of_peak` relative to what an H100
+(SXM) or H200 is sold for.
 """
 
-import resource
-
 import torch
-from common import Results, arguments, model_config, random_model, seconds_of, tidy
-from torch.nn.attention import sdpa_kernel
+from measuring import GPU, Results, options, peak_memory, random_model, tidy, time_of
 
 import dms
-import estimate
 import retrofit
-from checkpoint import choose_device, run_script
-from distillation import Distillation
-from kernels.block import BACKENDS
+from common import run_script
 
-TOKENS_TO_8X = 1000 * 8 * 8192  # of retrofit.py's defaults on a GPU, and of NVIDIA's recipe
+PEAK = 989e12  # operations a second: bfloat16, dense
+RECOMPUTES = 2048  # tokens, beyond which Distillation computes the halves of a block again
 
 
-def make_run(config, T, args):
-    options = retrofit.Options(
-        train="adapters", steps=1000, lr=3e-5, batch_size=1, seq_len=T, dtype=args.dtype,
-        device=args.device)  # fmt: skip
-    model = random_model(config, args.device, options.torch_dtype)
+def product_rate(device, dtype):
+    """Operations a second of large matrix products."""
+    n = 8192 if GPU else 1024
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / time_of(lambda: x @ x, 9)["fastest_ms"] * 1000
+
+
+def operations(model, T):
+    """Of a step of one document of T tokens. Attention is causal: backward takes 2.5 forwards."""
+    config = model.config
+    head = model.lm_head.weight.numel()
+    blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+    multiplied = 3 * head + (4 if T > RECOMPUTES else 3) * blocks
+    heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return T * (2 * multiplied + 4.5 * 2 * T * heads)
+
+
+def measure(T, model, rate, args):
+    """(a row for sequences of T tokens, a function that makes a step)."""
+    options = retrofit.Options(train="adapters", steps=1000, lr=3e-5, batch_size=1, seq_len=T,
+                               device=args.device, dtype=args.dtype)
     dms.start_retrofit(model, dms.DMSConfig(window=min(512, T // 16)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("dms_proj_alpha" in name)
-    if args.compile:
-        model.compile()
-    return Distillation(model, model, options)
+    run = retrofit.Distillation(model, model, options)
+    ids = torch.randint(0, model.config.vocab_size, (1, T))
 
+    def step():
+        run.step(0, ids, [[T]])
 
-def parts_of(run, ids, documents, device):
-    """Seconds of the teacher's pass, the student's, and all of it with the KL and backward."""
-    packing = dms.Packing.of(documents, ids.shape[1], ids.device)
-    dense = dms.document_attention(documents)
-
-    def teacher():
-        with torch.no_grad(), sdpa_kernel(BACKENDS):
-            run.teacher.hidden(ids, dense, -packing.first)
-
-    return {
-        "teacher": seconds_of(teacher, device),
-        "student": seconds_of(lambda: run.student_states(ids, packing, [1]), device),
-        "step": seconds_of(lambda: run.step(1, ids, documents), device),
-    }
-
-
-def length_row(T, config, rate, args):
-    tidy(args.device)
-    run = make_run(config, T, args)
-    ids = torch.randint(0, config.vocab_size, (1, T), device=args.device)
-    length = -(-T // args.documents)
-    documents = [[min(length, T - begin) for begin in range(0, T, length)]]
-    run.step(0, ids, documents)  # compiles
-    if args.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    turns = [parts_of(run, ids, documents, args.device) for _ in range(args.repeat)]
-    row = {"tokens": T, "documents": args.documents}
-    for part in turns[0]:
-        row[f"{part}_seconds"] = sorted(turn[part] for turn in turns)[args.repeat // 2]
-    seconds = row["step_seconds"] / T
-    flops = estimate.step_flops(config, run.options, T)
-    row["ms_a_token"] = 1000 * seconds
-    row["mfu"] = flops / seconds / rate
-    row["gpu_hours_to_8x"] = seconds * TOKENS_TO_8X / 3600
-    counted = estimate.step_memory(config, run.options, T, 1)
-    row["estimated_gb"] = sum(counted.values()) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    row["peak_gb"] = (peak if args.device == "cpu" else torch.cuda.max_memory_allocated()) / 1e9
-    return row
+    times = time_of(step, args.repeat, warm_up=1)
+    per_second = operations(model, T) / times["ms"] * 1000
+    row = {**times, "tokens_per_s": 1000 * T / times["ms"], "tflops": per_second / 1e12,
+           "of_products": per_second / rate, **peak_memory()}
+    if GPU:
+        row["of_peak"] = per_second / PEAK
+    return row, step
 
 
 def main():
-    gpu = torch.cuda.is_available()
-    p = arguments(__doc__, "qwen3-8b" if gpu else "qwen3-0.6b", None if gpu else 4)
-    p.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768] if gpu else [1024])
-    p.add_argument("--documents", type=int, default=1, help="of equal length in the sequence")
-    p.add_argument("--repeat", type=int, default=3)
-    p.add_argument("--compile", action="store_true")
-    args = p.parse_args()
-    choose_device(args)
+    args = options(__doc__, lengths=[8192] if GPU else [1024], repeat=3)
     torch.set_float32_matmul_precision("medium")  # as retrofit.py does
-    config = model_config(args.shape, args.layers)
-    rate = estimate.matmul_rate(args.device, getattr(torch, args.dtype))
-    results = Results(args, matmul_tflops=rate / 1e12)
-    print(f"large products: {rate / 1e12:.2f} TFLOP/s")
+    results = Results(args)
+    rate = product_rate(args.device, getattr(torch, args.dtype))
+    results.add("large products", tflops=rate / 1e12)
+    model = random_model(args)
     for T in args.lengths:
-        try:
-            row = length_row(T, config, rate, args)
-        except torch.OutOfMemoryError:
-            print(f"{T} tokens: no memory", flush=True)
-            continue
-        results.add("rows", row)
-        print(f"{T} tokens: {row['ms_a_token']:.3f} ms a token ({row['teacher_seconds']:.2f} s teacher, "
-              f"{row['student_seconds']:.2f} s student, {row['step_seconds']:.2f} s step), "
-              f"MFU {row['mfu']:.0%}, peak {row['peak_gb']:.1f} GB (counted {row['estimated_gb']:.1f}), "
-              f"{row['gpu_hours_to_8x']:.1f} hours to 8x", flush=True)
+        tidy()
+        row, step = measure(T, model, rate, args)
+        results.add("training step", tokens=T, **row)
+    results.add_kernels("last step's kernels", step)
 
 
 if __name__ == "__main__":

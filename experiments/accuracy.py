@@ -5,26 +5,26 @@ Accuracy against compression on the toy tasks: dense, DMS, a sliding window, kvp
     python experiments/accuracy.py                  # on two cores an hour, after the retrofits' own
     python experiments/accuracy.py --problems 500   # the same with less noise: 10 hours
 
-After the paper's section 4 (figure 3, table 1), with competitors that it does not have. Free-running
-greedy answers to test problems, the question at the end of the compressed prompt. Each seed has
-other problems, and retrofits of its own; all methods of a seed answer the same problems. At each
-compression ratio every method may hold as much as DMS was measured to hold, or the share that the
-ratio names, whichever is more:
+After the paper's section 4 (figure 3, table 1), with competitors that it does not have. Answers to
+test problems are free-running and greedy; the question stands at the end of the compressed prompt.
+Each seed has other problems, and retrofits of its own; all methods of a seed answer the same
+problems. At each compression ratio every method may hold as much as DMS was measured to hold, or
+the share that the ratio names, whichever is more:
 
     DMS                 our engine; heads keep different numbers of pairs, these are their mean
     window              our engine on the teacher: the last tokens, as many as DMS held at the end
     KeyDiff, ...        a press: the prompt is compressed to what DMS held at its end, the answer is
-                        appended, so that in the end more is held than by DMS (presses.py)
+                        appended, so in the end it holds more than DMS (presses.py)
     KeyDiff, bounded    and again every 8 steps to what DMS held at the end of the answer
 
 held: pairs of a head at the end of the prompt > the most while answering, the mean over heads and
 problems: the engine's from its cache, a press's from the shapes of transformers' cache. They speak
-of the time after the prompt: a press, unlike DMS, first holds one layer's whole prompt. What KVzip
-drops it only masks, so its memory is the dense one's (stored_pairs). Level "hard" has the length of
-"easy" and more to remember. Longer prompts cannot be used: the last table shows how the dense
-teacher, trained on 512 tokens, answers them. An answer ends after the longest reference answer of
-its problems and 8 tokens more. Where a method breaks down, its answers often end at once, which
-makes its "most" small.
+of the time after the prompt: a press, unlike DMS, first holds one layer's whole prompt. KVzip only
+masks what it drops, so it takes the memory of the dense model (stored_pairs). Level "hard" has the
+length of "easy" and more to remember. Longer prompts cannot be used: the last table shows how the
+dense teacher, trained on 512 tokens, answers them. An answer may be 8 tokens longer than the
+longest reference answer of its problems. Where a method breaks down, its answers often end at once,
+which makes its "most" small.
 """
 
 import itertools
@@ -33,11 +33,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
-import shared
 import presses
+import shared
 from shared import tasks
 
-DRAWN = 10  # problems for one that is asked
+CANDIDATES = 10  # problems made for one that is asked
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Exam:
 
 def make_exam(tokenizer, level, seed, task, count):
     """Problems whose prompts have few lengths, since kvpress reads only prompts of one length side
-    by side: of DRAWN times as many, those of the most frequent lengths."""
+    by side: of CANDIDATES times as many, those of the most frequent lengths."""
     lengths = defaultdict(list)
-    for problem in shared.problems(task, DRAWN * count, seed, level):
+    for problem in shared.make_problems(task, CANDIDATES * count, seed, level):
         lengths[len(shared.prompt_ids(tokenizer, problem))].append(problem)
     groups = sorted(lengths.values(), key=len, reverse=True)
     problems = tuple(itertools.chain(*groups))[:count]
@@ -78,17 +78,17 @@ def ask(results, exam, method, ratio, answer, **more):
 
 
 def by_engine(tokenizer, exam, folder, window=None):
-    """Answers by the model of a folder, in a sliding window if one is given: (texts, counts)."""
+    """Answers by the model of a folder, perhaps in a sliding window of so many pairs: (texts,
+    counts)."""
     model = shared.load_model(folder)
     if window:
         model = shared.sliding_window(model, window)
     texts, cache = shared.answer(model, tokenizer, exam.problems, max_new_tokens=exam.limit)
-    # with its first token, which is not fed, a sequence ends: what the prompts left is counted
-    _, prompts = shared.answer(model, tokenizer, exam.problems, max_new_tokens=1)
+    prompts = shared.read_prompts(model, tokenizer, exam.problems)
     heads = cache.layers * cache.kv_heads * len(exam.problems)
     most = cache.ended_pairs / heads  # what a head holds does not shrink
     counts = {"prompt_pairs": prompts.ended_pairs / heads, "peak_pairs": most, "stored_pairs": most}
-    return [text for [text] in texts], counts
+    return texts, counts
 
 
 def by_press(tokenizer, exam, name, budget, bounded):

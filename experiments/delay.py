@@ -5,21 +5,21 @@ window, and its comparison with immediate eviction by training steps.
     python experiments/delay.py                                        # 30 minutes on two cores
     python experiments/delay.py --windows 16 64 --steps 10 --samples 5 --problems 2    # a trial
 
-Two parts, at 8x on the toy world, retrofits by retrofit.py's own defaults but for what is said:
+Two parts, at 8x on the toy world, with retrofit.py's own defaults but for what is said:
 
-window    windows of 0 (immediate eviction) to 32 tokens. What retrofit.py refuses, as the window
-          alone would hold more than 1/8 of a text, is a row with its reason in place of numbers.
+window    windows of 0 (immediate eviction) to 32 tokens. Where retrofit.py refuses, since the
+          window alone would hold more than 1/8 of a text, the row has its reason and no numbers.
 samples   accuracy against training steps, with a window of 16 and with immediate eviction. Every
-          point is a retrofit of its own, whose schedule reaches 8x after 70 % of its steps.
+          point is a retrofit of its own, whose schedule reaches 8x after 70% of its steps.
 
-A row has the accuracy on each task (of 200 problems: a share of 95 % has a standard error of 1.5
-points), the KL to the teacher in nats, and the compression that the cache counted while answering:
-one that has not learned to forget in so few steps shows there.
+A row has the accuracy on each task (of 200 problems: a share of 95% has a standard error of 1.5
+points), the KL to the teacher in nats, and the compression that the cache counted while answering.
+A model that has not learned to forget in so few steps shows there.
 """
 
 import shared
-from checkpoint import InputError
-from retrofit import check, check_data, config_of, make_data, parse
+from common import InputError
+from retrofit import check, check_data, make_data, parse
 
 RATIO = 8
 USUAL = 16  # the window of retrofit.py on the toy
@@ -35,7 +35,7 @@ def why_refused(window, steps, seed):
     options = parse([str(flag) for flag in flags])
     try:
         check(options)
-        check_data(options, make_data(options), config_of(options.model).vocab_size)
+        check_data(options, make_data(options))
     except InputError as e:
         return str(e)
     return None

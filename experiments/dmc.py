@@ -21,23 +21,23 @@ and the shipped DMS 8x, on the same problems.
 What differs from that paper: gate and importance come from an adapter, as DMS's do here, where the
 paper borrows the first neuron of k and of q and fades them out first; the loss is distillation, not
 language modelling; the relaxed decisions' temperature is DMS's; merged pairs are summed over the
-whole past, not over a sliding window of a few tokens; and the paper trains for many times as long,
-which is what makes DMC dear: at DMS's few steps it stands here on DMS's ground.
+whole past, not over a sliding window of a few tokens; and the paper trains for many times as long.
+That is what makes DMC expensive: with DMS's few steps it competes on DMS's ground here.
 """
 
+import shared
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from shared import RETROFITS, ROOT, TEACHER, Results, accuracy, answer, arguments, load, problems
+from shared import RETROFITS, TEACHER, Results, accuracy, load, tasks
 from stepwise import answer_in_batches
 from tqdm import tqdm
 
 import retrofit
-from checkpoint import run_script
-from distillation import Distillation, load_pair, settling_rows
-from dms import KEEP, RelaxedAttention
-from kernels.choose import choose_training_attention
-from toy import tasks
+from common import run_script
+from data import settling_sequences
+from dms import (UNDECIDED, Packing, RelaxedAttention, attention, distillation_loss,
+                 document_attention)
 
 LEAST = -50.0  # of log a
 
@@ -62,31 +62,37 @@ def merge(k, v, merging, importance):
 
 
 class MergingAttention(RelaxedAttention):
-    """attend() for training, or for seeds = None by hard decisions. One document to a row."""
+    """attend() for training, or for seeds = None by hard decisions. One document a sequence."""
 
     def __call__(self, layer, q, k, v, logits):
         gate, importance = gate_and_importance(logits, self.dms)
         # about token t: does t + 1 take its place?
-        noisy = self.noisy_decisions(layer, gate)
-        self.let_go_by_layer[layer] = self.count_let_go(noisy)
-        merging = F.pad(noisy[..., :-1], (1, 0), value=KEEP)
+        noisy = self.noisy_logits(layer, gate)
+        self.evicted_by_layer.append(self.count_evicted(noisy))
+        merging = F.pad(noisy[..., :-1], (1, 0), value=UNDECIDED)
         k, v = merge(k, v, merging, importance)
         bias = F.logsigmoid(-noisy)
         return self.biased_attention(q, k, v, bias, self.packing.first, self.dms.window)
 
 
-class MergingDistillation(Distillation):
+class MergingDistillation(retrofit.Distillation):
     """The training step, by another attention."""
 
+    def compare(self, ids, packing, seeds):
+        with torch.no_grad():
+            target = self.teacher.hidden(ids, document_attention(packing), -packing.first)
+        states, merged = self.student_states(ids, packing, seeds)
+        heads = (self.student.lm_head.weight, self.teacher.lm_head.weight)
+        return distillation_loss(states, target, *heads, packing.predicts()), merged
+
     def student_states(self, ids, packing, seeds):
-        biased = choose_training_attention(ids.device)
-        attention = MergingAttention(self.student.config.dms, packing, biased, seeds)
-        states = self.student.hidden(ids, attention, -packing.first)
-        return states, attention.pairs_let_go()
+        """Final states (B, T, C), and the pairs that were merged into others, mean over heads."""
+        merging = MergingAttention(self.student.config.dms, packing, self.attention, seeds)
+        return self.student.hidden(ids, merging, -packing.first), merging.evicted_pairs()
 
 
 class MergingCache:
-    """The pairs of B sequences, fed token by token (stepwise.py), and the `attend` over them."""
+    """The pairs of B sequences, token by token (stepwise.py), and the `attend` over them."""
 
     def __init__(self, config, B, capacity):
         self.dms = config.dms
@@ -118,20 +124,15 @@ class MergingCache:
         slot = torch.arange(longest)
         in_use = slot < length[:, :, None, None]  # (B, Hkv, 1, longest)
         group = q.shape[1] // in_use.shape[1]
-        return F.scaled_dot_product_attention(
-            q,
-            self.keys[layer, :, :, :longest],
-            self.values[layer, :, :, :longest],
-            attn_mask=in_use.repeat_interleave(group, dim=1),
-            enable_gqa=True,
-        )
+        mask = in_use.repeat_interleave(group, dim=1)
+        return attention(
+            q, self.keys[layer, :, :, :longest], self.values[layer, :, :, :longest], mask)
 
     def store(self, layer, k, v, merges, importance):
         """k, v: (B, Hkv, D); merges, importance: (B, Hkv)."""
         length = self.length[layer]
         merges = merges & (length > 0)
-        is_fed = self.active[:, None].expand_as(merges)
-        b, head = is_fed.nonzero(as_tuple=True)
+        b, head = self.active[:, None].expand_as(merges).nonzero(as_tuple=True)
         merges = merges[b, head]
         importance = importance[b, head]
         length[b, head] += ~merges
@@ -152,7 +153,7 @@ class MergingCache:
 
 def start(options):
     """The run before its first step: adapters with two outputs a head, nothing is merged yet."""
-    student, teacher = load_pair(options)
+    student, teacher = retrofit.load_pair(options)
     for block in student.model.layers:
         narrow = block.self_attn.dms_proj_alpha
         wide = nn.Linear(narrow.in_features, 2 * narrow.out_features, bias=False)
@@ -161,12 +162,18 @@ def start(options):
     return MergingDistillation(student, teacher, options)
 
 
+def parse(folder, seed, steps):
+    """retrofit.py's options."""
+    flags = f"--window 0 --train all --seed {seed} --steps {steps} --device cpu --out {folder}"
+    return retrofit.parse(["--model", str(TEACHER), *flags.split()])
+
+
 def train(seed, steps):
-    """The run after its last step, its offset settled, and the data. Goes on where it was stopped."""
+    """(the run after its last step, its offset settled; the data; the compression ratio). Goes on
+    where it was stopped."""
     folder = RETROFITS / f"dmc-{steps}-steps-seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    given = f"--window 0 --train all --seed {seed} --steps {steps} --device cpu --out {folder}"
-    options = retrofit.parse(["--model", str(TEACHER), *given.split()])
+    options = parse(folder, seed, steps)
     data = retrofit.make_data(options)
     run = start(options)
     file = folder / "state.safetensors"
@@ -175,70 +182,101 @@ def train(seed, steps):
     bar = tqdm(range(done, steps), "DMC", initial=done, total=steps)
     for step, (ids, documents, place) in zip(bar, data.batches(done)):
         row = run.step(step, ids, documents)
-        said = f"KL {row['kl']:.4f}, {row['cr']:.2f}x of {row['target_cr']:.2f}x"
-        bar.set_postfix_str(said)
+        bar.set_postfix_str(f"KL {row['kl']:.4f}, {row['cr']:.2f}x of {row['target_cr']:.2f}x")
         if (step + 1) % options.save_every == 0 or step + 1 == steps:
             run.save(file, step + 1, place)
     torch.set_float32_matmul_precision("highest")
-    ratio = run.settle_offset(data)
-    return run, data, ratio
+    return run, data, settle_offset(run, data)
 
 
 @torch.no_grad()
-def held_out_kl(run, data, rows):
+def settle_offset(run, data):
+    """Set the offset so that hard decisions compress held-out text by 2 to 4% more than asked for,
+    as retrofit.py does at the end, but not lower than by 1. Returns the compression ratio."""
+    settings = run.student.config.dms
+    ids, documents = data.held_out(settling_sequences(data.seq_len))
+    trained = settings.offset
+    low = trained - 1  # the lower the offset, the more is merged
+    high = trained + 15
+    if compression(run, ids, documents, low) < 1.02 * settings.target_cr:
+        return compression(run, ids, documents, trained)  # leave it as it was
+    for _ in range(12):
+        middle = (low + high) / 2
+        ratio = compression(run, ids, documents, middle)
+        if ratio < 1.02 * settings.target_cr:
+            high = middle
+        elif ratio > 1.04 * settings.target_cr:
+            low = middle
+        else:
+            return ratio
+    return compression(run, ids, documents, low)
+
+
+def compression(run, ids, documents, offset, at_a_time=8):
+    """Tokens / pairs left, by hard decisions with an offset, which is set."""
+    run.student.config.dms.offset = offset
+    merged = 0.0
+    for begin in range(0, len(ids), at_a_time):
+        part = slice(begin, begin + at_a_time)
+        packing = Packing(documents[part], ids.shape[1], "cpu")
+        merged += run.student_states(ids[part], packing, None)[1].item()
+    tokens = sum(map(sum, documents))
+    return tokens / (tokens - merged)
+
+
+@torch.no_grad()
+def held_out_kl(run, data, count):
     """KL to the teacher by hard decisions, in nats a token; other texts than the offset's."""
-    skipped = settling_rows(data.seq_len)
-    ids, documents = data.held_out(skipped + rows)
+    skipped = settling_sequences(data.seq_len)
+    ids, documents = data.held_out(skipped + count)
     nats = 0.0
     tokens = 0
-    for row in range(skipped, len(ids)):
-        some = slice(row, row + 1)
-        kl, _ = run.compare(ids[some], documents[some], None)
-        nats += kl.item()
-        tokens += sum(documents[row]) - 1
+    for b in range(skipped, len(ids)):
+        packing = Packing([documents[b]], ids.shape[1], "cpu")
+        nats += run.compare(ids[b : b + 1], packing, None)[0].item()
+        tokens += sum(documents[b]) - 1
     return nats / tokens
 
 
-def measure_dmc(run, tokenizer, some, batch):
-    """(accuracy, compression ratio) of some problems."""
+def measure_dmc(run, tokenizer, problems, batch):
+    """(accuracy, compression ratio) on problems."""
     config = run.student.config
 
     def make_cache(B):
         return MergingCache(config, B, config.max_position_embeddings)
 
-    texts, caches = answer_in_batches(run.student, tokenizer, some, make_cache, batch)
+    texts, caches = answer_in_batches(run.student, tokenizer, problems, make_cache, batch)
     ratio = sum(c.dense_pairs() for c in caches) / sum(c.pairs() for c in caches)
-    return accuracy(some, texts), ratio
+    return accuracy(problems, texts), ratio
 
 
-def measure_engine(folder, some, batch):
+def measure_engine(folder, problems, batch):
     """The same by the engine's own cache."""
-    model, tokenizer = load(folder)
-    texts, cache = answer(model, tokenizer, some, batch)
-    return accuracy(some, [text for (text,) in texts]), cache.compression_ratio()
+    texts, cache = shared.answer(*load(folder), problems, batch)
+    return accuracy(problems, texts), cache.compression_ratio()
 
 
 def main():
-    p = arguments(__doc__, "dmc.json")
+    p = shared.arguments(__doc__, "dmc.json")
     p.add_argument("--steps", type=int, default=500)
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--problems", type=int, default=200, help="of each task")
     p.add_argument("--batch", type=int, default=100)
-    p.add_argument("--dms", default=str(ROOT / "toy" / "retrofitted"), help="its folder")
+    p.add_argument("--dms", default=str(shared.SHIPPED), help="its folder")
     args = p.parse_args()
     results = Results(args)
-    _, tokenizer = load(TEACHER)
+    tokenizer = shared.load_tokenizer(TEACHER)
     for seed in args.seeds:
         run, data, ratio = train(seed, args.steps)
         keys = dict(seed=seed, task="held-out text", method="DMC")
         if not results.has(**keys):
             results.add(**keys, kl=held_out_kl(run, data, 32), compression_ratio=ratio)
         for task in tasks.TASKS:
-            some = problems(task, args.problems, seed)
+            problems = shared.make_problems(task, args.problems, seed)
             ways = {
-                "dense": lambda: measure_engine(TEACHER, some, args.batch),
-                "DMS": lambda: measure_engine(args.dms, some, args.batch),
-                "DMC": lambda: measure_dmc(run, tokenizer, some, args.batch),
+                "dense": lambda: measure_engine(TEACHER, problems, args.batch),
+                "DMS": lambda: measure_engine(args.dms, problems, args.batch),
+                "DMC": lambda: measure_dmc(run, tokenizer, problems, args.batch),
             }
             for method, measure in ways.items():
                 keys = dict(seed=seed, task=task, method=method)

@@ -6,12 +6,12 @@ section 5 looks at lengths by layer and head; the kinds of token are the toy wor
     python experiments/heads.py --problems 5 --traces 1 --every 64      # a look
 
 Rows of experiments/results/heads.json:
-    kept     of a task by kind of token, the share that is kept for good: the mean over heads,
-             and of each layer and head. Counted where a text ends, from cache.positions, among the
-             tokens that have left the window by then (all tokens in it are held, whatever is
-             decided).
-    lengths  of one text, the pairs that each head holds, while the prompt is read piece by piece
-             and then while tokens are drawn.
+    kept     for a task and each kind of token, the share that is kept for good: the mean over
+             heads, and for each layer and head. Counted where a text ends, from cache.positions,
+             among the tokens that have left the window by then (the window holds all of its
+             tokens, whatever was decided).
+    lengths  for one text, the pairs that each head holds, while the prompt is read piece by piece
+             and then while tokens are generated.
 
 Kinds: where a token stands (filler, statement, question, the answer with its chain of thought,
 template) and what it is (name, digit, mark, word).
@@ -21,20 +21,18 @@ import re
 
 import torch
 
-from shared import ROOT, Results, arguments, load, problems, prompt_ids
+import shared
+from shared import KVCache, Results, Sequence, generate, make_problems, tasks
 
-from checkpoint import run_script
-from generate import Sequence, generate
-from kv_cache import KVCache
+from common import run_script
 from show import held_by_heads
-from toy import tasks
 
 NAMES = {*tasks.NAMES, *tasks.LETTERS}
 FILLER = {"The", "the", ".", *tasks.ADJECTIVES, *tasks.NOUNS, *tasks.VERBS, *tasks.TIMES}
 
 
 def is_filler(sentence):
-    """Of the words that say nothing; "The code of" has one that is none of them."""
+    """Has a sentence only words that say nothing? "The code of" has another one."""
     return set(re.findall(r"\w+|[^\w\s]", sentence)) <= FILLER
 
 
@@ -81,7 +79,7 @@ def kinds_of(problem, tokenizer):
 
 
 class Counts:
-    """Of each kind of token how many have left the window, and how often each head holds them."""
+    """How many tokens of each kind have left the window, and how often each head holds them."""
 
     def __init__(self, cache):
         self.heads = (cache.layers, cache.kv_heads)
@@ -89,7 +87,7 @@ class Counts:
         self.held = {}  # kind -> (L, Hkv)
 
     def add(self, cache, kinds):
-        """Count the text that lies in row 0 of the cache."""
+        """Count the text of sequence 0 of the cache."""
         out = len(kinds) - cache.window - 1  # as many tokens have left the window
         for kind in kinds[: max(out, 0)]:
             self.tokens[kind] = self.tokens.get(kind, 0) + 1
@@ -104,22 +102,18 @@ class Counts:
         for kind in sorted(self.tokens):
             tokens = self.tokens[kind]
             share = self.held[kind] / tokens
-            yield {
-                "kind": kind,
-                "tokens": tokens,
-                "kept": float(share.mean()),
-                "kept_by_head": share.tolist(),
-            }
+            yield {"kind": kind, "tokens": tokens, "kept": float(share.mean()),
+                   "kept_by_head": share.tolist()}
 
 
 @torch.inference_mode()
 def count_kept(model, tokenizer, task, args):
-    """([{kind, tokens, kept, kept_by_head}, ...] of a task, the first for its tokens together, as
-    kind "all"; the compression ratio)."""
+    """([{kind, tokens, kept, kept_by_head}, ...] of a task, first for all of its tokens, as kind
+    "all"; the compression ratio)."""
     cache = KVCache(model.config, 1, model.device, model.dtype)
     by_kind = Counts(cache)
     together = Counts(cache)
-    for problem in problems(task, args.problems, args.seed):
+    for problem in make_problems(task, args.problems, args.seed):
         ids, kinds = kinds_of(problem, tokenizer)
         model(torch.tensor([ids]), cache=cache, last_only=True)
         by_kind.add(cache, kinds)
@@ -130,10 +124,10 @@ def count_kept(model, tokenizer, task, args):
 
 @torch.inference_mode()
 def trace(model, tokenizer, problem, every):
-    """The pairs that each head holds while a text is read and generated: tokens fed [n], pairs
+    """The pairs that each head holds while a text is read and generated: tokens so far [n], pairs
     [n][L][Hkv], and how many of the tokens are the prompt's."""
     cache = KVCache(model.config, 1, model.device, model.dtype)
-    ids = prompt_ids(tokenizer, problem)
+    ids = shared.prompt_ids(tokenizer, problem)
     tokens = []
     pairs = []
 
@@ -141,11 +135,11 @@ def trace(model, tokenizer, problem, every):
         tokens.append(int(cache.seen[0]))
         pairs.append(cache.stats()["pairs_per_head"])
 
-    before = ids[:-1]  # the last is fed by generate
+    before = ids[:-1]  # generate appends the last one
     for piece in torch.tensor([before]).split(every, dim=1):
         model(piece, cache=cache, last_only=True)
         note()
-    sequence = Sequence(ids, 256, row=0, fed=len(before))
+    sequence = Sequence(ids, 256, index=0, fed=len(before))
     for _ in generate(model, cache, [sequence], {tokenizer.end_id}, release=False):
         if sequence.over or len(sequence.new) % every == 0:
             note()
@@ -153,22 +147,22 @@ def trace(model, tokenizer, problem, every):
 
 
 def main():
-    p = arguments(__doc__, "heads.json")
-    p.add_argument("--model", default=str(ROOT / "toy" / "retrofitted"))
+    p = shared.arguments(__doc__, "heads.json")
+    p.add_argument("--model", default=str(shared.SHIPPED))
     p.add_argument("--problems", type=int, default=100, help="of each task, to count kinds in")
     p.add_argument("--traces", type=int, default=1, help="of each task, texts to follow")
     p.add_argument("--every", type=int, default=8, help="tokens between two looks")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     results = Results(args)
-    model, tokenizer = load(args.model)
+    model, tokenizer = shared.load(args.model)
     for task in tasks.TASKS:
         if not results.has(what="kept", task=task):
             rows, ratio = count_kept(model, tokenizer, task, args)
             results.add(what="kept", task=task, compression_ratio=ratio, kinds=rows)
             for row in rows:
                 print(f"    {row['kind']:20} {row['tokens']:6} tokens, {row['kept']:6.1%} kept")
-        for number, problem in enumerate(problems(task, args.traces, args.seed)):
+        for number, problem in enumerate(make_problems(task, args.traces, args.seed)):
             if not results.has(what="lengths", task=task, problem=number):
                 lengths = trace(model, tokenizer, problem, args.every)
                 results.add(what="lengths", task=task, problem=number, **lengths)

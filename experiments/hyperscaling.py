@@ -5,15 +5,15 @@ temperature 1, majority vote; dense beside DMS. After the paper's sections 4 and
     python experiments/hyperscaling.py                                     # 20 minutes on two cores
     python experiments/hyperscaling.py --steps 10 --ratios 8 --chains 4 --problems 2 --block 2
 
-A point is (limit of new tokens, W chains in parallel, compression). 32 chains are sampled once for
-each problem, which share its prompt; what fewer would give is the mean over disjoint groups of
-them, and what the shorter limit would give is their beginning, as what a chain draws depends on its
-seed and place alone. Half of the answers need more than 170 tokens, all of them less than 200.
+A point is (limit of new tokens, W chains in parallel, compression). For each problem 32 chains that
+share its prompt are sampled once. Fewer chains are the mean over disjoint groups of them, and the
+shorter limit is their beginning, as a chain's tokens follow from its seed and their place alone.
+Half of the answers need more than 170 tokens, all of them less than 200.
 
 What W chains take is added up from the cache's lengths after each step, chain by chain:
 
-reads             the prompt's, fed once, then what each chain attends to for each token that it
-                  draws: pairs of the prompt count for every chain, since each one reads them
+reads             the prompt's, once, then what each chain attends to for each new token: pairs of
+                  the prompt count for every chain, since each one reads them
 peak_pairs        the most pairs that chains which are not over hold at once; again each its own
 peak_page_bytes   the most bytes of their pages, where pages that forks share count once. Dense
                   chains share nearly all of the prompt, DMS chains little: a page is 32 pairs
@@ -36,9 +36,7 @@ from dataclasses import dataclass
 import torch
 
 import shared
-from generate import Sequence, generate
-from kv_cache import KVCache
-from toy import tasks
+from shared import KVCache, Sequence, generate, tasks
 
 BUDGETS = ("reads", "peak_pairs", "peak_page_bytes")
 MEANS = ("accuracy", "tied", "unanswered", *BUDGETS)  # of a point
@@ -46,10 +44,10 @@ MEANS = ("accuracy", "tied", "unanswered", *BUDGETS)  # of a point
 
 @dataclass
 class Chains:
-    """What was sampled for one problem, and what it took. k counts the tokens a chain has drawn."""
+    """What was sampled for one problem, and what it took. k counts a chain's new tokens."""
 
-    answers: dict  # limit -> of each chain its answer, None for none
-    held: torch.Tensor  # (chains, k): pairs held as token k is drawn, 0 once the chain is over
+    answers: dict  # limit -> the answer of each chain, or None
+    held: torch.Tensor  # (chains, k): pairs held as token k is sampled, 0 once the chain is over
     pages: torch.Tensor  # (chains, k): pages that hold them
     prompt_reads: int
     shared_pages: int  # of the prompt, that all chains share to their ends
@@ -65,18 +63,18 @@ def sample_chains(model, tokenizer, problem, count, limits, temperature, seed):
     pages = torch.zeros_like(held)
     sampling = {"temperature": temperature}
     steps = generate(model, cache, chains, {tokenizer.end_id}, sampling, release=False)
-    for k, drawn in enumerate(steps):
+    for k, new in enumerate(steps):
         if k == 0:
             prompt_reads = cache.stats()["reads"]
             shared_pages = count_shared_pages(cache)
-        running = [chain.row for chain, _ in drawn]
+        running = [chain.index for chain, _ in new]
         held[running, k] = of_sequences(cache.rows.length, cache)[running]
-        in_use = cache.rows.is_page(cache.page_size).sum(2)  # (L, N)
+        in_use = cache.rows.pages_in_use(cache.page_size).sum(2)  # (L, N)
         pages[running, k] = of_sequences(in_use, cache)[running]
     assert cache.stats()["reads"] == prompt_reads + int(held[:, 1:].sum())
     answers = {limit: [] for limit in limits}
     for limit in limits:
-        for chain in sorted(chains, key=lambda chain: chain.row):
+        for chain in sorted(chains, key=lambda chain: chain.index):
             text = tokenizer.decode(chain.new[:limit], skip_special_tokens=True)
             answers[limit].append(tasks.final_answer(problem, text))
     return Chains(answers, held, pages, prompt_reads, shared_pages, cache.page_bytes)
@@ -89,10 +87,9 @@ def of_sequences(by_row, cache):
 
 def count_shared_pages(cache):
     """The pages that every sequence of the cache has."""
-    L, N, M = cache.rows.table.shape
-    shape = (L, -1, cache.kv_heads, M)
+    shape = (cache.layers, cache.batch_size, cache.kv_heads, -1)
     table = cache.rows.table.view(shape)
-    is_page = cache.rows.is_page(cache.page_size).view(shape)
+    is_page = cache.rows.pages_in_use(cache.page_size).view(shape)
     is_shared = (table == table[:, :1]).all(1) & is_page.all(1)  # (L, Hkv, M)
     return int(is_shared.sum())
 
@@ -111,7 +108,7 @@ def cost(chains, group, limit):
 
 
 def vote(answers, expected):
-    """(The score of a majority vote, whether it was level) of some chains' answers."""
+    """(The score of a majority vote, whether it was level) of chains' answers."""
     votes = Counter(answer for answer in answers if answer is not None)
     most = max(votes.values(), default=0)
     level = [answer for answer, count in votes.items() if count == most]
@@ -163,7 +160,7 @@ def best(steps, cost):
 
 
 def mean_gain(ours, theirs, budget):
-    """(Mean gain of some points over others, from, to), None where they share no budgets."""
+    """(The mean gain of our points over theirs, from, to), None where they share no budgets."""
     costs = [[point[budget] for point in points] for points in (ours, theirs)]
     low = max(map(min, costs))
     high = min(map(max, costs))
@@ -194,7 +191,7 @@ def points_over(blocks):
 
 
 def gain_of(blocks, methods, budget):
-    """The mean gain of some methods over the dense model."""
+    """The mean gain of methods over the dense model."""
     points = points_over(blocks)
     ours = [point for point in points if point["method"] in methods]
     theirs = [point for point in points if point["method"] == "dense"]
@@ -213,7 +210,7 @@ def spread_of_gain(blocks, methods, budget):
 
 
 def jackknife(values):
-    """The standard error of a mean, given what it is with one part left out at a time."""
+    """The standard error of a mean, from its values with one part left out at a time."""
     n = len(values)
     if n < 2:
         return None
@@ -223,7 +220,7 @@ def jackknife(values):
 
 
 def add_gains(results):
-    """The points and the gains over all blocks, as rows; those that are there are made anew."""
+    """The points and the gains over all blocks, as rows; those that are there are replaced."""
     blocks = results.find(part="block")
     results.data["rows"] = list(blocks)
     for point in points_over(blocks):
@@ -242,7 +239,7 @@ def add_gains(results):
 
 
 def add_block(results, keys, model, tokenizer, problems, args):
-    """The rows of some problems that are not there: a mean point for each limit and W."""
+    """The rows of a block that are not there: a mean point for each limit and W."""
     places = itertools.product(args.limits, widths_of(args))
     missing = [(l, w) for l, w in places if not results.has(**keys, limit=l, width=w)]
     if not missing:
@@ -250,8 +247,8 @@ def add_block(results, keys, model, tokenizer, problems, args):
     points = []
     for problem in problems:
         seed = f"{keys['seed']} {problem.prompt}"
-        given = (args.chains, args.limits, args.temperature, seed)
-        chains = sample_chains(model, tokenizer, problem, *given)
+        chains = sample_chains(
+            model, tokenizer, problem, args.chains, args.limits, args.temperature, seed)
         points.append(points_of(problem, chains, missing))
     for limit, width in missing:
         mean = mean_of([of_problem[limit, width] for of_problem in points])
@@ -298,13 +295,13 @@ def main():
         folders = {"dense": shared.TEACHER}
         for ratio in args.ratios:
             folders[f"DMS {ratio}x"] = shared.standard(ratio, seed, args.steps)
-        problems = shared.problems("arithmetic", args.problems, seed, "hard")
+        problems = shared.make_problems("arithmetic", args.problems, seed, "hard")
         for method, folder in folders.items():
             loaded = shared.load(folder)
             for block in range(0, args.problems, args.block):
                 keys = {"part": "block", "method": method, "seed": seed, "block": block}
-                some = problems[block : block + args.block]
-                add_block(results, keys, *loaded, some, args)
+                of_block = problems[block : block + args.block]
+                add_block(results, keys, *loaded, of_block, args)
     add_gains(results)
     draw(results, args.out.with_suffix(".png"))
 

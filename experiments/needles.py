@@ -5,14 +5,14 @@ many pairs, on texts up to four times as long as those that any of them was trai
     python experiments/needles.py                                    # 10 minutes on two cores
     python experiments/needles.py --steps 10 --lengths 128 --depths 0 1 --problems 2    # a trial
 
-A text is filler with four facts in it ("The code of rosa is 52."), of which the question asks for
-one. This one lies at a depth: 0 at the text's beginning, 1 right before the question; the other
+A text is filler with four facts in it ("The code of rosa is 52."), and the question asks for one of
+them. This one lies at a depth: 0 at the text's beginning, 1 right before the question; the other
 three lie anywhere. Training asks for at least half of a text's facts, so it has seen no such text.
 
-The dense teacher was trained on texts to 512 tokens: lengths where it fails by itself say little
-about eviction, which may then do better or worse. For every length the window's budget is what a
-head of the retrofit holds at the end, on average over the depths. That was trained to 8x on other
-texts, with more facts; how far it compresses these is in the rows.
+The dense teacher was trained on texts of up to 512 tokens: lengths where it fails by itself say
+little about eviction, which may then do better or worse. For every length the window's budget is
+what a head of the retrofit holds at the end, on average over the depths. The retrofit was trained
+to 8x on other texts, with more facts; the rows say how far it compresses these.
 """
 
 import random
@@ -47,15 +47,14 @@ def make_problem(rng, length, depth):
 def add_point(results, keys, model, tokenizer, args):
     """Add the row of a method, a length and a depth."""
     rng = random.Random(f"needles {keys['length']} {keys['depth']} {keys['seed']}")
-    some = [make_problem(rng, keys["length"], keys["depth"]) for _ in range(args.problems)]
+    problems = [make_problem(rng, keys["length"], keys["depth"]) for _ in range(args.problems)]
     # a cache's pool is as large as this says; there is nothing else that it limits
     model.config.max_position_embeddings = max(args.lengths) + 64
-    texts, cache = shared.answer(model, tokenizer, some, batch=16, max_new_tokens=16)
-    held = cache.ended_pairs / len(some) / (cache.layers * cache.kv_heads)
-    accuracy = shared.accuracy(some, [text for [text] in texts])
+    texts, cache = shared.answer(model, tokenizer, problems, batch=16, max_new_tokens=16)
+    held = cache.ended_pairs / len(problems) / (cache.layers * cache.kv_heads)
     results.add(
         **keys,
-        accuracy=accuracy,
+        accuracy=shared.accuracy(problems, texts),
         pairs_of_a_head=held,
         compression=cache.compression_ratio(),
         peak_page_bytes=cache.stats()["peak_page_bytes"],
@@ -91,14 +90,9 @@ def main():
             add_depths(results, "dense", length, seed, lambda: shared.load(shared.TEACHER), args)
             add_depths(results, "DMS", length, seed, lambda: shared.load(folder), args)
             budget = budget_of(results, length, seed)
-            add_depths(results, "window", length, seed, lambda: window_of(budget), args)
+            add_depths(results, "window", length, seed, lambda: shared.window_of(budget), args)
     columns = ("method", "length", "depth", "seed", "accuracy", "pairs_of_a_head", "compression")
     shared.print_table(results.data["rows"], *columns)
-
-
-def window_of(budget):
-    teacher, tokenizer = shared.load(shared.TEACHER)
-    return shared.sliding_window(teacher, budget), tokenizer
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ et al., arXiv 2406.10774).
     python experiments/paging.py --problems 3 --page-sizes 8 --contexts 2048 --layers 2 --steps 2 \\
         --fresh --out trial.json
 
-Quest (quest.py) keeps of every page of keys the range of each channel, and attends to the pages in
+Quest (quest.py) keeps the range of each channel for every page of keys, and attends to the pages in
 which a query may score highest. Two measurements:
 
 toy    On the dense toy teacher, greedy answers, free-running. It attends to as many pages as hold
@@ -17,9 +17,9 @@ toy    On the dense toy teacher, greedy answers, free-running. It attends to as 
 file   Time and bytes of a decode step's attention for Qwen3-0.6B's shape, one sequence, made-up
        queries and keys. All pairs lie in a file, mapped into memory, the bounds in memory; chosen
        pages are asked for at once, layer by layer. "cold": the system's copy of the file is dropped
-       before every step (what the device delivered is counted where the system says so); "warm": the
-       file was read through, and the system keeps of it in memory what it can. DMS 8x holds its pairs in the engine's
-       pages, heads uneven. Neither projects nor stores anything.
+       before every step (what the device delivered is counted where the system says so); "warm":
+       the file was read through, and the system keeps as much of it in memory as it can. DMS 8x
+       holds its pairs in the engine's pages, heads uneven. Neither projects nor stores anything.
 
 What differs from that paper: pages are chosen for a KV head, by the highest bound of its query
 heads, not for a query head; the newest page is always among them; its two first layers, which are
@@ -29,26 +29,13 @@ every step chooses other pages than the step before. The toy part says which sha
 
 import itertools
 
-import torch
-from shared import (
-    RETROFITS,
-    ROOT,
-    TEACHER,
-    Results,
-    accuracy,
-    arguments,
-    load,
-    problems,
-    prompt_ids,
-)
+import shared
 from paging_file import run_file
 from quest import QuestCache
+from shared import TEACHER, Results, load, tasks
 from stepwise import answer_in_batches
 
-from checkpoint import run_script
-from generate import Sequence, generate
-from kv_cache import KVCache
-from toy import tasks
+from common import run_script
 
 COUNTED = ("pairs", "pairs and bounds")  # as what DMS may read
 
@@ -60,39 +47,27 @@ def measure_quest(task, page_size, budget, count_bounds, args):
     def make_cache(B):
         return QuestCache(config, B, page_size, budget, count_bounds)
 
-    some = problems(task, args.problems, args.seed)
-    texts, caches = answer_in_batches(model, tokenizer, some, make_cache, args.batch)
+    problems = shared.make_problems(task, args.problems, args.seed)
+    texts, caches = answer_in_batches(model, tokenizer, problems, make_cache, args.batch)
     steps = sum(cache.steps for cache in caches)
     steps *= config.num_hidden_layers * config.num_key_value_heads
     return {
-        "accuracy": accuracy(some, texts),
+        "accuracy": shared.accuracy(problems, texts),
         "pairs_read": sum(cache.pairs for cache in caches) / steps,
         "bounds_read": sum(cache.bounds for cache in caches) / steps,
         "pairs_fetched": sum(cache.fetched for cache in caches) / steps,
     }
 
 
-@torch.inference_mode()
 def measure_engine(folder, task, args):
-    """The same by the engine's cache. Its reads of prompts are left out: they are all read when
-    generate draws for the first time."""
+    """The same by the engine's cache; what it reads of and for prompts is left out."""
     model, tokenizer = load(folder)
-    some = problems(task, args.problems, args.seed)
-    texts = []
-    reads = 0
-    steps = 0
-    for begin in range(0, len(some), args.batch):
-        part = some[begin : begin + args.batch]
-        sequences = [Sequence(prompt_ids(tokenizer, problem), 256) for problem in part]
-        cache = KVCache(model.config, len(part), model.device, model.dtype)
-        before = None
-        for drawn in generate(model, cache, sequences, {tokenizer.end_id}):
-            assert before is not None or len(drawn) == len(part)
-            before = cache.stats()["reads"] if before is None else before
-        reads += cache.stats()["reads"] - before
-        steps += sum(len(s.new) - 1 for s in sequences) * cache.layers * cache.kv_heads
-        texts += [tokenizer.decode(s.new, skip_special_tokens=True) for s in sequences]
-    return {"accuracy": accuracy(some, texts), "pairs_read": reads / steps}
+    problems = shared.make_problems(task, args.problems, args.seed)
+    texts, cache = shared.answer(model, tokenizer, problems, args.batch)
+    prompts = shared.read_prompts(model, tokenizer, problems, args.batch)
+    reads = int((cache.reads - prompts.reads).sum())
+    steps = (cache.ended_tokens - prompts.ended_tokens) * cache.layers * cache.kv_heads
+    return {"accuracy": shared.accuracy(problems, texts), "pairs_read": reads / steps}
 
 
 def run_toy(results, args):
@@ -113,12 +88,12 @@ def run_toy(results, args):
 
 
 def main():
-    p = arguments(__doc__, "paging.json")
+    p = shared.arguments(__doc__, "paging.json")
     p.add_argument("--tasks", nargs="*", default=tasks.TASKS, choices=tasks.TASKS)
     p.add_argument("--problems", type=int, default=200, help="of each task")
     p.add_argument("--batch", type=int, default=100)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dms", default=str(ROOT / "toy" / "retrofitted"))
+    p.add_argument("--dms", default=str(shared.SHIPPED))
     p.add_argument("--page-sizes", type=int, nargs="*", default=[4, 8, 16], help="on the toy")
     p.add_argument("--contexts", type=int, nargs="*", default=[8192, 16384, 32768])
     p.add_argument("--layers", type=int, default=28)
@@ -126,7 +101,7 @@ def main():
     p.add_argument("--cr", type=int, default=8)
     p.add_argument("--file-page-size", type=int, default=16)
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    p.add_argument("--file", default=str(RETROFITS / "pairs.bin"), help="written, and removed")
+    p.add_argument("--file", default=str(shared.RETROFITS / "pairs.bin"), help="removed at the end")
     args = p.parse_args()
     results = Results(args)
     run_toy(results, args)

@@ -8,12 +8,12 @@ import os
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from quest import bounds, choose
 
-from kernels.choose import choose_kernels
-from kernels.pages import PagePool
+from kv_cache import PagePool, choose_kernels
 
 HEADS, GROUP, D = 8, 2, 128  # KV heads, query heads to each, head size
 
@@ -22,6 +22,7 @@ class SlowPages:
     """Pages of pairs in a file, keys before values in each: layer by layer, head by head."""
 
     def __init__(self, file, layers, context, page_size, dtype):
+        self.page_size = page_size
         self.per_head = context // page_size
         self.layers = layers
         self.page_bytes = 2 * page_size * D * dtype.itemsize
@@ -33,7 +34,7 @@ class SlowPages:
         self.pages = torch.frombuffer(self.map, dtype=dtype).view(self.shape)
 
     def write(self, dtype):
-        """Every layer the same, which nobody reading can know; its bounds, a copy for each layer."""
+        """Every layer the same, which no reader can know; the bounds, a copy for each layer."""
         torch.manual_seed(0)
         of_layer = torch.randn(self.shape[1:]).to(dtype)
         keys = of_layer[:, 0].unflatten(0, (HEADS, -1))  # (HEADS, P, page_size, D)
@@ -56,7 +57,8 @@ class SlowPages:
         os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def fetch(self, layer, chosen):
-        """The pages (HEADS, n) of a layer's heads, as keys and values (HEADS * n, page_size, D)."""
+        """The chosen pages (HEADS, n) of a layer, as a pool: keys, values (HEADS * n, page_size, D)
+        each."""
         first = torch.arange(HEADS)[:, None] * self.per_head
         numbers = (first + chosen).flatten()
         of_layer = layer * HEADS * self.per_head
@@ -65,7 +67,8 @@ class SlowPages:
             before = begin % mmap.PAGESIZE  # where the system's page begins
             self.map.madvise(mmap.MADV_WILLNEED, begin - before, before + self.page_bytes)
         pages = self.pages[layer].index_select(0, numbers)
-        return pages[:, 0].contiguous(), pages[:, 1].contiguous()
+        keys, values = pages.unbind(1)
+        return SimpleNamespace(keys=keys.contiguous(), values=values.contiguous())
 
 
 def delivered():
@@ -82,15 +85,16 @@ def quest_step(slow, q, pages, attend):
     attending."""
     seconds = [0.0, 0.0, 0.0]
     table = torch.arange(HEADS * pages, dtype=torch.int32).view(HEADS, pages)
+    length = torch.full((HEADS,), pages * slow.page_size, dtype=torch.int32)
+    rows = SimpleNamespace(length=length, table=table)
     for layer in range(slow.layers):
         marks = [time.perf_counter()]
         bound = bounds(q[layer], slow.least[layer], slow.greatest[layer])
         chosen = choose(bound, pages)
         marks.append(time.perf_counter())
-        keys, values = slow.fetch(layer, chosen)
+        fetched = slow.fetch(layer, chosen)
         marks.append(time.perf_counter())
-        length = torch.full((HEADS,), pages * keys.shape[1], dtype=torch.int32)
-        attend(q[layer], keys, values, table, length)
+        attend(q[layer], rows, fetched)
         marks.append(time.perf_counter())
         seconds = [s + end - begin for s, begin, end in zip(seconds, marks, marks[1:])]
     return seconds
@@ -157,14 +161,13 @@ def measure_dms_step(context, attend, dtype, args):
         q = torch.randn(args.layers, HEADS, GROUP, D).to(dtype)
         begin = time.perf_counter()
         for layer in range(args.layers):
-            attend(q[layer], pool.keys, pool.values, table[layer], length[layer])
+            attend(q[layer], SimpleNamespace(length=length[layer], table=table[layer]), pool)
         runs.append(time.perf_counter() - begin)
     read = 2 * int(length.sum()) * D * dtype.itemsize
-    held = len(pool) * PagePool.page_bytes(page_size, D, dtype)
     return {
         "seconds": statistics.median(runs[1:]),
         "bytes_fetched": 0,
-        "bytes_in_memory": held,
+        "bytes_in_memory": sum(slots.nbytes for slots in pool.slots),
         "bytes_read_in_memory": read,
         "bytes_in_file": 0,
     }
@@ -172,7 +175,7 @@ def measure_dms_step(context, attend, dtype, args):
 
 def run_file(results, args):
     dtype = getattr(torch, args.dtype)
-    attend = choose_kernels(torch.device("cpu"), dtype).decode_attention
+    attend = choose_kernels(torch.device("cpu"), dtype).attend_one
     file = Path(args.file)
     file.parent.mkdir(parents=True, exist_ok=True)
     for context in args.contexts:

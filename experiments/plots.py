@@ -40,7 +40,7 @@ def mean_points(rows, x, y):
     for (method, _), pairs in groups.items():
         xs, ys = zip(*pairs)
         points[method].append((sum(xs) / len(xs), sum(ys) / len(ys)))
-    return {method: sorted(some) for method, some in points.items()}
+    return {method: sorted(pairs) for method, pairs in points.items()}
 
 
 def draw_lines(axes, rows, x, y):
@@ -54,7 +54,7 @@ def draw_lines(axes, rows, x, y):
 
 
 def draw_accuracy(rows, file):
-    """Of each task the hard problems: accuracy against the pairs of a head, the most at once."""
+    """The hard problems of each task: accuracy against the pairs of a head, the most at once."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")

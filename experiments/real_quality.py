@@ -2,10 +2,10 @@
 A real model's loss under compression: DMS, a sliding window, and kvpress's methods.
 
     python experiments/real_model.py; python experiments/text.py        # once
-    python experiments/real_quality.py                                  # some 40 minutes
+    python experiments/real_quality.py                                  # about 40 minutes
 
-Each held-out document is read for 768 tokens, the prompt, and then for 256 more. Of these: the KL
-of their next-token distributions to the dense model's, and the perplexity. kvpress's methods
+Each held-out document is read for 768 tokens, the prompt, and then for 256 more. Measured on these:
+the KL of their next-token distributions to the dense model's, and the perplexity. kvpress's methods
 compress the prompt once, when it has been read, and hold all of the 256; DMS and the window do it
 as they go. So rows say how many pairs a head holds, on average, after the prompt and at the end:
 ours from the cache's own count, theirs from the tensors of transformers' cache.
@@ -17,9 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 from real_methods import MODEL, mean_length, methods, real_arguments, texts
-from shared import Results, load, load_tokenizer, mean_and_spread, print_table
-
-from kv_cache import KVCache
+from shared import KVCache, Results, load, load_tokenizer, mean_and_spread, print_table
 
 PROMPT = 768
 CONTINUATION = 256

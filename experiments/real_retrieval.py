@@ -2,9 +2,9 @@
 Passkey and needle by depth and length: what of a long prompt a real model can still find.
 
     python experiments/real_model.py; python experiments/text.py        # once
-    python experiments/real_retrieval.py                                # some 60 minutes
+    python experiments/real_retrieval.py                                # about 60 minutes
 
-A number is said once, at some depth of a prompt of 512 to 4,096 tokens, and asked for at its end.
+A number is said once, at one depth of a prompt of 512 to 4,096 tokens, and asked for at its end.
 `passkey`: among sentences that repeat themselves (Mohtashami and Jaggi, 2023). `needle`: within
 documentation, text that the model has to take seriously. The answer is greedy, and right if the
 number is in it. Where the dense model finds nothing the others are not asked. The question is part
@@ -17,14 +17,10 @@ import random
 
 import torch
 from real_methods import MODEL, mean_length, methods, real_arguments, texts
-from shared import Results, load_tokenizer, print_table
+from shared import KVCache, Results, Sequence, generate, load_tokenizer, print_table
 
-from generate import Sequence, generate
-from kv_cache import KVCache
-
-FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
+FILLER = ("The grass is green. The sky is blue. The sun is yellow. Here we go. "
+          "There and back again. ")
 FACT = "The pass key is {}. Remember it. {} is the pass key. "
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 NEW_TOKENS = 8
@@ -49,7 +45,7 @@ def prompt(kind, tokenizer, length, depth, rng):
 
 
 def by_engine(model):
-    """A function of token ids: (the ids drawn, the pairs that a head holds after the prompt), by our
+    """A function of token ids: (the new ids, the pairs that a head holds after the prompt), by our
     engine."""
 
     def run(ids):
@@ -76,8 +72,8 @@ def by_press(model, press):
         logits = model.lm_head(states[:, -1])
         for position in range(len(ids), len(ids) + NEW_TOKENS):
             new.append(int(logits.argmax()))
-            given = dict(past_key_values=cache, position_ids=torch.tensor([[position]]))
-            logits = model(torch.tensor([[new[-1]]]), **given).logits[:, -1]
+            logits = model(torch.tensor([[new[-1]]]), past_key_values=cache,
+                           position_ids=torch.tensor([[position]])).logits[:, -1]
         return new, pairs
 
     return run

@@ -2,7 +2,7 @@
 Many prompts in the same memory: `generate.py --requests`, dense and DMS, tokens a second and bytes.
 
     python experiments/real_model.py; python experiments/text.py        # once
-    python experiments/real_throughput.py                               # some 15 minutes
+    python experiments/real_throughput.py                               # about 15 minutes
 
 32 prompts of 1,000 to 4,000 tokens, documentation to be continued by 128 tokens, in a cache of
 --memory GB. Every run is the command that a user would type; its own report has tokens, pairs,
@@ -19,9 +19,8 @@ import time
 from pathlib import Path
 
 from real_methods import MODEL, RETROFIT, texts
-from shared import ROOT, Results, arguments
+from shared import ROOT, Results, arguments, load_tokenizer
 
-from checkpoint import load_tokenizer
 
 
 def write_prompts(file, count, shortest, longest):
@@ -40,21 +39,20 @@ def write_prompts(file, count, shortest, longest):
 
 
 def answer(model, prompts, args):
-    """Run generate.py; {seconds, tokens drawn, report}."""
+    """Run generate.py; {seconds, new tokens, report}."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers.jsonl"
         command = [sys.executable, ROOT / "generate.py", "--model", model, "--requests", prompts,
-                   "--out", out, "--memory", args.memory, "--max-new-tokens", args.new_tokens]  # fmt: skip
+                   "--out", out, "--memory", args.memory, "--max-new-tokens", args.new_tokens]
         begin = time.time()
         done = subprocess.run(
-            [str(word) for word in command], capture_output=True, text=True, check=True
-        )
+            [str(word) for word in command], capture_output=True, text=True, check=True)
         seconds = time.time() - begin
         rows = [json.loads(line) for line in out.read_text().splitlines()]
     tokens = sum(sum(row["generated"]["tokens"]) for row in rows)
     [report] = re.findall(r"^\[(.*tokens, prompts included.*)\]$", done.stderr, re.MULTILINE)
     return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
-            "answers": len(rows), "report": report}  # fmt: skip
+            "answers": len(rows), "report": report}
 
 
 def main():
@@ -64,7 +62,7 @@ def main():
     p.add_argument("--longest", type=int, default=4000)
     p.add_argument("--new-tokens", type=int, default=128)
     p.add_argument("--memory", type=float, default=0.5, help="GB of cache")
-    p.add_argument("--crs", type=float, nargs="+", default=[8, 4])
+    p.add_argument("--crs", type=float, nargs="*", default=[8, 4])
     args = p.parse_args()
     results = Results(args)
     with tempfile.TemporaryDirectory() as folder:

@@ -3,38 +3,36 @@ Text to train and to measure on, from what pip can fetch: the documentation of t
 
     python experiments/text.py                # out/text/train.jsonl, out/text/held_out.jsonl
 
-Trained on: Django's and SQLAlchemy's, 12 MB of English with code. Held out: SymPy's, another subject
-by other authors. The versions are fixed, so the text is the same for everybody. Not answers of the
-model itself, which would be nearer to what it writes: at the speed of two cores they cost more than
-the training does.
+Trained on: Django's and SQLAlchemy's, 12 MB of English with code. Held out: SymPy's, on another
+subject, by other authors. The versions are fixed, so the text is the same for everybody. Answers of
+the model itself would be nearer to what it writes, but on two cores they cost more than training.
 
-A file is cut at headings and blank lines into documents of some 1,200 tokens or more, as a retrofit
-takes the beginning of a document that is longer than its sequences and drops the rest.
+A file is cut at blank lines into documents of about 1,400 tokens or more: a retrofit takes the
+beginning of a document that is longer than its sequences, and drops the rest.
 """
 
-import argparse
 import json
 import re
 import tarfile
 import tempfile
 from pathlib import Path
 
-from shared import download
+import shared
 
-from checkpoint import run_script, write_text
+from common import run_script, write_text
 
 TRAINING = {
     "django==5.2": r"/docs/(?!releases).*\.txt$",
     "sqlalchemy==2.0.41": r"/doc/build/(?!changelog).*\.rst$",
 }
 HELD_OUT = {"sympy==1.13.3": r"/doc/src/.*\.(rst|md)$"}
-CHARACTERS = 6000  # of a document at least: some 1,400 tokens
+CHARACTERS = 6000  # of a document at least: about 1,400 tokens
 
 
 def files_of(package, pattern):
-    """The texts of a source distribution's files of some names, in order."""
+    """The texts of a source distribution's files whose names match, in order."""
     with tempfile.TemporaryDirectory() as folder:
-        archive = download(package, folder, "--no-binary", ":all:", "--no-build-isolation")
+        archive = shared.download(package, folder, "--no-binary", ":all:", "--no-build-isolation")
         with tarfile.open(archive) as opened:
             names = sorted(m.name for m in opened if m.isfile() and re.search(pattern, m.name))
             return [opened.extractfile(name).read().decode("utf-8", "replace") for name in names]
@@ -59,9 +57,7 @@ def write_documents(packages, file):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = shared.parser(__doc__)
     p.add_argument("--out", type=Path, default=Path("out/text"))
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,42 +1,54 @@
-"""What the cache is made of, and the fast paths: first the plain PyTorch function, then a kernel
-that equals it.
-
-    pages.py               the pool of pages, and what every row holds in it
-    cache_write.py         new tokens into the rows: plain, and one a row by Triton
-    decode_attention.py    one query a row: plain, and by Triton
-    feed_token.py          what lies between a layer's products and its attention in a decode step,
-                           by Triton
-    block.py               many queries a row: plain, and by Triton
-    cpu.py                 one token and one query a row, by numba for a CPU
-    choose.py              which of them a cache uses
-    decode_step.py         a whole decode step, as one CUDA graph on a GPU
-    training_attention.py  the relaxed attention of training: plain, and by Triton
 """
-import os
+Fast versions of plain functions. Each equals the plain PyTorch function of its own name, which
+stands in the module that uses it; with this folder deleted everything still runs, slower.
+
+    attention.py   attend_one, attend_block of kv_cache.py    Triton, on a GPU
+    write.py       store_one of kv_cache.py                   Triton, on a GPU
+    training.py    relaxed_attention of dms.py                Triton, on a GPU
+    cpu.py         store_one, attend_one of kv_cache.py       numba, on a CPU
+    onednn.py      nn.Linear in float32                       oneDNN, on a CPU
+
+Nothing here imports anything of ours from outside the folder. Importing a file without the library
+that it needs raises ImportError, and whoever imports it then takes the plain function.
+
+The Triton kernels cover heads of up to 256 channels in float32, float16 and bfloat16, from compute
+capability 8.0 on. On 7.5 (a T4) they cover decode and prefill in float16. Training is not covered
+there: it keeps more in registers than there are, so it would run from memory.
+"""
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # it has no wheel for this platform; the plain functions need none
-    triton = tl = None
-
 
 def capability(tensor):
-    """The major compute capability of a tensor's GPU; H100's, 9, where there is none."""
+    """The major compute capability of a tensor's GPU; 9, an H100's, where there is none."""
     return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
 
 
-def check_launch(name, *tensors):
-    """What every Triton launcher needs: Triton, and contiguous tensors on the current GPU or, under
-    TRITON_INTERPRET=1, on the CPU. The cache sees to it; a failure is a bug of ours."""
-    if triton is None:
-        raise ImportError(f"{name} needs triton, which is not installed; {name}_plain does not")
+def block_sizes(x, width):
+    """(own, other, few) for vectors of `width` channels in x's dtype. A program holds `own` of them
+    and walks over the rest: `other` at a time where it makes one sum, `few` where it makes more
+    and needs the registers.
+
+    An H100, capability 9, multiplies from shared memory. Others multiply from registers, which have
+    room for less, and so does every GPU in float32. With these sizes the kernels fit into the
+    shared memory of every GPU that they cover. On an A100 or H100 they spill at most a few
+    registers up to 128 channels.
+    """
+    size = width * x.element_size()
+    if x.element_size() == 4:
+        few = 32 if width <= 64 else 16
+        return 32, few, few
+    most = {7: 32, 9: 128}.get(capability(x), 64)
+    return min(most, most * 256 // size), min(64, 16384 // size), 32
+
+
+def check_launch(head_dim, *tensors):
+    """Raise ValueError where a kernel could not run, or would read other memory than was meant."""
     device = tensors[0].device
-    assert all(x.device == device for x in tensors), f"{name}: tensors on several devices"
-    assert all(x.is_contiguous() for x in tensors), f"{name}: tensors must be contiguous"
-    if device.type == "cuda":
-        assert device.index == torch.cuda.current_device(), f"{name}: {device} is not the current GPU"
-    can_run = device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
-    assert can_run, f"{name}: on a CPU it runs under TRITON_INTERPRET=1 only"
+    dtype = tensors[0].dtype
+    if head_dim > 256 or dtype.itemsize > 4:
+        raise ValueError(f"head size {head_dim} in {dtype}: kernels cover 256 in 32 bits at most")
+    if any(x.device != device or not x.is_contiguous() for x in tensors):
+        raise ValueError("a kernel's tensors must be contiguous, and all on one device")
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ValueError(f"{device} is not the current one: torch.cuda.set_device comes first")

@@ -2,22 +2,22 @@
 
 Within `simulated_gpu()` there is a device "cuda:0". Its tensors say that they are there, and are
 computed by the CPU; an operation that mixes them with a CPU's, as a GPU would refuse, raises. There
-is no Triton, so that the plain functions are what runs.
+is no Triton, so the plain functions run.
 """
 
+import sys
 from contextlib import contextmanager
-from unittest import mock
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import kernels.choose
-
 GPU = torch.device("cuda:0")
 aten = torch.ops.aten
 # what may take tensors of both: copies, and indices
-MIXES = {aten.copy_, aten._to_copy, aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
+MIXES = {aten.copy_, aten._to_copy, aten.index, aten.index_put_, aten.index_put,
+         aten._index_put_impl_}
 
 
 class OnGPU(torch.Tensor):
@@ -35,53 +35,48 @@ class OnGPU(torch.Tensor):
     def device(self):  # what Python sees; beneath it is a CPU's tensor
         return GPU
 
-    def to(self, *arguments, **named):
-        device, dtype, *_ = torch._C._nn._parse_to(*arguments, **named)
+    def to(self, *given, **named):
+        device, dtype, *_ = torch._C._nn._parse_to(*given, **named)
         result = super().to(dtype or self.dtype)
         return result if device in (None, GPU) else result.cpu()
 
     def cpu(self):
         return self.detach().inner.clone()
 
-    @classmethod
-    def __torch_dispatch__(cls, function, types, arguments=(), named=None):
-        return compute(function, arguments, named or {})
-
     def tolist(self):
         return self.inner.tolist()
 
+    @classmethod
+    def __torch_dispatch__(cls, function, types, given=(), named=None):
+        return compute(function, given, named or {})
 
-def compute(function, arguments, named):
+
+def compute(function, given, named):
     """Call an operation, on the CPU, with a result on the device where it belongs."""
-    tensors = [x for x in tree_leaves((arguments, named)) if isinstance(x, torch.Tensor)]
-    ours = [x for x in tensors if isinstance(x, OnGPU)]
-    strangers = [x for x in tensors if not isinstance(x, OnGPU) and x.dim() > 0]
-    if ours and strangers and function.overloadpacket not in MIXES:
-        shapes = [tuple(x.shape) for x in strangers]
-        raise RuntimeError(f"{function}: tensors of a GPU, and of a CPU {shapes}")
+    tensors = [x for x in tree_leaves((given, named)) if isinstance(x, torch.Tensor)]
+    wrappers = {id(x.inner): x for x in tensors if isinstance(x, OnGPU)}
+    strangers = [tuple(x.shape) for x in tensors if not isinstance(x, OnGPU) and x.dim() > 0]
+    if wrappers and strangers and function.overloadpacket not in MIXES:
+        raise RuntimeError(f"{function}: tensors of a GPU, and of a CPU {strangers}")
     if function is aten._fused_sdp_choice.default:
         return torch.nn.attention.SDPBackend.MATH.value
-    is_ours = bool(ours)
+    is_ours = bool(wrappers)
     if function.overloadpacket is aten.copy_:
-        is_ours = isinstance(arguments[0], OnGPU)
-    named = {key: value for key, value in named.items() if key != "pin_memory"}
+        is_ours = isinstance(given[0], OnGPU)
     if named.get("device") is not None:
         is_ours = torch.device(named["device"]).type == "cuda"
-        named["device"] = torch.device("cpu")
+        named = {**named, "device": torch.device("cpu"), "pin_memory": False}
 
-    wrappers = {id(x.inner): x for x in ours}
-
-    def wrap(x):
+    def wrap(x):  # what is changed in place stays what it is
         if not is_ours or not isinstance(x, torch.Tensor):
             return x
-        # what is changed in place stays what it is
         return wrappers[id(x)] if id(x) in wrappers else OnGPU(x)
 
     def unwrap(x):
         return x.inner if isinstance(x, OnGPU) else x
 
     with torch.inference_mode(False), torch.no_grad():
-        return tree_map(wrap, function(*tree_map(unwrap, arguments), **tree_map(unwrap, named)))
+        return tree_map(wrap, function(*tree_map(unwrap, given), **tree_map(unwrap, named)))
 
 
 class Generator(torch.Generator):
@@ -92,20 +87,20 @@ class Generator(torch.Generator):
 
 
 class Simulation(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        return compute(function, arguments, named or {})
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        return compute(function, given, named or {})
 
 
 @contextmanager
 def simulated_gpu():
-    with (
-        mock.patch("torch.cuda._lazy_init"),
-        mock.patch("torch.Generator", Generator),
-        mock.patch("torch.cuda.mem_get_info", lambda device=None: (2**28, 2**28)),
-        mock.patch("torch.cuda.get_device_name", lambda: "a simulated GPU"),
-        mock.patch.object(kernels.choose, "triton", None),
-        Simulation(),
-    ):
+    answers = dict(_lazy_init=None, is_available=True, set_device=None, mem_get_info=(2**28, 2**28),
+                   max_memory_allocated=0, get_device_capability=(8, 0), get_device_name="none")
+    with pytest.MonkeyPatch.context() as patch, Simulation():
+        for name, answer in answers.items():
+            patch.setattr(torch.cuda, name, lambda device=None, answer=answer: answer)
+        patch.setattr(torch, "Generator", Generator)
+        for name in ("kernels", "kernels.training"):  # as if they were not there
+            patch.setitem(sys.modules, name, None)
         torch._C._set_only_lift_cpu_tensors(True)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:

@@ -1,30 +1,27 @@
-"""bench/gpu.sh, at sizes for a CPU: what will be run on a GPU runs, and leaves its results."""
+"""bench/gpu.sh at sizes for a CPU: what will run on a GPU runs, and leaves its rows."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
-from checkpoint import read_json
+ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize(
-    "what, rows",
-    [
-        ("decode", {"decode.json": ["kernel", "steps"]}),
-        ("long", {"retrofit-step.json": ["rows"], "prefill.json": ["rows"]}),
-        ("beside", {"transformers.json": ["transformers"], "toy/results.json": ["results"]}),
-    ],
-)
-def test_what_is_run_on_a_gpu(what, rows, tmp_path):
+@pytest.mark.parametrize("part, kinds", [
+    ("decode", {"copy", "step", "last step's kernels"}),
+    ("training", {"large products", "training step", "last step's kernels"}),
+    ("prefill", {"prefill", "last prefill's kernels"}),
+    ("transformers", {"step"}),
+])
+def test_what_is_run_on_a_gpu(part, kinds, tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "SMALL": "1", "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", REPOSITORY / "bench" / "gpu.sh", what, tmp_path]
+    command = ["bash", ROOT / "bench" / "gpu.sh", tmp_path, part]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for file, keys in rows.items():
-        data = read_json(tmp_path / file)
-        assert all(data[key] for key in keys)
+    rows = (tmp_path / "gpu.jsonl").read_text().splitlines()
+    assert {json.loads(row)["row"] for row in rows} == {"settings", *kinds}

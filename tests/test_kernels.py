@@ -1,508 +1,419 @@
 """
-The kernels against their plain twins, and the cache's bookkeeping against the visibility rule.
+The kernels against the plain functions that they equal.
 
-Triton decides as it is imported whether kernels are compiled or interpreted. So the comparisons run
-on a GPU where there is one, and under the interpreter in a process of its own (test_interpreter),
-or by hand:
+Triton decides as it is imported whether kernels are compiled or interpreted. So its comparisons run
+on a GPU where there is one, and else under the interpreter in processes of their own
+(test_interpreter), or by hand:
 
     TRITON_INTERPRET=1 pytest tests/test_kernels.py
 
-On a GPU most of the time goes into compiling; with pytest-xdist several processes share it:
-
-    pytest -n 12 tests/test_kernels.py
+On a GPU most of the time goes into compiling; several processes share it: pytest -n 12.
 """
 import copy
-import dataclasses
-import importlib
 import math
+import os
 import random
-import re
+import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import (DEVICE, INTERPRETED, REPOSITORY, Life, check_pages, compiled, compiles,
+                      held_by, launched, launches, pointer, rule, run_interpreted, spilled, triton)
 
-reason = "triton is not installed; it has no wheel for some platforms"
-pytest.importorskip("triton", reason=reason)
+import dms
+import kernels
+import kv_cache
+from kernels import onednn
+from kv_cache import Kernels, KVCache, PagePool, Rows
 
-from conftest import (  # noqa: E402
-    DEVICE,
-    INTERPRETED,
-    NOWHERE,
-    Life,
-    check_cache_write,
-    check_no_spills,
-    check_pages,
-    check_what_is_stored,
-    compiled,
-    compiles,
-    empty_cache,
-    held_pairs,
-    interprets,
-    launched,
-    launches,
-    pointer,
-    run_interpreted,
-    small_config,
-    small_model,
-)
+if triton is not None:
+    from kernels import attention, training, write
+try:
+    from kernels import cpu
+except ImportError:
+    cpu = None
 
-from dms import DMSConfig  # noqa: E402
-from kernels import cache_write as writing  # noqa: E402
-from kernels import choose  # noqa: E402
-from kernels import decode_attention as attending  # noqa: E402
-from kernels import feed_token as feeding  # noqa: E402
-from kernels import block  # noqa: E402
-from kernels.block import block_attention, block_attention_plain  # noqa: E402
-from kernels.cache_write import cache_write  # noqa: E402
-from kernels.decode_step import FusedLayers  # noqa: E402
-from kernels.decode_attention import decode_attention, decode_attention_plain  # noqa: E402
-from kernels.pages import PagePool, Rows  # noqa: E402
-from kv_cache import KVCache  # noqa: E402
-from model import Attention  # noqa: E402
-
+no_launch = pytest.mark.skipif(INTERPRETED, reason="it launches nothing")
+by_numba = pytest.mark.skipif(cpu is None or INTERPRETED, reason="there is no numba, or no need")
+NOWHERE = 2**30  # an index that must never be used
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SIZES = (8, 64, 96, 128, 256)  # of heads
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """The interpreter runs a row's programs one after another, those without work, too."""
+    """The interpreter runs a row's programs one after another, those without work included."""
     if INTERPRETED:
-        monkeypatch.setattr(attending, "splits_of", lambda rows: 3)
+        monkeypatch.setattr(attention, "parts_of", lambda rows: 3)
 
 
 @compiles
-@interprets
-def test_interpreter():
-    run_interpreted(__file__)
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU runs them")
+@pytest.mark.parametrize("names", ["attend", "store", "life", "relaxed and not blocks", "blocks"])
+def test_interpreter(names):
+    run_interpreted(__file__, names)
 
 
-# -------------------------------------------------------------------------------- decode attention
+def empty_rows(N, D, window, page_size, columns, dtype=torch.float32, device="cpu"):
+    """The rows of a layer, and a pool with pages enough, in random order; all unused is poison."""
+    zeros = torch.zeros(N, dtype=torch.int32, device=device)
+    table = torch.full((N, columns), NOWHERE, dtype=torch.int32, device=device)
+    ring = torch.full((N, window + 1), NOWHERE, dtype=torch.int32, device=device)
+    pool = PagePool(N * columns, page_size, D, dtype, device)
+    pool.keys.fill_(math.nan)
+    pool.values.fill_(math.nan)
+    pool.position.fill_(NOWHERE)
+    pool.evicted.fill_(True)
+    pool.free.copy_(torch.randperm(len(pool)))
+    return Rows(zeros.long(), zeros, table, ring), pool
 
 
-def compare(arguments):
-    y = decode_attention(*arguments)
-    tolerance = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[y.dtype]
-    expected = decode_attention_plain(*arguments)
-    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
-    assert not y[arguments[4] == 0].any()
-
-
-@launches
-@pytest.mark.parametrize("case", range(15))
-def test_decode_attention(case):
-    """Each dtype with each head size, many numbers of heads and all page sizes; of which a GPU,
-    which compiles each, gets one and two to a case."""
-    dtype = (torch.float32, torch.float16, torch.bfloat16)[case % 3]
-    D = (8, 64, 96, 128, 256)[case % 5]
-    for seed in range(16):
-        variant = seed if INTERPRETED else seed % 2
-        page_size = 2 ** ((case + 5 * variant) % 8)
-        G = 1 + 7 * (case + variant // 2) % 16
-        rng = random.Random(f"{case} {seed}")
-        some = [0, 1, page_size, rng.randrange(30), rng.randrange(200), rng.randrange(200)]
-        lengths = rng.choices(some, k=rng.choice([1, 1, 1, 3]))
-        compare(held_pairs(lengths, G, D, page_size, dtype, seed, device=DEVICE))
-
-
-@launches
-@pytest.mark.parametrize("splits", [16, 64, 128])
-def test_many_splits(splits, monkeypatch):
-    """More parts than the merge takes at a time, beside rows of one, two and none, whatever number
-    of programs a row has; called again, the counters being in use. The last splits weigh most."""
-    monkeypatch.setattr(attending, "splits_of", lambda rows: splits)
-    lengths = [19 * splits + 68, 3, 0, attending.LEAST + 1]
-    arguments = held_pairs(lengths, 5, 64, 64, torch.float32, seed=1, device=DEVICE)
-    k_pages, table = arguments[1], arguments[3]
-    last = table[0, : -(-lengths[0] // 64)][-5:].long()
-    k_pages[last] *= 4
-    compare(arguments)
-    compare(arguments)
-
-
-@compiles
-@pytest.mark.parametrize("batch", [1, 8, 64])
-@pytest.mark.parametrize("context", [8192, 32768])
-def test_programs_have_work(batch, context):
-    """Qwen3-8B at 8x, the heads as uneven as real ones, none shorter than its window: four programs
-    of five have work, and those of a batch together are enough for a GPU."""
-    generator = torch.Generator().manual_seed(0)
-    share = torch.rand(8 * batch, generator=generator) ** 3 * 0.5  # 1/8 on average
-    length = (513 + share * (context - 513)).int()
-    splits = attending.splits_of(len(length))
-    programs = -(-length // (-(-length // splits)).clamp(min=attending.LEAST))
-    assert programs.sum() >= 0.8 * splits * len(length)
-    assert programs.sum() >= 200
-
-
-@pytest.mark.parametrize("lengths, D, page_size", [([70, 0, 1], 64, 16), ([16384, 5], 256, 64)])
-def test_plain_twin(lengths, D, page_size):
-    """Against softmax attention over a row's pairs laid end to end."""
-    q, k_pages, v_pages, table, length = held_pairs(lengths, 3, D, page_size, torch.float32, seed=2)
-    y = decode_attention_plain(q, k_pages, v_pages, table, length)
-    for row, n in enumerate(lengths):
-        pages = table[row, : -(-n // page_size)].long()
-        k, v = (slots[pages].view(-1, D)[:n] for slots in (k_pages, v_pages))
-        weight = (q[row] @ k.T / math.sqrt(D)).softmax(-1)
-        torch.testing.assert_close(y[row], weight @ v, atol=1e-5, rtol=1e-4)
-        assert n > 0 or not y[row].any()
-
-
-# ------------------------------------------------------------------------------ attention of a block
-
-
-def fed_rows(rng, N, D, page_size, window, dtype):
-    """Rows that have been fed tokens, and their pool, on DEVICE; what is not in use is poisoned."""
-    longest = rng.choice([0, 1, 20, 150])
-    rows, pool = empty_cache(N, D, window + 1, page_size, longest // page_size + 2, dtype)
-    rows = rows.layer(0)
-    new = torch.tensor([rng.randint(0, longest) for _ in range(N)])
-    k = torch.randn(N, max(longest, 1), D).to(dtype)
-    v = torch.randn(N, max(longest, 1), D).to(dtype)
-    evict = torch.rand(N, max(longest, 1)) < rng.choice([0.1, 0.5, 0.9])
-    writing.write_block(k, v, evict, new, rows, pool, window)
+def filled_rows(rng, lengths, D, page_size, window, dtype):
+    """Rows on DEVICE that have seen `lengths` tokens, and what they hold of them."""
+    N, longest = len(lengths), max(*lengths, 1)
+    rows, pool = empty_rows(N, D, window, page_size, longest // page_size + 2, dtype)
+    rows.table.zero_()  # the plain functions look up the page of any entry
+    k, v = torch.randn(2, N, longest, D).to(dtype)
+    evict = torch.rand(N, longest) < rng.choice([0.1, 0.5, 0.9])
+    new = torch.tensor(lengths)
+    kv_cache.store(k, v, evict, new, rows, pool, window)
     rows.seen += new
-    rows.table.masked_fill_(rows.table == NOWHERE, 0)  # any page: the plain twin looks it up
     for thing in (rows, pool):
         for name, x in vars(thing).items():
-            setattr(thing, name, x.to(DEVICE))
+            if isinstance(x, torch.Tensor):
+                setattr(thing, name, x.to(DEVICE))
     return rows, pool
 
 
+def assert_near(y, expected):
+    tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[y.dtype]
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+
+
+def check_attend_one(attend_one, seed, dtype, D):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    page_size = 2 ** rng.randrange(8)
+    G = rng.choice([1, 2, 3, 4, 5, 8, 8, 17])
+    some = [0, 1, page_size, rng.randrange(30), rng.randrange(200), rng.randrange(500)]
+    lengths = rng.choices(some, k=rng.randint(1, 3))
+    rows, pool = filled_rows(rng, lengths, D, page_size, rng.choice([0, 5, 100]), dtype)
+    # scores so low or so high that a fixed offset would not do
+    q = torch.randn(len(lengths), G, D).to(DEVICE, dtype) * rng.choice([1, 1, 30, -30])
+    y = attend_one(q, rows, pool)
+    assert not y[rows.length == 0].any()
+    assert_near(y, kv_cache.attend_one(q, rows, pool))
+
+
 @launches
 @pytest.mark.parametrize("case", range(15))
-def test_block_attention(case):
-    """Each dtype with each head size, many numbers of heads and all page sizes; ragged, with rows
-    that rest; dense, too."""
-    dtype = (torch.float32, torch.float16, torch.bfloat16)[case % 3]
-    D = (8, 64, 96, 128, 256)[case % 5]
-    for seed in range(4 if INTERPRETED else 2):
-        rng = random.Random(f"{case} {seed}")
-        torch.manual_seed(100 * case + seed)
-        N = rng.choice([1, 3])
-        G = 1 + 7 * (case + seed) % 16
-        T = rng.choice([2, 5, 40, 90])
+def test_attend_one(case):
+    """Each dtype with each head size, and two choices of everything else."""
+    for seed in (case, case + 15):
+        check_attend_one(attention.attend_one, seed, DTYPES[case % 3], SIZES[case % 5])
+
+
+@launches
+def test_attend_one_in_many_parts(monkeypatch, parts=16):
+    """A row of as many parts as there are, one of two, and one of none."""
+    monkeypatch.setattr(attention, "parts_of", lambda rows: parts)
+    rows, pool = filled_rows(random.Random(1), [40 * parts, 19, 0], 64, 64, 30, torch.float32)
+    q = torch.randn(3, 5, 64, device=DEVICE)
+    assert_near(attention.attend_one(q, rows, pool), kv_cache.attend_one(q, rows, pool))
+
+
+@by_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_attend_one_by_numba(dtype, threads, monkeypatch, request):
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cpu")
+    request.addfinalizer(lambda: torch.set_num_threads(1))  # as in conftest.py
+    torch.set_num_threads(threads)
+    for seed in range(40):
+        check_attend_one(cpu.attend_one, seed, dtype, (*SIZES, 20)[seed % 6])
+
+
+@launches
+@pytest.mark.parametrize("case", range(15))
+def test_attend_block(case):
+    """As above. Ragged, with rows that rest; every third one dense."""
+    dtype, D = DTYPES[case % 3], SIZES[case % 5]
+    for seed in (case, case + 15):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        N, G, T = rng.choice([1, 3]), 1 + seed % 8, rng.choice([2, 5, 40, 70])
         window = rng.choice([0, 1, 7, 60, 500])
-        rows, pool = fed_rows(rng, N, D, 2 ** ((case + seed) % 8), window, dtype)
-        q = torch.randn(N, G, T, D, device=DEVICE).to(dtype)
-        k, v = torch.randn(2, N, T, D, device=DEVICE).to(dtype)
-        evict = torch.rand(N, T, device=DEVICE) < 0.6 if seed % 3 else None
-        if evict is None:
+        lengths = [rng.choice([0, 1, 20, 150]) for _ in range(N)]
+        rows, pool = filled_rows(rng, lengths, D, 2 ** (seed % 8), window, dtype)
+        q = torch.randn(N, G, T, D).to(DEVICE, dtype)
+        k, v = torch.randn(2, N, T, D).to(DEVICE, dtype)
+        evict = torch.rand(N, T).to(DEVICE) < rng.choice([0.1, 0.5, 0.9])
+        if seed % 3 == 1:
+            evict.fill_(False)
             pool.evicted.fill_(False)
-        new = torch.tensor([rng.randint(0, T) for _ in range(N)], device=DEVICE)
-        arguments = (q, k, v, evict, new, rows, pool, window)
-        y = block_attention(*arguments)
-        expected = block_attention_plain(*arguments)
+        new = torch.tensor([T, *(rng.randint(0, T) for _ in range(N - 1))], device=DEVICE)
+        block = (k, v, evict, new, rows, pool, window)
+        y = attention.attend_block(q, *block)
+        expected = kv_cache.attend_block(q, *block)
         assert y.isfinite().all()
-        tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
         for row, n in enumerate(new.tolist()):
-            torch.testing.assert_close(
-                y[row, :, :n], expected[row, :, :n], rtol=tolerance, atol=tolerance)
+            assert_near(y[row, :, :n], expected[row, :, :n])
 
 
-# ------------------------------------------------------------------------------------- cache write
+def check_store_one(store_one, seed, steps, device):
+    """Random steps, beside the plain function and by the rule. Only the numbers of pages may
+    differ, since programs come in any order."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    N, D, shift = 3, 6, seed % 2  # D is not a power of two
+    window = (0, 1, 2, rng.randint(3, 19))[seed // 2 % 4]
+    page_size, rate = 2 ** rng.randrange(5), rng.choice([0.3, 0.9])
+    rows, pool = empty_rows(N, D, window, page_size, -(-steps // page_size), device=device)
+    plain = copy.deepcopy((rows, pool))
+    plain[0].table.zero_()  # unlike a kernel it looks up the page of any entry
+    said = [[] for _ in range(N)]  # at each token
+    for _ in range(steps):
+        new = torch.tensor([int(rng.random() < 0.9) for _ in range(N)], device=device)
+        evict = torch.tensor([rng.random() < rate for _ in range(N)], device=device)
+        k = torch.zeros(N, D, device=device)
+        k[:, 0] = torch.arange(N)  # each token's k says whose it is
+        k[:, 1] = rows.seen
+        for store, cache in ((store_one, (rows, pool)), (kv_cache.store_one, plain)):
+            store(k, -k, evict, new, *cache, shift)
+            cache[0].seen.add_(new)
+        assert torch.equal(rows.length, plain[0].length)
+        assert torch.equal(rows.ring, plain[0].ring)
+        assert torch.equal(pool.free_count, plain[1].free_count)
+        for row in range(N):
+            said[row] += [bool(evict[row])] * int(new[row])
+            held, decided = rule(torch.tensor(said[row], dtype=torch.bool), shift, window)
+            position, k, v, evicted = held_by(rows, pool, row)
+            assert (position.tolist(), evicted.tolist()) == (held, decided)
+            assert k[:, :2].tolist() == [[row, j] for j in held] and torch.equal(k, -v)
+    in_use = rows.table[rows.pages_in_use(page_size)]
+    pages = pool.free[:int(pool.free_count)].tolist() + in_use.tolist()
+    assert sorted(pages) == list(range(len(pool)))  # each is free or one row's
+
+
+def check_what_is_stored(store_one, dtype, D, device):
+    """It is bit for bit what came, and nothing beside it is touched."""
+    rows, pool = empty_rows(4, D, 3, 4, 2, dtype, device)
+    k, v = torch.randn(2, 4, D).to(device, dtype)
+    evict = torch.ones(4, dtype=torch.bool, device=device)
+    new = torch.tensor([1, 1, 0, 0], device=device)
+    store_one(k, v, evict, new, rows, pool, 0)
+    page = rows.table[:2, 0].long()
+    assert torch.equal(pool.keys[page, 0], k[:2]) and torch.equal(pool.values[page, 0], v[:2])
+    assert int((~pool.keys.isnan()).sum()) == int((~pool.values.isnan()).sum()) == 2 * D
+    assert int((pool.position == 0).sum()) == int((pool.position != NOWHERE).sum()) == 2
+    assert rows.length.tolist() == [1, 1, 0, 0]
+    assert (rows.table[2:] == NOWHERE).all() and (rows.ring[2:] == NOWHERE).all()
 
 
 @launches
 @pytest.mark.parametrize("seed", range(8))
-def test_cache_write(seed):
-    """1,000 steps in all."""
-    check_cache_write(cache_write, seed, DEVICE)
+def test_store_one(seed):
+    check_store_one(write.store_one, seed, 60 if INTERPRETED else 125, DEVICE)
+    check_what_is_stored(write.store_one, DTYPES[seed % 3], SIZES[seed % 5], DEVICE)
 
 
-@launches
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("D", [64, 96, 128, 256])
-def test_cache_write_stores(dtype, D):
-    check_what_is_stored(cache_write, dtype, D, DEVICE)
-
-
-@launches
+@by_numba
 @pytest.mark.parametrize("seed", range(8))
-def test_1_000_steps_of_a_cache_that_uses_the_kernels(seed):
+def test_store_one_by_numba(seed):
+    check_store_one(cpu.store_one, seed, 125, "cpu")
+    check_what_is_stored(cpu.store_one, DTYPES[seed % 2 * 2], 96, "cpu")
+
+
+@launches
+@pytest.mark.parametrize("seed", range(3))
+def test_life_of_a_cache_that_uses_the_kernels(seed):
     """Beside one that does not: the same results, the same pairs held, and no page is lost."""
     life = Life(seed, layers=1, device=DEVICE)
-    plain = KVCache(**life.settings)
-    plain.kernels = choose.PLAIN
-    cache = KVCache(**life.settings)
-    cache.kernels = choose.TRITON
-    for step in range(125):
+    plain, cache = (KVCache(**life.settings) for _ in range(2))
+    plain.kernels = kv_cache.PLAIN
+    cache.kernels = Kernels(write.store_one, attention.attend_one, attention.attend_block)
+    for step in range(40 if INTERPRETED else 125):
         life.step(plain, cache)
-        if step % 5 == 4:
-            life.check(plain)
+        if step % 8 == 7:
             life.check(cache)
             check_pages(cache)
             assert torch.equal(plain.rows.length, cache.rows.length)
 
 
-@launches
-@pytest.mark.parametrize(
-    "settings", [None, dict(), dict(per="layer", shift=0), dict(source="neuron")]
-)
-def test_a_model_that_decodes_by_the_kernels(settings):
-    """A prompt, then single tokens, two sequences of different lengths: the dense masked model's
-    logits."""
-    dms = None if settings is None else DMSConfig(window=2, **settings)
-    model = small_model(1, dms, 0.5).to(DEVICE)
-    cache = KVCache(model.config, 2, DEVICE, page_size=4)
-    cache.kernels = choose.TRITON
-    ids = torch.randint(0, 67, (2, 21), device=DEVICE)
-    with torch.inference_mode():
-        model(ids[:, :13], cache=cache, lengths=torch.tensor([13, 12]))
-        steps = [torch.stack((ids[0, t:t + 1], ids[1, t - 1:t])) for t in range(13, 21)]
-        logits = torch.cat([model(step, cache=cache) for step in steps], dim=1)
-        for row, b in enumerate((ids[:1, :21], ids[1:, :20])):
-            torch.testing.assert_close(logits[row], model(b)[0, -8:], atol=1e-4, rtol=1e-4)
+def training_inputs(seed, T, D, G, documents=3, scores=1.0):
+    """q, k, v, bias and first. q, k, v are views of (B, T, heads, D), as a model has them."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    B, Hkv = rng.choice([1, 2]), rng.choice([1, 2])
+    q, k, v = (torch.randn(B, T, heads, D).transpose(1, 2) for heads in (Hkv * G, Hkv, Hkv))
+    bias = F.logsigmoid(torch.randn(B, Hkv, T) * rng.choice([1, 10]))
+    for value in (0.0, -1e4):  # kept for certain, and evicted for certain
+        bias[torch.rand(B, Hkv, T) < 0.2] = value
+    first = torch.zeros(B, T, dtype=torch.int32)
+    for sequence in first:
+        for start in sorted(rng.choices(range(T), k=documents - 1)):
+            sequence[start:] = start
+    return [x.to(DEVICE) for x in (q * scores, k, v, bias)], first.to(DEVICE)
 
 
-# ------------------------------------------------------------------------------------- decode step
-
-KINDS = {
-    "dense": (None, dict()),
-    "adapter": (DMSConfig(window=2), dict(num_key_value_heads=2)),
-    "adapter with biases": (DMSConfig(window=0), dict(model_type="llama", attention_bias=True)),
-    "own token": (DMSConfig(window=3, shift=0), dict(model_type="qwen2")),
-    "per layer": (DMSConfig(window=2, per="layer"), dict(num_key_value_heads=2, head_dim=12)),
-    "neuron": (DMSConfig(window=2, source="neuron", scale=10), dict(num_key_value_heads=1)),
-    "neuron per layer": (
-        DMSConfig(window=1, source="neuron", scale=10, per="layer"),
-        dict(num_key_value_heads=2),
-    ),
-    "switched off": (DMSConfig(source="neuron", disable_eviction=True), dict()),
-}
+def gradients(attend, inputs, first, window, probe):
+    """The output, and the gradients of q, k, v and bias for the loss (output * probe).sum()."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = attend(*inputs, first, window)
+    return [y, *torch.autograd.grad(y, inputs, probe.to(y.dtype))]
 
 
-def decided_model(kind):
-    """A small model whose heads decide differently, all weights random."""
-    dms, changes = KINDS[kind]
-    model = small_model(1, dms, 0.5, **changes).to(DEVICE)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 or name.endswith("dms_proj_alpha.weight"):
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
-    return model
+def compare_gradients(inputs, first, window, tolerance):
+    probe = torch.randn(inputs[0].shape).to(DEVICE)
+    ours = gradients(training.relaxed_attention, inputs, first, window, probe)
+    precise = [x.float() for x in inputs]
+    expected = gradients(dms.relaxed_attention, precise, first, window, probe)
+    for x, y, like in zip(ours, expected, inputs[:1] + inputs):  # y, dq, dk, dv, dbias
+        assert x.dtype == like.dtype
+        torch.testing.assert_close(x.float(), y, atol=tolerance, rtol=tolerance)
 
 
 @launches
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_layers_of_a_decode_step(kind):
-    """Beside the model's own layers over a cache that uses no kernels: the same states, and the same
-    pairs held, while sequences rest at times."""
-    model = decided_model(kind)
-    plain = KVCache(model.config, 2, DEVICE, page_size=4)
-    plain.kernels = choose.PLAIN
-    cache = KVCache(model.config, 2, DEVICE, page_size=4)
-    cache.kernels = choose.TRITON
-    layers = FusedLayers(model)
-    generator = torch.Generator().manual_seed(0)
-    held = []
-    with torch.inference_mode():
-        for step in range(8):
-            token = torch.randint(0, 67, (2,), generator=generator).to(DEVICE)
-            count = torch.tensor([1, step % 3 > 0], device=DEVICE)
-            with plain.append(count, 1) as feed:
-                expected = model.hidden(token[:, None], feed, feed.start)[:, 0]
-            with cache.append(count, 1) as feed:
-                states = layers.hidden(token, feed)
-            fed = count > 0
-            torch.testing.assert_close(states[fed], expected[fed], atol=1e-4, rtol=1e-4)
-            assert torch.equal(plain.rows.length, cache.rows.length)
-            held.append(cache.rows.length.sum())
-    if model.config.eviction:
-        assert not torch.equal(cache.rows.length.amin(1), cache.rows.length.amax(1)) or "layer" in kind
-        assert held[-1] < 0.9 * cache.layers * cache.rows.seen.sum()
+@pytest.mark.parametrize("T, D, G, window, documents, scores", [
+    (1, 16, 1, 0, 1, 1), (2, 8, 2, 0, 2, 1), (33, 16, 1, 500, 3, 1), (64, 24, 2, 16, 2, 1),
+    (50, 16, 8, 5, 2, 1), (100, 16, 1, 40, 1, 1), (130, 16, 1, 31, 5, 30)])
+def test_relaxed_attention(T, D, G, window, documents, scores, monkeypatch):
+    """In small blocks, so that there are many, and the walks' parts lie in different ones."""
+    monkeypatch.setattr(training, "block_sizes", lambda q, width: (32, 16, 16))
+    inputs, first = training_inputs(T + window, T, D, G, documents, scores)
+    # the larger scores are, the more float32 rounds them
+    compare_gradients(inputs, first, window, 1e-5 if scores == 1 else 1e-4)
 
 
 @launches
-def test_launches_of_a_layer():
-    """At most 14 in a captured step. On a GPU each call of PyTorch that is no view is one launch."""
-    views = {"view", "chunk", "split", "flatten", "unbind", "__getitem__", "__get__", "size", "dim",
-             "__len__", "stride", "data_ptr", "is_contiguous", "element_size", "contiguous", "to",
-             "empty_like", "empty", "new_empty", "detach", "float", "transpose", "unsqueeze", "item"}  # fmt: skip
-    per_layer = []
-
-    class Count(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, arguments=(), options=None):
-            if function.__name__ not in views:
-                calls.append(function.__name__)
-            return function(*arguments, **(options or {}))
-
-    def counted(launcher):
-        def call(*arguments):
-            calls.append(launcher.__name__)
-            with torch._C.DisableTorchFunction():
-                return launcher(*arguments)
-
-        return call
-
-    for layers in (1, 3):
-        model = small_model(1, DMSConfig(window=2), 0.5, num_hidden_layers=layers).to(DEVICE)
-        cache = KVCache(model.config, 2, DEVICE, page_size=4)
-        cache.kernels = choose.Kernels(*map(counted, choose.TRITON))
-        fused = FusedLayers(model)
-        calls = []
-        one_each = torch.ones(2, dtype=torch.int64, device=DEVICE)
-        with torch.inference_mode(), cache.append(one_each, 1) as feed, Count():
-            fused.hidden(torch.tensor([3, 5], device=DEVICE), feed)
-        per_layer.append(len(calls))
-    assert "rms_norm" in calls and "feed_token" in calls
-    assert 10 <= (per_layer[1] - per_layer[0]) / 2 <= 14
+@pytest.mark.parametrize("case", range(12))
+def test_relaxed_attention_with_the_blocks_of_each_head_size_and_dtype(case):
+    dtype, D = DTYPES[case % 3], SIZES[1 + case % 4]
+    inputs, first = training_inputs(case, 40 if INTERPRETED else 300, D, 1 + case % 2)
+    inputs = [x.to(dtype) for x in inputs[:3]] + inputs[3:]
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    compare_gradients(inputs, first, 20, tolerance)
 
 
-# ---------------------------------------------------------------------------------------- refusals
+@launches
+def test_relaxed_attention_of_any_layout_and_again():
+    """q, k, v contiguous as (B, heads, T, D), and a gradient that is an expanded number: equal to
+    the bit, as any two runs are."""
+    inputs, first = training_inputs(8, 50, 16, 2)
+    expected = gradients(training.relaxed_attention, inputs, first, 5, torch.ones_like(inputs[0]))
+    inputs = [x.detach().contiguous().requires_grad_() for x in inputs]
+    y = training.relaxed_attention(*inputs, first, 5)
+    ours = [y, *torch.autograd.grad(y.sum(), inputs)]
+    assert all(torch.equal(x, e) for x, e in zip(ours, expected))
+    assert y.transpose(1, 2).is_contiguous()  # as the output projection takes it
 
 
-def check_refusal(says, launcher, *arguments):
-    with pytest.raises(AssertionError, match=says) as error:
-        launcher(*arguments)
-    assert "\n" not in str(error.value)
-
-
-def test_refusals(monkeypatch):
-    """One line each, before anything is launched."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    names = ("q", "k_pages", "v_pages", "table", "length")
-    some = held_pairs([5, 2], 2, 64, 4, torch.float32, seed=3, device=DEVICE)
-    q, k_pages, _, _, length = some
-    for change, says in (
-        (dict(q=q.repeat(1, 1, 5)), "decode_attention: D=320, .* not covered"),
-        (dict(q=q[:, :1].expand(-1, 17, -1)), "decode_attention: D=64, G=17, .* not covered"),
-        (dict(k_pages=k_pages[:, :3].contiguous()), "decode_attention: .* page_size=3, .* not covered"),
-        (dict(q=q.double()), "decode_attention: q and pages differ in dtype"),
-        (dict(k_pages=k_pages.half()), "decode_attention: q and pages differ in dtype"),
-        (dict(length=length.to("meta")), "decode_attention: tensors on several devices"),
-        (dict(k_pages=k_pages.mT.contiguous().mT), "decode_attention: .* contiguous"),
+@compiles
+def test_refusals():
+    rows, pool = filled_rows(random.Random(1), [5, 2], 64, 4, 3, torch.float32)
+    q = torch.zeros(2, 2, 64, device=DEVICE)
+    elsewhere = copy.copy(rows)
+    elsewhere.length = rows.length.to("meta")
+    (wide, *others), first = training_inputs(9, 4, 512, 1)
+    for says, call, *arguments in (
+        ("head size 320", attention.attend_one, q.repeat(1, 1, 5), rows, pool),
+        ("in torch.float64", attention.attend_one, q.double(), rows, pool),
+        ("on one device", attention.attend_one, q, elsewhere, pool),
+        ("head size 512", training.relaxed_attention, wide, *others, first, 1),
     ):
-        arguments = {**dict(zip(names, some)), **change}
-        check_refusal(says, decode_attention, *arguments.values())
-
-    rows, pool = empty_cache(2, 8, 4, 4, 2, device=DEVICE)
-    rows = rows.layer(0)
-    k = torch.ones(2, 8, device=DEVICE)
-    evict = torch.ones(2, dtype=torch.bool, device=DEVICE)
-    new = torch.ones(2, dtype=torch.int64, device=DEVICE)
-    gaps = copy.copy(pool)
-    gaps.free = pool.free[::2]
-    elsewhere = dataclasses.replace(rows, seen=rows.seen.to("meta"))
-    for says, *arguments in (
-        ("cache_write: k, v and the pool differ in dtype", k.half(), k, evict, new, rows, pool, 0),
-        ("cache_write: shift is 0 or 1", k, k, evict, new, rows, pool, 2),
-        ("cache_write: tensors must be contiguous", k, k, evict, new, rows, gaps, 0),
-        ("cache_write: tensors on several devices", k, k, evict, new, elsewhere, pool, 0),
-    ):
-        check_refusal(says, cache_write, *arguments)
-    assert not rows.length.any() and int(pool.free_count) == len(pool)
-
-    if DEVICE == "cpu":
-        monkeypatch.delenv("TRITON_INTERPRET")
-        check_refusal("TRITON_INTERPRET=1", decode_attention, *some)
-        check_refusal("TRITON_INTERPRET=1", cache_write, k, k, evict, new, rows, pool, 0)
+        with pytest.raises(ValueError, match=says):
+            call(*arguments)
 
 
-def test_without_triton(monkeypatch):
-    """The files can be imported, the plain functions work and are what a cache uses on a GPU, and
-    the launchers say what is missing."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "kernels"]:
-        monkeypatch.delitem(sys.modules, name)
-    for name in ("triton", "triton.language"):
-        monkeypatch.setitem(sys.modules, name, None)
-    without = importlib.import_module("kernels.choose")
-    plain = without.choose_kernels(torch.device("cuda"), torch.float32)
-    assert plain == without.PLAIN
-    arguments = held_pairs([5, 2], 2, 64, 4, torch.float32, seed=3)
-    y = plain.decode_attention(*arguments)
-    torch.testing.assert_close(y, decode_attention_plain(*arguments))
-    check_cache_write(plain.cache_write, seed=3)
-    with pytest.raises(ImportError, match="decode_attention needs triton"):
-        without.TRITON.decode_attention(*arguments)
-    with pytest.raises(ImportError, match="cache_write needs triton"):
-        check_cache_write(without.TRITON.cache_write, seed=3)
+@no_launch
+def test_kernels_stand_alone_and_a_cache_works_without_numba(tmp_path):
+    """kernels/ can be imported where nothing else of ours is, and where numba has no folder to keep
+    what it compiles."""
+    folder = tmp_path / "kernels"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "kernels", folder, ignore=ignore)
+    (folder / "__pycache__").write_text("no folder")
+    names = ["onednn"] + ["cpu"] * (cpu is not None)
+    names += ["attention", "training", "write"] * (triton is not None)
+    no_numba = """if True:
+        import sys, torch, kv_cache
+        sys.modules["numba"] = None
+        assert kv_cache.choose_kernels(torch.device("cpu"), torch.float32) == kv_cache.PLAIN"""
+    nowhere = dict.fromkeys(["HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"], "/proc/none")
+    environment = {**os.environ, **nowhere, "PYTHONDONTWRITEBYTECODE": "1"}
+    imports = f"from kernels import {', '.join(names)}"
+    for place, code in ((tmp_path, imports), (REPOSITORY, no_numba)):
+        run = subprocess.run([sys.executable, "-c", code], cwd=place, env=environment,
+                             stderr=subprocess.PIPE, text=True)
+        assert run.returncode == 0, run.stderr
 
 
-# ------------------------------------------------------------------------------------- compilation
+@no_launch
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_layer_is_onednns_in_float32_unless_a_gradient_is_asked_for(dtype, monkeypatch):
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 511), nn.LayerNorm(511)).to(dtype)
+    onednn.use_onednn(model)
+    assert [type(layer) for layer in model] == [onednn.Linear, nn.Linear, nn.LayerNorm]
+    layer, plain, forward = model[0], [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda *inputs: plain.append(1) or forward(*inputs))
+    for shape in ((1, 1), (3, 11), (2, 20)):
+        x = torch.randn(*shape, 512).to(dtype)
+        x[-1, -1] = math.nan
+        expected = F.linear(x, layer.weight, layer.bias)
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert len(plain) == (0 if dtype == torch.float32 else 3)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
 
 
-@compiles
-@pytest.mark.parametrize(
-    "arch, dtype",
-    [(80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (90, torch.float32)],
-)
-def test_decode_attention_compiles(arch, dtype):
-    """Qwen3-8B at batch 64: no spills, no local memory, and keys and values come in asynchronous
-    16-byte copies."""
-    pool = pointer(100_000, 64, 128, dtype=dtype)
-    table = pointer(512, 128, dtype=torch.int32)
-    length = pointer(512, dtype=torch.int32)
-    arguments = (decode_attention, pointer(512, 4, 128, dtype=dtype), pool, pool, table, length)
-    calls = launched(attending, *arguments)
-    kernel = compiled(attending._attend, *calls["_attend"][0], arch)
-    check_no_spills(kernel)
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*", kernel.asm["ptx"])
-    assert copies and all("], 0x10" in line for line in copies)
-    assert "v4" in "".join(re.findall(r"ld\.global.*", kernel.asm["ptx"]))  # q
+SHARED = {75: 65536, 80: 166912, 86: 101376, 90: 232448}  # bytes that a program may have
 
 
-@compiles
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("evicts", [True, False])
-def test_block_attention_compiles(arch, evicts, monkeypatch):
-    """Qwen3-8B, 2,048 tokens: no spills, no local memory."""
-    monkeypatch.setattr(block, "capability", lambda q: arch // 10)
-    rows = Rows.empty(1, 8, 513, "meta").layer(0)
-    rows.table = pointer(8, 128, dtype=torch.int32)
-    pool = PagePool(100_000, 64, 128, torch.bfloat16, "meta")
-    k = pointer(8, 2048, 128)
-    evict = pointer(8, 2048, dtype=torch.bool) if evicts else None
-    new = pointer(8, dtype=torch.int64)
-    arguments = (block_attention, pointer(8, 4, 2048, 128), k, k, evict, new, rows, pool, 512)
-    calls = launched(block, *arguments)["_attend_block"]
-    check_no_spills(compiled(block._attend_block, *calls[0], arch))
+def launches_of(kind, dtype, D):
+    """{kernel: its launches} with 8 KV heads of a model with 4 query heads to each."""
+    def forward_and_backward(q, *inputs):
+        training.relaxed_attention(q, *inputs).backward(torch.empty_like(q))
+
+    if kind == "training":
+        q, k, v = (pointer(1, 4096, heads, D, dtype=dtype).transpose(1, 2) for heads in (32, 8, 8))
+        bias = pointer(1, 8, 4096, dtype=torch.float32)
+        inputs = [x.requires_grad_() for x in (q, k, v, bias)]
+        first = pointer(1, 4096, dtype=torch.int32)
+        return launched(training, forward_and_backward, *inputs, first, 512)
+    seen = pointer(8, dtype=torch.int64)
+    integers = [pointer(8, *M, dtype=torch.int32) for M in ((), (128,), (513,))]
+    cache = Rows(seen, *integers), PagePool(100, 64, D, dtype, "meta")
+    T = {"prefill": (2048,)}.get(kind, ())
+    q, k = (pointer(8, *shape, D, dtype=dtype) for shape in ((4, *T), T))
+    block = (k, k, pointer(8, *T, dtype=torch.bool), seen, *cache)
+    if kind == "store":
+        return launched(write, write.store_one, *block, 1)
+    if kind == "decode":
+        return launched(attention, attention.attend_one, q, *cache)
+    return launched(attention, attention.attend_block, q, *block, 512)
 
 
 @compiles
-@pytest.mark.parametrize("D", [32, 64])
-def test_block_attention_compiles_in_float32(D):
-    """For small heads, as the toy's: no spills on an H100."""
-    rows = Rows.empty(1, 4, 17, "meta").layer(0)
-    rows.table = pointer(4, 128, dtype=torch.int32)
-    pool = PagePool(100_000, 32, D, torch.float32, "meta")
-    k = pointer(4, 2048, D, dtype=torch.float32)
-    new = pointer(4, dtype=torch.int64)
-    arguments = (block_attention, k[:, None], k, k, pointer(4, 2048, dtype=torch.bool))
-    calls = launched(block, *arguments, new, rows, pool, 16)["_attend_block"]
-    check_no_spills(compiled(block._attend_block, *calls[0], 90))
-
-
-@compiles
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("source", ["adapter", "neuron"])
-def test_feed_token_compiles(arch, source):
-    """Qwen3-8B at batch 64: no spills, no local memory."""
-    sizes = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
-    with torch.device("meta"):
-        config = small_config(dms=DMSConfig(source=source), model_type="qwen3", **sizes)
-        attention = Attention(config).bfloat16()
-    rows = Rows.empty(1, 512, 513, "meta").layer(0)
-    rows.table = pointer(512, 128, dtype=torch.int32)
-    pool = PagePool(100_000, 64, 128, torch.bfloat16, "meta")
-    angles = pointer(64, 128)
-    new = pointer(512, dtype=torch.int64)
-    arguments = (pointer(64, 48 * 128), pointer(64, 4096), angles, angles, attention, new, rows, pool)
-    calls = launched(feeding, feeding.feed_token, *arguments)["_feed"]
-    check_no_spills(compiled(feeding._feed, *calls[0], arch))
-
-
-@compiles
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_cache_write_compiles(arch):
-    """Likewise. A warp moves a row of 256 bytes in one go, 8 bytes a thread."""
-    rows = Rows.empty(1, 512, 513, "meta").layer(0)
-    rows.table = pointer(512, 128, dtype=torch.int32)
-    pool = PagePool(100_000, 64, 128, torch.bfloat16, "meta")
-    k = pointer(512, 128)
-    evict = pointer(512, dtype=torch.bool)
-    new = pointer(512, dtype=torch.int64)
-    arguments = (cache_write, k, k, evict, new, rows, pool, 1)
-    kernel = compiled(writing._write, *launched(writing, *arguments)["_write"][0], arch)
-    check_no_spills(kernel)
-    assert "v2.b32" in "".join(re.findall(r"ld\.global.*", kernel.asm["ptx"]))
-    assert "v2.b32" in "".join(re.findall(r"st\.global.*", kernel.asm["ptx"]))
+@pytest.mark.parametrize("kind", ["decode", "prefill", "store", "training"])
+@pytest.mark.parametrize("arch, dtype, D", [
+    (75, torch.float16, 128), (80, torch.bfloat16, 128), (86, torch.bfloat16, 256),
+    (90, torch.bfloat16, 128), (90, torch.float32, 64)])
+def test_compiles(arch, dtype, D, kind, monkeypatch):
+    """Each kernel fits into the shared memory of its GPU. Up to 128 channels a thread spills at
+    most 8 registers, and what a walk reads comes in asynchronous copies."""
+    if arch == 75 and kind == "training":
+        pytest.skip("it does not fit there")
+    monkeypatch.setattr(kernels, "capability", lambda x: arch // 10)
+    module = {"store": write, "training": training}.get(kind, attention)
+    for name, made in launches_of(kind, dtype, D).items():
+        for values, options in made:
+            kernel = compiled(getattr(module, name), values, options, arch)
+            assert kernel.metadata.shared <= SHARED[arch]
+            if arch >= 80 and D <= 128:
+                assert spilled(kernel) <= 32
+                assert kind == "store" or "cp.async.c" in kernel.asm["ptx"]

@@ -1,4 +1,5 @@
-"""The toy world as a data source of retrofit.py: batches(step), held_out(rows), and tasks to be answered."""
+"""The toy world as a data source of retrofit.py: sequences to train on or held out, and tasks."""
+
 import itertools
 import random
 
@@ -8,37 +9,50 @@ from tqdm import tqdm
 from generate import Sequence, generate
 from toy import tasks
 
+ANSWER_TOKENS = 256  # the most new tokens of an answer
+
 
 class ToyData:
-    """The toy world: chat-formatted problems, one to a row, padded; test problems and a checker for each task."""
+    """The toy world: chat-formatted problems, one to a sequence, padded; test problems and a
+    checker for each task."""
 
     def __init__(self, tokenizer, seq_len, batch_size, seed):
         self.tokenizer = tokenizer
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.seed = seed
 
     def encode(self, problem, with_answer):
-        return self.tokenizer.encode(tasks.messages(problem, with_answer), add_generation_prompt=not with_answer)
+        messages = tasks.messages(problem, with_answer)
+        return self.tokenizer.encode(messages, add_generation_prompt=not with_answer)
 
-    def rows(self, rng, split, rows):
-        ids, lengths = torch.zeros(rows, self.seq_len, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-        for row in range(rows):
-            task, level = tasks.TASKS[row % len(tasks.TASKS)], "easy"
+    def sequences(self, rng, split, count):
+        """(ids (count, T), the length of each sequence's one document)."""
+        ids = torch.zeros(count, self.seq_len, dtype=torch.int64)
+        lengths = []
+        for number, sequence in enumerate(ids):
+            task = tasks.TASKS[number % len(tasks.TASKS)]
+            level = "easy"
             if split == "train":
-                task = rng.choice((*tasks.TASKS, "arithmetic"))  # a chain of thought is the hardest to compress
-                level = rng.choice(("easy", "hard"))  # trained on one alone, a model forgets the other
+                # a chain of thought is the hardest to compress
+                task = rng.choice((*tasks.TASKS, "arithmetic"))
+                # trained on one alone, a model forgets the other
+                level = rng.choice(("easy", "hard"))
             problem = tasks.make_problem(task, rng, split, level)
-            text = self.encode(problem, True)[:self.seq_len]
-            ids[row, :len(text)], lengths[row] = torch.tensor(text), len(text)
-        longest = -(-int(lengths.max()) // 64) * 64  # of few lengths, so that few shapes occur
-        return ids[:, :longest], [[n] for n in lengths.tolist()]
+            text = self.encode(problem, True)[: self.seq_len]
+            sequence[: len(text)] = torch.tensor(text)
+            lengths.append([len(text)])
+        longest = -(-max(lengths)[0] // 64) * 64  # of few lengths, so that few shapes occur
+        return ids[:, :longest], lengths
 
     def batches(self, step, place=None):
-        """From a step on: (token ids (B, T), of each row the lengths of its documents, None)."""
+        """Endless: (ids (B, T), the lengths of each sequence's documents, None) from a step on."""
         for number in itertools.count(step):
-            yield *self.rows(random.Random(f"{self.seed} {number}"), "train", self.batch_size), None
+            rng = random.Random(f"{self.seed} {number}")
+            yield *self.sequences(rng, "train", self.batch_size), None
 
-    def held_out(self, rows):
-        return self.rows(random.Random("held out"), "test", rows)
+    def held_out(self, count):
+        return self.sequences(random.Random("held out"), "test", count)
 
     def answer_tasks(self, model, cache, options, desc):
         """Free-running greedy answers to options.eval_problems test problems of each task, side by
@@ -47,10 +61,10 @@ class ToyData:
         for task in tasks.TASKS:
             rng = random.Random(f"evaluate {task}")
             problems = [tasks.make_problem(task, rng, "test") for _ in range(options.eval_problems)]
-            sequences = [Sequence(self.encode(p, False), options.eval_tokens) for p in problems]
+            sequences = [Sequence(self.encode(p, False), ANSWER_TOKENS) for p in problems]
             with tqdm(total=len(problems), desc=f"{desc}: {task}", leave=False) as bar:
-                for drawn in generate(model, cache, sequences, {self.tokenizer.end_id}):
-                    bar.update(sum(sequence.over for sequence, _ in drawn))
+                for generated in generate(model, cache, sequences, {self.tokenizer.end_id}):
+                    bar.update(sum(sequence.over for sequence, _ in generated))
             texts = [self.tokenizer.decode(s.new, skip_special_tokens=True) for s in sequences]
             accuracy[task] = sum(map(tasks.is_correct, problems, texts)) / len(problems)
         return accuracy

@@ -6,10 +6,10 @@ Make the toy teacher from nothing: a small Qwen3 that solves the toy tasks.
     ... toy/pretrain.py --resume                   # go on after an interruption
     python toy/pretrain.py --eval 500              # only measure toy/teacher/ on held-out problems
 
-Retrieval has to appear first, so the first phase is short texts with many questions; then the texts
-grow to 512 tokens and arithmetic joins. The loss counts answer tokens fully and prompt tokens
-(mostly filler) a little. Every batch is drawn from a generator seeded with (seed, step), so a
-resumed run sees what an uninterrupted one sees.
+Retrieval has to appear first, so the first phase is short texts with many questions. Then the texts
+grow to 512 tokens and arithmetic joins. The loss counts answer tokens fully, prompt tokens (mostly
+filler) a little. Every batch follows from (seed, step), so a resumed run sees what an uninterrupted
+one sees.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from checkpoint import load_model, load_tokenizer, save_model, write_json  # noqa: E402
+from checkpoint import load_model, load_tokenizer, save_model  # noqa: E402
+from common import torchrun_place, write_atomic, write_json  # noqa: E402
+from generate import Sequence, generate  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 from toy.tasks import LETTERS, NAMES, TASKS, evaluate, is_correct, make_problem  # noqa: E402
@@ -165,17 +167,22 @@ def loss_of(model, ids, weights):
 
 @torch.no_grad()
 def exact(model, tokenizer, problems, batch=16):
-    """For each problem: is every token of its answer the argmax given those before it? Where it is,
+    """For each problem: is every token of its answer the argmax after those before it? Where it is,
     the greedy reply is the reference answer to the letter, and nothing needs to be generated to
     know so."""
-    device = next(model.parameters()).device
     hits = []
     for start in range(0, len(problems), batch):
         rows = [chat_row(tokenizer, p) for p in problems[start:start + batch]]
-        ids, weights = (x.to(device) for x in collate(rows, 0, 512))
+        ids, weights = (x.to(model.device) for x in collate(rows, 0, 512))
         hit = model(ids[:, :-1]).argmax(-1) == ids[:, 1:]
         hits += (hit | (weights[:, 1:] < 1)).all(dim=1).tolist()
     return hits
+
+
+def exact_scores(model, tokenizer, count):
+    """The share of such answers on `count` held-out problems of each kind, as text."""
+    hits = {kind: exact(model, tokenizer, held_out(*kind, count)) for kind in LEVELS}
+    return ", ".join(f"{' '.join(kind)} {sum(hit) / count:.3f}" for kind, hit in hits.items())
 
 
 def held_out(task, level, count, seed=1):
@@ -184,46 +191,21 @@ def held_out(task, level, count, seed=1):
     return [make_problem(task, rng, "test", level) for _ in range(count)]
 
 
-@torch.no_grad()
-def generate(model, tokenizer, prompts, temperature=0.0, max_new=280):
-    """Free-running replies to `prompts` (lists of ids), dense KV cache; temperature 0 is greedy."""
-    device = next(model.parameters()).device
-    end = tokenizer.token_to_id("<|im_end|>")
-    pad = tokenizer.token_to_id("<|endoftext|>")
-    longest = max(len(p) for p in prompts)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = torch.tensor([p + [pad] * (longest - len(p)) for p in prompts], device=device)
-    cache = KVCache(model.config, batch_size=len(prompts), device=device)
-    logits = model(ids, cache=cache, lengths=lengths, last_only=True)[:, -1]
-    alive = torch.ones_like(lengths)
-    replies = [[] for _ in prompts]
-    for _ in range(max_new):
-        if temperature:
-            probabilities = (logits.float() / temperature).softmax(-1)
-            chosen = torch.multinomial(probabilities, 1)[:, 0]
-        else:
-            chosen = logits.argmax(-1)
-        alive = alive * (chosen != end)
-        if not alive.any():
-            break
-        for reply, token, going in zip(replies, chosen.tolist(), alive.tolist()):
-            reply.extend([token] * going)
-        logits = model(chosen[:, None], cache=cache, lengths=alive)[:, -1]
-    return [tokenizer.decode(reply) for reply in replies]
-
-
-def free_running(model, tokenizer, problems, temperature=0.0, seed=1, batch=50):
-    """Share of problems answered correctly by free-running replies."""
-    torch.manual_seed(seed)
+def free_running(model, tokenizer, problems, temperature=0.0, batch=50):
+    """Share of problems answered correctly by free-running replies; temperature 0 is greedy."""
     unsure = problems
     if temperature == 0:
         unsure = [p for p, known in zip(problems, exact(model, tokenizer, problems)) if not known]
     right = len(problems) - len(unsure)
-    for start in tqdm(range(0, len(unsure), batch), leave=False, disable=None):
-        group = unsure[start:start + batch]
-        prompts = [chat_ids(tokenizer, p)[0] for p in group]
-        replies = generate(model, tokenizer, prompts, temperature)
-        right += sum(is_correct(p, reply) for p, reply in zip(group, replies))
+    if unsure:
+        cache = KVCache(model.config, min(batch, len(unsure)), model.device)
+        prompts = [chat_ids(tokenizer, problem)[0] for problem in unsure]
+        replies = [Sequence(prompt, 280, seed) for seed, prompt in enumerate(prompts)]
+        end_ids = {tokenizer.token_to_id("<|im_end|>")}
+        for _ in generate(model, cache, replies, end_ids, {"temperature": temperature}):
+            pass
+        texts = [tokenizer.decode(reply.new) for reply in replies]
+        right += sum(map(is_correct, unsure, texts))
     return right / len(problems)
 
 
@@ -336,11 +318,18 @@ def average_gradients(model):
 def save_checkpoint(file, step, model, optimizers):
     """Everything that --resume needs, in one atomic file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".tmp")
     state = {"step": step, "model": model.state_dict()}
     state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    torch.save(state, scratch)
-    os.replace(scratch, file)
+    write_atomic(file, lambda temporary: torch.save(state, temporary))
+
+
+def restore_checkpoint(file, model, optimizers):
+    """The inverse. Returns the steps done."""
+    state = torch.load(file, weights_only=True, map_location=model.device)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return state["step"]
 
 
 def save_teacher(model, tokenizer, folder):
@@ -349,22 +338,13 @@ def save_teacher(model, tokenizer, folder):
     save_tokenizer(tokenizer, folder)
     end = tokenizer.token_to_id("<|im_end|>")
     pad = tokenizer.token_to_id("<|endoftext|>")
-    settings = {
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "eos_token_id": [end, pad],
-        "pad_token_id": pad,
-    }
-    write_json(Path(folder) / "generation_config.json", settings)
+    write_json(Path(folder) / "generation_config.json", {
+        "do_sample": True, "temperature": 1.0, "top_p": 1.0,
+        "eos_token_id": [end, pad], "pad_token_id": pad})
 
 
 def train(args, device):
-    rank = 0
-    world = 1
-    if dist.is_initialized():
-        rank = dist.get_rank()
-        world = dist.get_world_size()
+    rank, world = torchrun_place()
     tokenizer = make_tokenizer()
     model = new_model(tokenizer.get_vocab_size(), args.seed).to(device)
     optimizers = make_optimizers(model, args)
@@ -373,11 +353,7 @@ def train(args, device):
     checkpoint = Path(args.scratch) / "checkpoint.pt"
     first = 0
     if args.resume:
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
+        first = restore_checkpoint(checkpoint, model, optimizers)
     forward = torch.compile(model, dynamic=False) if args.compile else model
     if rank == 0:
         size = sum(parameter.numel() for parameter in model.parameters())
@@ -406,22 +382,15 @@ def train(args, device):
         if rank > 0:
             continue
         if done % 50 == 0:
-            seconds = time.time() - started
-            line = f"step {done} loss {average:.4f} rate {scale:.3f} {seconds:.0f} s"
-            tqdm.write(line, sys.stdout)
+            tqdm.write(f"step {done} loss {average:.4f} rate {scale:.3f}", sys.stdout)
         if done % args.every == 0 or done == total:
             save_checkpoint(checkpoint, done, model, optimizers)
             save_teacher(model, tokenizer, args.out)
-            scores = []
-            for task, level in LEVELS:
-                hits = exact(model, tokenizer, held_out(task, level, args.check))
-                scores.append(f"{task} {level} {sum(hits) / args.check:.3f}")
-            tqdm.write(f"step {done} held-out exact answers: {', '.join(scores)}", sys.stdout)
+            scores = exact_scores(model, tokenizer, args.check)
+            tqdm.write(f"step {done} held-out exact answers: {scores}", sys.stdout)
         sys.stdout.flush()
-    seconds = time.time() - started
     if rank == 0:
-        step_seconds = seconds / max(total - first, 1)
-        print(f"trained for {seconds:.0f} s ({step_seconds:.2f} s a step)", flush=True)
+        print(f"trained for {time.time() - started:.0f} s", flush=True)
 
 
 def measure(args, device):
@@ -434,9 +403,9 @@ def measure(args, device):
         greedy = free_running(model, tokenizer, problems)
         line = f"{task} {level}: greedy {greedy:.1%} of {args.eval}"
         if task == "arithmetic":
-            some = problems[: max(args.eval // 5, 1)]  # it is slow
-            sampled = free_running(model, tokenizer, some, temperature=1.0)
-            line += f", one sampled chain {sampled:.1%} of {len(some)}"
+            fewer = problems[: max(args.eval // 5, 1)]  # it is slow
+            sampled = free_running(model, tokenizer, fewer, temperature=1.0)
+            line += f", one sampled chain {sampled:.1%} of {len(fewer)}"
         mean = sum(sizes) / len(sizes)
         print(f"{line}; {mean:.0f} tokens on average, at most {max(sizes)}", flush=True)
 

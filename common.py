@@ -1,0 +1,175 @@
+"""
+What the scripts share: errors of one line, files that are written whole, options, and how a script ends.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.distributed as distributed
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. One line: what was wrong, and what to do."""
+
+
+def require(condition, problem):
+    """Raise InputError(problem) unless the condition holds."""
+    if not condition:
+        raise InputError(problem)
+
+
+# ------------------------------------------------------------------------------------------- Files
+
+
+def read_text(file):
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as e:
+        raise InputError(f"{file}: not readable as text ({e})") from e
+
+
+def read_json(file):
+    """The JSON object in a file, a dict."""
+    try:
+        value = json.loads(read_text(file))
+    except ValueError as e:
+        raise InputError(f"{file}: not a readable JSON file ({e})") from e
+    require(isinstance(value, dict), f"{file}: holds no JSON object")
+    return value
+
+
+def write_atomic(file, write):
+    """Call write(temporary path), then move the result to `file` in one step: no reader ever sees
+    half of it, and a crash leaves what was there before."""
+    temporary = Path(file).with_name(f".{Path(file).name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file, text):
+    write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(file, data):
+    write_text(file, json.dumps(data, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------- Scripts
+
+
+def parse_options(options, argv=None):
+    """{field: value} of what the command line states of a dataclass of options: --NAME VALUE for a
+    field, --NAME alone for a bool, --NAME [VALUE] for one whose default is "". The comment behind a
+    field is its help."""
+    source = inspect.getsource(options).replace("%", "%%")  # argparse reads % as a format
+    comments = dict(re.findall(r"^    (\w+): .*# (.*)$", source, re.MULTILINE))
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    for field in fields(options):
+        choices = get_args(field.type)  # of a Literal
+        how = dict(type=type(choices[0]), choices=choices) if choices else dict(type=field.type)
+        if field.type in (bool, list):
+            how = dict(action="store_true" if field.type is bool else "append")
+        elif field.default == "":
+            how = dict(nargs="?", const="-")
+        flag = f"{'-' if len(field.name) == 1 else '--'}{field.name}".replace("_", "-")
+        parser.add_argument(flag, **how, help=comments.get(field.name))
+    return vars(parser.parse_args(argv))
+
+
+def choose_device(options):
+    """Make --device the current one, and fill in --dtype. Under torchrun "cuda" is this process's
+    own GPU. GPUs before Ampere (sm_80) compute float16, not bfloat16."""
+    if options.device == "cuda":
+        options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    default = "float32"
+    if options.device.startswith("cuda"):
+        require(torch.cuda.is_available(), f"--device {options.device}: PyTorch finds no GPU here")
+        torch.cuda.set_device(options.device)
+        default = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+    options.dtype = options.dtype or default
+
+
+def run_script(main, when_stopped="stopped", when_out_of_memory="ask for less"):
+    """Run main(). Bad input and what the system refuses end it with one line and exit code 2, an
+    interruption ends it with exit code 130."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(f"\n{when_stopped}", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        problem = str(e).splitlines()[0]
+        print(f"error: out of memory; {when_out_of_memory} ({problem})", file=sys.stderr)
+        sys.exit(2)
+    except (InputError, OSError) as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------- Several processes
+
+
+def torchrun_place():
+    """(this process's number among those that torchrun started, how many there are)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def shard(model):
+    """Spread a model's weights over all processes (FSDP2). Gradients are summed, not averaged."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for module in (*model.model.layers, model):
+        fully_shard(module)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "hidden")
+
+
+def all_reduce(tensor):
+    """The sum over all processes, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def from_main_process(tensor):
+    """The main process's numbers, in place. What decides how a loop goes on must be the same
+    everywhere: where one process leaves it alone, the others wait for ever."""
+    if distributed.is_initialized():
+        distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor):
+    """A tensor that may be sharded, in one piece."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def sharded_like(tensor, parameter):
+    """The inverse: on the parameter's device, and sharded as that is."""
+    tensor = tensor.to(parameter.device)
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor

@@ -1,0 +1,180 @@
+"""
+Attention over pages, by Triton: one query a head (decode), or a block of new tokens (prefill).
+
+    y = sum over j of softmax(q k[j] / sqrt(D)) v[j]        over the pairs j that the query sees
+
+In decode a query sees everything that its row holds. In prefill the new tokens are not stored yet:
+a query sees what is held and the new tokens up to its own, but what was evicted only up to position
+j + window. So each key gets `until`, the last token that sees it, and one comparison decides.
+It equals attend_one and attend_block in kv_cache.py. A KVCache on a GPU calls it once a layer.
+
+The grid is (rows, parts of a row, blocks of queries). In decode there is one block, so a row is cut
+into parts to keep the GPU busy, and each part gets its share of the row's own length. The number of
+parts follows from the number of rows alone: the launch is the same whatever the lengths are, so
+that a CUDA graph of a step can be replayed. A part leaves its own result and its log-sum-exp, and
+PyTorch merges them: the mean of the results, weighted by a softmax over the log-sum-exps. In
+prefill there are blocks enough, and a row is one part.
+
+Pages are read where they lie. The walk looks up the page of each slot one turn ahead, so that the
+loads of keys and values need not wait for the table.
+
+Letters: N rows of a layer, G query heads of a row, T new tokens, D head size, P pages of the pool.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import block_sizes, check_launch
+
+FOREVER = tl.constexpr(2**31 - 1)
+NEVER = tl.constexpr(-(2**30))  # added to a window, it is still below every token
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def attend_to(q, k_ptr, v_ptr, key, is_key, sees, scale, top, total, out,
+              D: tl.constexpr, WIDTH: tl.constexpr):
+    """Let queries attend to one more block of keys, those that lie at vectors `key` of k and v.
+
+    The softmax is made on the way. For every query `top` is the highest score so far, `total` the
+    sum of the weights relative to it, and `out` that of the weighted values. Scores are to base 2,
+    as the hardware's exponential is.
+    """
+    d = tl.arange(0, WIDTH)[None, :]
+    at = key[:, None] * D + d
+    mask = is_key[:, None] & (d < D)
+    k = tl.load(k_ptr + at, mask=mask, other=0.0)
+    v = tl.load(v_ptr + at, mask=mask, other=0.0)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    score = tl.where(sees, score, float("-inf"))
+    highest = tl.maximum(top, tl.max(score, 1))
+    weight = tl.exp2(score - highest[:, None])
+    fade = tl.exp2(top - highest)
+    total = total * fade + tl.sum(weight, 1)
+    out = out * fade[:, None]
+    out = tl.dot(weight.to(v.dtype), v, out, input_precision="ieee")
+    return highest, total, out
+
+
+@triton.jit(do_not_specialize=["T", "window", "table_stride"])
+def _attend(
+    q_ptr, k_ptr, v_ptr, evict_ptr, new_ptr, seen_ptr, length_ptr, table_ptr,
+    keys_ptr, values_ptr, position_ptr, evicted_ptr,
+    y_ptr, lse_ptr, T, window, scale, table_stride,
+    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Program (row, part, block of queries): y (N, G, T, parts, D) and lse (N, G, T, parts).
+
+    A query is a head and a token; the heads of a token are neighbours, since they see the same
+    keys. The last blocks, which see most, begin first. NEW: there are new tokens (prefill).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    block = tl.num_programs(2) - 1 - tl.program_id(2)
+    query = block * QUERIES + tl.arange(0, QUERIES)
+    token = query // G
+    is_query = token < T
+    line = (row * G + query % G) * T + token  # in (N, G, T)
+    d = tl.arange(0, WIDTH)[None, :]
+    mask = is_query[:, None] & (d < D)
+    q = tl.load(q_ptr + line[:, None] * D + d, mask=mask, other=0.0)
+    top = tl.full((QUERIES,), -1e30, tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    out = tl.zeros((QUERIES, WIDTH), tl.float32)
+    t = tl.arange(0, KEYS)
+
+    length = tl.load(length_ptr + row).to(tl.int32)
+    share = tl.maximum(tl.cdiv(length, parts), 16)  # fewer pairs are not worth a part
+    first = part * share
+    last = tl.minimum(length, first + share)
+    if NEW:
+        new = tl.load(new_ptr + row).to(tl.int32)
+        seen = tl.load(seen_ptr + row).to(tl.int32)  # the position of token 0
+        last = tl.where(tl.min(token, 0) < new, last, first)  # a block of padding sees nothing
+    table_ptr += row * table_stride
+    page = tl.load(table_ptr + (first + t) // PAGE, mask=first + t < last, other=0)
+    for start in range(first, last, KEYS):
+        slot = start + t
+        is_held = slot < last
+        key = page.to(tl.int64) * PAGE + slot % PAGE  # in the pool
+        later = slot + KEYS
+        page = tl.load(table_ptr + later // PAGE, mask=later < last, other=0)
+        until = tl.where(is_held, FOREVER, NEVER)
+        if NEW:
+            position = tl.load(position_ptr + key, mask=is_held, other=NEVER)
+            evicted = tl.load(evicted_ptr + key, mask=is_held, other=1).to(tl.int1)
+            until = tl.where(evicted, position + window - seen, FOREVER)
+        sees = token[:, None] <= until[None, :]
+        top, total, out = attend_to(q, keys_ptr, values_ptr, key, is_held, sees, scale,
+                                    top, total, out, D, WIDTH)
+    if NEW:
+        k_ptr += row * T * D
+        v_ptr += row * T * D
+        end = tl.minimum(tl.max(token, 0) + 1, new)
+        for start in range(0, end, KEYS):
+            key = start + t
+            is_key = key < end
+            evicted = tl.load(evict_ptr + row * T + key, mask=is_key, other=0).to(tl.int1)
+            until = tl.where(evicted, key + window, FOREVER)
+            sees = (key[None, :] <= token[:, None]) & (token[:, None] <= until[None, :])
+            top, total, out = attend_to(q, k_ptr, v_ptr, key, is_key, sees, scale,
+                                        top, total, out, D, WIDTH)
+    total = tl.maximum(total, 1e-30)  # a query that sees nothing gets zeros
+    line = line * parts + part
+    y = (out / total[:, None]).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + line[:, None] * D + d, y, mask=mask)
+    tl.store(lse_ptr + line, (top + tl.log2(total)) / LOG2E, mask=is_query)
+
+
+def parts_of(rows):
+    """How many programs share a row in decode: 256 in all occupy a GPU, and 16 for each row keep
+    the rest from waiting for one that is many times as long."""
+    return min(max(triton.next_power_of_2(256 // rows), 16), 128)
+
+
+def attend(q, k, v, evict, new, rows, pool, window, parts):
+    """q (N, G, T, D) to what the rows hold and to the new tokens k, v (N, T, D); with k None there
+    are none. Returns (N, G, T, D)."""
+    dtype = q.dtype
+    N, G, T, D = q.shape
+    has_new = k is not None
+    block = (k, v, evict, new) if has_new else 4 * (rows.seen,)  # in place of what is not read
+    state = (rows.seen, rows.length, rows.table)
+    slots = (pool.keys, pool.values, pool.position, pool.evicted)
+    tensors = [x.contiguous() for x in (q, *block)] + [*state, *slots]
+    if q.is_cpu and dtype == torch.bfloat16:  # the interpreter multiplies it as if it were integers
+        tensors = [x.float() if x.dtype == dtype else x for x in tensors]
+    check_launch(D, *tensors)
+    q = tensors[0]
+    width = max(triton.next_power_of_2(D), 16)
+    queries, _, keys = block_sizes(q, width)
+    warps = 8
+    if not has_new:  # reading is what takes time: few queries, and 16 KiB of keys at a time
+        queries = 16
+        keys = 16384 // (width * q.element_size())
+        warps = 2 * q.element_size()  # with fewer, float32 spills registers
+    y = q.new_empty(N, G, T, parts, D, dtype=q.dtype if parts == 1 else torch.float32)
+    lse = q.new_empty(N, G, T, parts, dtype=torch.float32)
+    _attend[N, parts, triton.cdiv(T * G, queries)](
+        *tensors, y, lse, T, window, D**-0.5, rows.table.stride(0),
+        G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=has_new,
+        QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=3)
+    if parts > 1:
+        weight = torch.softmax(lse, dim=3)
+        y = weight[:, :, :, None] @ y  # (N, G, T, 1, D)
+    return y.view(N, G, T, D).to(dtype)
+
+
+def attend_one(q, rows, pool):
+    """kv_cache.attend_one by Triton."""
+    parts = parts_of(len(q))
+    return attend(q[:, :, None], None, None, None, None, rows, pool, 0, parts)[:, :, 0]
+
+
+def attend_block(q, k, v, evict, new, rows, pool, window):
+    """kv_cache.attend_block by Triton."""
+    return attend(q, k, v, evict, new, rows, pool, window, parts=1)
