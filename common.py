@@ -1,5 +1,6 @@
 """
-What the scripts share: errors of one line, files that are written whole, options, and how a script ends.
+What the scripts share: errors of one line, files that are written whole, options, how a script
+ends, and several processes.
 """
 
 import argparse
@@ -52,6 +53,7 @@ def write_atomic(file, write):
     temporary = Path(file).with_name(f".{Path(file).name}.tmp")
     try:
         write(temporary)
+        temporary.chmod(0o644)  # safetensors writes files that others cannot read
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -120,6 +122,16 @@ def run_script(main, when_stopped="stopped", when_out_of_memory="ask for less"):
     except (InputError, OSError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def free_memory(device):
+    """Bytes that a GPU has free, or that this machine, or the container around us, has in all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    container = limit.read_text().strip() if limit.exists() else "max"
+    return machine if container == "max" else min(machine, int(container))
 
 
 # ------------------------------------------------------------------------------- Several processes

@@ -18,28 +18,25 @@ time is in memory. One record in 50 is held out for measuring.
 This file knows nothing of models, steps or devices.
 """
 
-import itertools
 import json
 import random
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub as hub
 import torch
-from tqdm import tqdm
 
+from checkpoint import say
 from common import InputError, read_text, require
 
 DEFAULT = "open-r1/OpenR1-Math-220k"
-KINDS = (".txt", ".jsonl", ".parquet")
 # The columns that make a document. OpenR1's come before its "messages", whose answers may be wrong.
-SPELLINGS = """problem+generations+correctness_math_verify messages conversations prompt+response
-    prompt+completion question+answer instruction+output text""".split()
-OPTIONAL = ["is_reasoning_complete", "input"]  # OpenR1's, one flag a solution; Alpaca's
+SPELLINGS = """problem+generations+correctness_math_verify+is_reasoning_complete
+    problem+generations+correctness_math_verify messages conversations prompt+response
+    prompt+completion question+answer instruction+output+input instruction+output text""".split()
 ROLES = {"human": "user", "gpt": "assistant"}  # where ShareGPT has words of its own
 HELD_OUT = 50  # one record in so many
 
@@ -65,22 +62,21 @@ def spelling(columns):
 
 def document_of(record):
     """The document of a record, a dict: a text, or messages for the chat template. Empty for a
-    problem without a solution that is verified (and complete, where that is stated)."""
-    first, *others = spelling(record)
-    asked = record[first]
-    if first == "text":
+    problem without a solution that is right (and complete, where that is stated)."""
+    names = spelling(record)
+    asked, *others = (record[name] for name in names)
+    if names == ["text"]:
         return asked
     if not others:
         return list(asked)  # no text passes for messages
-    told = record[others[0]]
-    if first == "problem":
-        is_right = record["correctness_math_verify"] or []
-        is_whole = record.get("is_reasoning_complete") or is_right
-        told = next((text for text, *flags in zip(told, is_right, is_whole) if all(flags)), None)
+    told, *more = others
+    if "generations" in names:  # several solutions, and for each of them whether it will do
+        flags = (flag or [] for flag in more)
+        told = next((text for text, *good in zip(told, *flags) if all(good)), None)
         if not told:
             return []
-    if first == "instruction" and record.get("input"):  # what it is about
-        asked += "\n\n" + record["input"]
+    elif any(more):  # what the instruction is about
+        asked += "\n\n" + more[0]
     messages = []
     for role, content in (("user", asked), ("assistant", told)):
         messages += content if isinstance(content, list) else [{"role": role, "content": content}]
@@ -109,10 +105,10 @@ def conversation(tokenizer, turns):
     text = last["content"] if isinstance(last.get("content"), str) else ""
     inline, _, text = text.rpartition("</think>")
     thought = (last.get("reasoning_content") or inline.replace("<think>", "")).strip()
-    # Llama 3.2's template asks strftime_now for the date of the day. It stays the same here, or a
-    # run that is resumed tomorrow would see other text.
+    # Llama 3.2's template asks for the date of the day. Here it stays the same, or a run that is
+    # resumed tomorrow would see other text.
     template = partial(tokenizer.apply_chat_template, enable_thinking=bool(thought),
-                       strftime_now=datetime(2024, 7, 26).strftime)
+                       strftime_now=lambda form: "26 Jul 2024")
     whole = template(messages).rstrip()  # without the line break behind the end token
     if last["role"] != "assistant" or not text:  # a call of a tool only the template can write
         return whole
@@ -130,19 +126,19 @@ def conversation(tokenizer, turns):
 
 def open_file(file):
     """For each record of a file a function that gives it, a dict."""
-    if file.endswith(".txt"):
-        paragraphs = re.split(r"\n\s*\n", read_text(file).rstrip())
-        return [partial(dict, text=paragraph) for paragraph in paragraphs]
-    if file.endswith(".jsonl"):
-        return [partial(json.loads, line) for line in read_text(file).rstrip().split("\n")]
-    import pyarrow.parquet  # only here: without parquet files nobody needs it
+    if file.endswith(".parquet"):
+        try:
+            import pyarrow.parquet
 
-    try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        table = parquet.read(spelling(parquet.schema_arrow.names) + OPTIONAL)
-    except (pyarrow.ArrowException, ValueError, OSError) as e:
-        raise InputError(f"{file}: {e}") from e
-    return [lambda n=n: table.slice(n, 1).to_pylist()[0] for n in range(len(table))]
+            parquet = pyarrow.parquet.ParquetFile(file)
+            table = parquet.read(spelling(parquet.schema_arrow.names))
+        except Exception as e:  # of many kinds: truncated, an unsupported type, out of memory
+            raise InputError(f"{file}: {e}") from e
+        return [row.as_py for row in table.to_struct_array()]
+    text = read_text(file).rstrip()
+    if file.endswith(".jsonl"):
+        return [partial(json.loads, line) for line in text.split("\n")]
+    return [partial(dict, text=paragraph) for paragraph in re.split(r"\n\s*\n", text)]
 
 
 def find_files(source):
@@ -152,35 +148,26 @@ def find_files(source):
     if not path.exists():
         return find_on_hub(*source.split("@", 1))
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [str(file) for file in files if file.suffix in KINDS and file.is_file()]
-    require(files, f"{source}: no {', '.join(KINDS)} file")
+    files = [str(file) for file in files if file.suffix in (".txt", ".jsonl", ".parquet")]
+    require(files, f"{source}: no .txt, .jsonl or .parquet file")
     return files, str, None
 
 
 def find_on_hub(name, revision=None):
     """The same of a hub dataset: its parquet files, each of which is fetched when it is reached.
-    revision: None for the newest."""
-    from huggingface_hub import HfApi
-
-    hub = HfApi()
-    try:  # no file is fetched yet, but the cache notes which commit the revision is
-        folder = hub.snapshot_download(
-            name, repo_type="dataset", revision=revision, allow_patterns=[])
-    except Exception as e:  # of its HTTP library, too, which differs between versions
-        raise InputError(f"{name}: not a file or folder here, nor on the hub or in its cache "
-                         f"({type(e).__name__}); check name and network") from e
-    version = {"repo_type": "dataset", "revision": Path(folder).name}
+    revision: None for the newest. Without network name the folder where its files are."""
     try:
-        files = hub.list_repo_files(name, **version)
-    except Exception:
-        tqdm.write(f"{name}: no answer from the hub; what its cache has is used", sys.stderr)
-        return *find_files(folder)[:2], version["revision"]
-    files = sorted(file for file in files if file.endswith(".parquet"))
+        info = hub.dataset_info(name, revision=revision)
+    except Exception as e:  # of its HTTP library, too, which differs between versions
+        raise InputError(f"{name}: no file or folder here, and not on the hub ({e})") from e
+    names = [file.rfilename for file in info.siblings]
+    files = sorted(file for file in names if file.endswith(".parquet"))
     require(files, f"{name}: no parquet files; try {name}@refs/convert/parquet")
     # of several splits those to train on, of several configs the main one
     files = [file for file in files if "train" in file] or files
     files = [file for file in files if file.startswith("data/")] or files
-    return files, partial(hub.hf_hub_download, name, **version), version["revision"]
+    fetch = partial(hub.hf_hub_download, name, repo_type="dataset", revision=info.sha)
+    return files, fetch, info.sha
 
 
 # ------------------------------------------------------------------------------------------ Packing
@@ -207,7 +194,6 @@ class TextData:
     pack_across: bool = False  # a sequence counts as one document
 
     def __post_init__(self):
-        self.problems = [f"{self.source}: no text or verified solution among what is held out"]
         self.files, self.fetch, self.revision = find_files(self.source)
         self.held_out(1)  # so that what is wrong with the source shows at once
 
@@ -240,20 +226,22 @@ class TextData:
     def documents(self, epoch=0, first=0, begin=0, held_out=False):
         """Endless: (token ids, the place after it) of each document from a place on; those to train
         on shuffled, or those held out as they stand."""
-        for epoch in itertools.count(epoch):
+        while True:
             usable = first + begin > 0  # there was a document before this place
             order = sorted if held_out else partial(shuffled, key=f"{self.seed} {epoch}")
             for f, name in enumerate(order(self.files)[first:], first):
                 file = self.fetch(name)
                 records = open_file(file)
-                numbers = order([n for n in range(len(records)) if (n % HELD_OUT == 1) == held_out])
-                for r, number in enumerate(numbers[begin:], begin + 1):
-                    if ids := self.encode(f"{file}: document {number + 1}", records[number]):
+                for r, n in enumerate(order(range(len(records)))[begin:], begin + 1):
+                    if (n % HELD_OUT == 1) != held_out:
+                        continue
+                    if ids := self.encode(f"{file}: document {n + 1}", records[n]):
                         usable = True
                         yield ids, [epoch, f, r]
                 begin = 0
             first = 0
-            require(usable, self.problems[-1])
+            epoch += 1
+            require(usable, f"{self.source}: no usable document, a text or a verified solution")
 
     def encode(self, where, read):
         """The token ids of a document with one end token; [] if it is left out, or skipped."""
@@ -265,16 +253,13 @@ class TextData:
             is_text = isinstance(document, str)
             text = document if is_text else conversation(tokenizer, document)
             ids = tokenizer.encode(text, add_special_tokens=is_text)
-            is_special = not tokenizer.decode(ids[-1:], skip_special_tokens=True)
-            if tokenizer.end_id is not None and not is_special:  # many templates end with one
+            is_open = tokenizer.decode(ids[-1:], skip_special_tokens=True)
+            if is_open and tokenizer.end_id is not None:  # many templates end with a special token
                 ids.append(tokenizer.end_id)
             require(max(ids) < self.vocab_size, "it has a token that the model does not know")
             return ids
         except Exception as e:  # one bad record ends no run, whatever is wrong with it
-            problem = f"{where} is skipped: {e}"
-            if problem not in self.problems:
-                self.problems.append(problem)
-                tqdm.write(problem, sys.stderr)
+            say(f"{where} is skipped: {e}")
             return []
 
 

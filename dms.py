@@ -52,7 +52,7 @@ class DMSConfig:
         return z.transpose(1, 2)
 
 
-# ------------------------------------------------------------------------------------------- The rule
+# ----------------------------------------------------------------------------------------- The rule
 
 
 def visible(query, key, evict, window):
@@ -98,9 +98,10 @@ def masked_attention(config):
         if logits is None:
             return attention(q, k, v)
         t = torch.arange(q.shape[2], device=q.device)
-        evict = decisions(logits, config.dms.shift)[:, :, None, :]  # (B, Hkv, 1, T)
-        mask = visible(t[:, None], t, evict, config.dms.window)  # (B, Hkv, T, T)
-        return attention(q, k, v, mask.repeat_interleave(group, dim=1))
+        evict = decisions(logits, config.dms.shift)  # (B, Hkv, T)
+        mask = visible(t[:, None], t, evict[:, :, None], config.dms.window)
+        mask = mask.repeat_interleave(group, dim=1)  # (B, Hq, T, T)
+        return attention(q, k, v, mask)
 
     return attend
 
@@ -146,8 +147,9 @@ def start_retrofit(model, settings):
             block.self_attn.add_adapter()
             continue
         for parameter in block.self_attn.q_proj.parameters():  # (Hq * D, C), perhaps bias (Hq * D)
-            by_group = parameter.data.unflatten(0, (config.num_key_value_heads, -1, config.head_dim))
-            by_group[:, 0, -1] = 0  # a view of (Hkv, G, D, ...): s = 0 from now on
+            sizes = (config.num_key_value_heads, -1, config.head_dim)
+            by_group = parameter.data.unflatten(0, sizes)  # a view, (Hkv, G, D, ...)
+            by_group[:, 0, -1] = 0  # s = 0 from now on
     return model
 
 
@@ -165,8 +167,9 @@ class Packing:
     def __init__(self, documents, T, device):
         """documents: for each sequence the lengths of its documents, in order, T tokens at most."""
         self.documents = documents
-        self.first = torch.zeros(len(documents), T, dtype=torch.int32)
-        self.end = torch.zeros(len(documents), T, dtype=torch.int32)
+        B = len(documents)
+        self.first = torch.zeros(B, T, dtype=torch.int32)
+        self.end = torch.zeros(B, T, dtype=torch.int32)
         for first, end, lengths in zip(self.first, self.end, documents):
             begin = 0
             for length in lengths:
@@ -197,15 +200,16 @@ def document_attention(packing):
         for b, lengths in enumerate(packing.documents):
             begin = 0
             for length in lengths:
-                document = (slice(b, b + 1), slice(None), slice(begin, begin + length))
+                end = begin + length
+                document = (slice(b, b + 1), slice(None), slice(begin, end))
                 y[document] = attention(q[document], k[document], v[document])
-                begin += length
+                begin = end
         return y
 
     return attend
 
 
-# ------------------------------------------------------------ Training: relaxed decisions, section 3.3
+# --------------------------------------------------------- Training: relaxed decisions, section 3.3
 
 UNDECIDED = -1e4  # a logit that no noise turns into an eviction
 KEEPS_SCORES = 1024  # longer sequences compute their attention scores again in backward
@@ -232,20 +236,24 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
         end = min(start + block, T)  # all keys from there on lie in the future
         past = [x[:, :, :end] for x in context]
         queries = by_group[:, :, :, start:end]
-        outputs.append(attend(queries, *past, first[:, start:end], start, window))
-    return torch.cat(outputs, dim=3).flatten(1, 2).to(q.dtype)
+        y = attend(queries, *past, first[:, start:end], start, window)
+        outputs.append(y.flatten(1, 2))  # (B, Hq, block, D)
+    return torch.cat(outputs, dim=2).to(q.dtype)
 
 
 def relaxed_block(q, k, v, bias, first, start, window):
     """The queries from position `start` on: q (B, Hkv, G, n, D), first (B, n), against k, v
     (B, Hkv, S, D) with bias (B, Hkv, S) -> (B, Hkv, G, n, D), all float32."""
-    query = torch.arange(start, start + q.shape[3], device=q.device)[:, None]
+    n, D = q.shape[3:]
+    query = start + torch.arange(n, device=q.device)[:, None]
     key = torch.arange(k.shape[2], device=q.device)
     added = torch.where(query - key > window, bias[:, :, None], 0)  # (B, Hkv, n, S)
-    unseen = (key > query) | (key < first[:, :, None])  # (B, n, S)
+    is_future = key > query
+    unseen = is_future | (key < first[:, :, None])  # (B, n, S)
     added = added.masked_fill(unseen[:, None], float("-inf"))
-    score = torch.einsum("bhgid,bhjd->bhgij", q * q.shape[-1] ** -0.5, k) + added[:, :, None]
-    return torch.einsum("bhgij,bhjd->bhgid", score.softmax(dim=-1), v)
+    score = torch.einsum("bhgid,bhjd->bhgij", q * D**-0.5, k)
+    weight = (score + added[:, :, None]).softmax(dim=-1)
+    return torch.einsum("bhgij,bhjd->bhgid", weight, v)
 
 
 @dataclass
@@ -271,7 +279,8 @@ class RelaxedAttention:
         noisy = self.noisy_logits(layer, logits)
         self.evicted_by_layer.append(self.count_evicted(noisy))
         bias = F.logsigmoid(-noisy)  # log(1 - p), (B, Hkv, T)
-        return self.biased_attention(q, k, v, bias, self.packing.first, self.dms.window)
+        first = self.packing.first
+        return self.biased_attention(q, k, v, bias, first, self.dms.window)
 
     def noisy_logits(self, layer, logits):
         """(z + g1 - g2) / tau by the token that the decision is about, (B, Hkv, T)."""
@@ -284,26 +293,29 @@ class RelaxedAttention:
         return F.pad(noisy[..., 1:], (0, 1), value=UNDECIDED)
 
     def noise(self, layer, logits):
-        """g1 - g2, a standard logistic. It follows from a sequence's seed and the layer alone, so
-        the sequences of a step may be computed side by side, one by one, or by several processes."""
+        """g1 - g2, a standard logistic. It follows from a sequence's seed and the layer alone: so
+        a step's sequences may be computed side by side, one by one, or by several processes."""
         generator = torch.Generator(logits.device)
         # contiguous, as logits need not be: numbers are generated in the order of memory
         uniform = torch.empty(logits.shape, device=logits.device)
         for sequence, seed in zip(uniform, self.seeds):
             # 4 bytes: a CPU's generator uses no more of its seed
-            digest = hashlib.blake2b(f"{seed} {layer}".encode(), digest_size=4).hexdigest()
-            sequence.uniform_(generator=generator.manual_seed(int(digest, 16)))
+            text = f"{seed} {layer}".encode()
+            digest = hashlib.blake2b(text, digest_size=4).hexdigest()
+            generator.manual_seed(int(digest, 16))
+            sequence.uniform_(generator=generator)
         if self.dms.per == "layer":  # one decision holds for all heads
             uniform = uniform[:, :1].expand_as(uniform)
         uniform = uniform.clamp(1e-6, 1 - 1e-6)
         return torch.log(uniform) - torch.log1p(-uniform)
 
     def count_evicted(self, noisy):
-        """How many pairs of each head a cache would no longer hold when their documents end, (Hkv,).
+        """How many pairs of each head a cache no longer holds when their documents end, (Hkv,).
         Straight through: the value is that of hard decisions, the gradient that of p."""
         p = torch.sigmoid(noisy)
         hard = (noisy > 0).float() + p - p.detach()
-        return (hard * self.packing.outlives(self.dms.window)[:, None]).sum((0, 2))
+        outlives = self.packing.outlives(self.dms.window)  # (B, T)
+        return (hard * outlives[:, None]).sum((0, 2))
 
     def evicted_pairs(self):
         """The mean over layers and heads, a scalar with a gradient."""
@@ -340,8 +352,8 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
     # The gradients are computed already: total.backward() only hands them on. (They are None where
     # nobody asked for them.)
     if students[0].grad is not None:
-        gradient = torch.cat([states.grad for states in students]).view_as(student)
-        total = total + zero_with_gradient(student, gradient)
+        gradient = torch.cat([states.grad for states in students])
+        total = total + zero_with_gradient(student, gradient.view_as(student))
     if head.grad is not None:
         total = total + zero_with_gradient(student_head, head.grad)
     return total
@@ -350,8 +362,10 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
 def slice_kl(student, teacher, student_head, teacher_head, counts, reverse):
     """The same for one slice: student, teacher (n, C), counts (n,). Tokens that do not count are
     computed, too: so shapes stay the same, and nothing waits for a GPU."""
-    log_p = F.log_softmax(F.linear(teacher, teacher_head).float(), dim=-1)
-    log_q = F.log_softmax(F.linear(student, student_head).float(), dim=-1)
+    p = F.linear(teacher, teacher_head)
+    q = F.linear(student, student_head)
+    log_p = F.log_softmax(p.float(), dim=-1)
+    log_q = F.log_softmax(q.float(), dim=-1)
     if reverse:
         log_p, log_q = log_q, log_p
     nats = F.kl_div(log_q, log_p, log_target=True, reduction="none")  # p (log p - log q)
@@ -375,4 +389,5 @@ def compression_loss(evicted_fraction, cr):
 def scheduled_cr(step, steps, target_cr):
     """The compression ratio asked for at a step: from 1 to target_cr, linear over the first 70% of
     the steps, then constant. 1,000 steps to 8x give the paper's +1 every 100 steps."""
-    return 1 + (target_cr - 1) * min(1.0, max(step, 0) / max(0.7 * steps, 1))
+    ramp = max(step, 0) / max(0.7 * steps, 1)
+    return 1 + (target_cr - 1) * min(1.0, ramp)

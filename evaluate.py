@@ -6,7 +6,6 @@ data brings tasks, and what the cache counted: pairs held, compression, reads, b
 ends with it, and before that settles the offset of the decisions by what a cache compresses.
 """
 
-import math
 import platform
 from pathlib import Path
 
@@ -14,23 +13,25 @@ import torch
 
 import dms
 from checkpoint import load_model
-from common import from_main_process, require, write_json
+from common import from_main_process, write_json
 from data import settling_sequences
 from kv_cache import KVCache
 
-SIDE_BY_SIDE = 100  # problems that are answered at a time
-# what the table has of a measurement
-PRINTED = {"kl": "KL to the teacher, nats", "peak_pairs": "peak pairs held",
-           "compression_ratio": "compression ratio", "reads": "KV reads, pairs",
-           "peak_page_bytes": "peak bytes in pages"}
+PRINTED = {  # a measurement's key, and its title and format in the table
+    "kl": ("KL to the teacher, nats", "18.4f"),
+    "compression_ratio": ("compression ratio", "18.2f"),
+    "peak_pairs": ("peak pairs held", "18,"),
+    "reads": ("KV reads, pairs", "18,"),
+    "peak_page_bytes": ("peak bytes in pages", "18,"),
+}
 
 
 def read_through(cache, model, ids, documents):
     """Read the documents of some sequences through an empty cache of batch size 1, and yield each
     (1, n) with its final states (1, n, C). The cache goes on counting."""
     for sequence, lengths in zip(ids.to(model.device), documents):
-        for document in sequence[: sum(lengths)].split(lengths):
-            yield document[None], model.states(document[None], cache)
+        for document in sequence[None, : sum(lengths)].split(lengths, dim=1):
+            yield document, model.states(document, cache)
             cache.release([0])
 
 
@@ -38,19 +39,20 @@ def read_through(cache, model, ids, documents):
 def kl_on_text(model, reference, data, count):
     """(the KL to the reference model without eviction, the mean over tokens in nats; how many
     documents; the cache) of `count` held-out sequences, after those that settle_offset takes."""
+    first = settling_sequences(data.seq_len)
+    ids, documents = data.held_out(first + count)
     cache = KVCache(model.config, 1, model.device, model.dtype)
-    settling = settling_sequences(data.seq_len)
-    ids, documents = data.held_out(settling + count)
-    lengths = [n for sequence in documents[settling:] for n in sequence]
-    nats = 0.0
-    for document, states in read_through(cache, model, ids[settling:], documents[settling:]):
-        packing = dms.Packing([[document.shape[1]]], document.shape[1], model.device)
+    nats = []
+    tokens = 0
+    for document, states in read_through(cache, model, ids[first:], documents[first:]):
+        length = document.shape[1]
+        packing = dms.Packing([[length]], length, model.device)
         target = reference.hidden(document, dms.document_attention(packing))
         # asked for only now, since under --shard a forward pass makes them whole
         heads = (model.lm_head.weight, reference.lm_head.weight)
-        nats += dms.distillation_loss(states, target, *heads, packing.predicts()).item()
-    require(math.isfinite(nats), "no finite KL: begin anew with another --dtype or a lower --lr")
-    return nats / max(sum(lengths) - len(lengths), 1), len(lengths), cache
+        nats.append(dms.distillation_loss(states, target, *heads, packing.predicts()))
+        tokens += length - 1
+    return sum(nats).item() / tokens, len(nats), cache
 
 
 def settle_offset(model, data):
@@ -58,35 +60,35 @@ def settle_offset(model, data):
     target, since other text may be compressed by less. The one-sided loss overshoots by much more,
     which costs quality. Where even an offset lower by 1, which is less than the noise in training,
     does not reach the target, it stays as it was trained. Returns the compression ratio."""
+    settings = model.config.dms
+    trained = settings.offset
+    least = 1.02 * settings.target_cr
     ids, documents = data.held_out(settling_sequences(data.seq_len))
 
     @torch.inference_mode()
     def ratio(offset):
-        model.config.dms.offset = offset
+        settings.offset = offset
         cache = KVCache(model.config, 1, model.device, model.dtype)
         for _ in read_through(cache, model, ids, documents):
             pass
         reached = torch.tensor(cache.compression_ratio(), device=model.device)
-        # one process decides for all: if each went by its own last bits, some would wait for ever
+        # one process decides for all: if each went by its own last bits, they would part
         return from_main_process(reached).item()
 
-    trained = model.config.dms.offset
-    least = 1.02 * model.config.dms.target_cr
-    most = 1.04 * model.config.dms.target_cr
-    low = offset = trained - 1  # the lower, the more is evicted
-    high = math.inf
-    for n in range(16):
-        reached = ratio(offset)
-        if least <= reached <= most:
+    low = trained - 1  # the lower, the more is evicted
+    high = trained + 127
+    if ratio(low) < least:
+        return ratio(trained)
+    for _ in range(14):
+        middle = (low + high) / 2
+        reached = ratio(middle)
+        if least <= reached <= 1.02 * least:
             return reached
-        if reached > most:
-            low = offset
-        elif n == 0:
-            return ratio(trained)
+        if reached < least:
+            high = middle
         else:
-            high = offset
-        offset = min((low + high) / 2, low + 2**n)  # strides that double, then halves
-    return ratio(low)  # few texts: nothing lies between `least` and `most`
+            low = middle
+    return ratio(low)  # few texts: no offset lies between
 
 
 def sliding_window(model, pairs):
@@ -95,19 +97,17 @@ def sliding_window(model, pairs):
     return dms.start_retrofit(model, dms.DMSConfig(window=pairs - 1, offset=-1.0))
 
 
-def measure(model, reference, data, options, desc):
+def measure(model, data, options, reference=None):
     """The KL to the reference model (None: to the model itself without eviction), the accuracy
     where the data brings tasks, and the counts of the cache that answered these, or else of the one
     that read the held-out text."""
     kl, sequences, cache = kl_on_text(model, reference or model, data, options.eval_sequences)
     accuracy = {}
     if hasattr(data, "answer_tasks"):
-        batch_size = min(SIDE_BY_SIDE, options.eval_problems)
-        cache = KVCache(model.config, batch_size, model.device, model.dtype)
-        accuracy = data.answer_tasks(model, cache, options, desc)
+        accuracy, cache = data.answer_tasks(model, options.eval_problems)
         sequences = len(accuracy) * options.eval_problems
     ended = {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs, "sequences": sequences}
-    return {"kl": kl, "accuracy": accuracy, **cache.stats(), **ended}
+    return {"kl": kl, "accuracy": accuracy} | cache.stats() | ended
 
 
 def evaluate(data, options, out):
@@ -117,22 +117,18 @@ def evaluate(data, options, out):
     def load(model):
         return load_model(model, options.device, getattr(torch, options.dtype))
 
-    results = {"dense": measure(load(options.model), None, data, options, "dense")}
+    results = {"dense": measure(load(options.model), data, options)}
     # adapters leave their base as it is, so with them one model at a time will do
     reference = None if options.train == "adapters" else load(options.model)
-    results["DMS"] = measure(load(out), reference, data, options, "DMS")
-    del reference
+    found = results["DMS"] = measure(load(out), data, options, reference)
     # the window's budget is what a head held at the end of an average sequence
-    heads = sum(map(len, results["DMS"]["pairs_per_head"]))
-    budget = max(round(results["DMS"]["pairs"] / results["DMS"]["sequences"] / heads), 1)
-    window = sliding_window(load(options.model), budget)
-    results["window"] = measure(window, None, data, options, f"window of {budget}")
+    budget = round(found["tokens"] / found["sequences"] / found["compression_ratio"])
+    results["window"] = measure(sliding_window(load(options.model), budget), data, options)
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if options.device.startswith("cuda"):
         hardware = torch.cuda.get_device_name()
-    settings = {**options.settings(), "model": Path(options.model).name}
     write_json(out / "results.json", {
-        "settings": settings,
+        "settings": options.settings() | {"model": Path(options.model).name},
         "hardware": hardware,
         "torch": torch.__version__,
         "window_tokens": budget,
@@ -148,8 +144,5 @@ def print_table(columns):
     print(f"{'':26}" + "".join(f"{title:>18}" for title in columns))
     for task in measured[0]["accuracy"]:
         print(f"{task:26}" + "".join(f"{column['accuracy'][task]:18.1%}" for column in measured))
-    for key, name in PRINTED.items():
-        if key == "reads" and not measured[0]["accuracy"]:
-            continue  # a text is read in one go
-        decimals = 4 if key == "kl" else 2 if key == "compression_ratio" else 0
-        print(f"{name:26}" + "".join(f"{column[key]:18,.{decimals}f}" for column in measured))
+    for key, (title, form) in PRINTED.items():
+        print(f"{title:26}" + "".join(f"{column[key]:{form}}" for column in measured))

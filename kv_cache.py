@@ -14,7 +14,7 @@ it. A row's ring has window + 1 entries: entry t mod (window + 1) is the slot of
 
 A single token is stored first and then attends, since it sees all that its row holds. A block of
 tokens attends first and is stored afterwards, since its first tokens still see what expires within
-it. The tests append the same tokens both ways. A dense model is the same cache with nothing evicted.
+it. The tests append the same tokens both ways. A dense model's cache just evicts nothing.
 
 All of it is plain PyTorch. kernels/ has faster versions of three functions (store_one, attend_one,
 attend_block); without that folder everything still runs. This file knows nothing of training, of
@@ -26,15 +26,15 @@ S slots of the longest row.
 """
 
 import copy
-import os
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import compress
 
 import torch
 import torch.nn.functional as F
 
+from common import free_memory
 from dms import attention, decisions, visible
 
 
@@ -59,7 +59,12 @@ class PagePool:
             # the free pages are free[:free_count]; the last of them is the top of the stack
             self.free = torch.arange(pages, dtype=torch.int32).flip(0)  # (P,)
             self.free_count = torch.tensor([pages], dtype=torch.int32)
-        self.slots = (self.keys, self.values, self.position, self.evicted)
+        self.slots = (
+            self.keys,
+            self.values,
+            self.position,
+            self.evicted,
+        )
 
     def __len__(self):
         return len(self.free)
@@ -95,19 +100,29 @@ class Rows:
     seen: torch.Tensor  # (N,) int64: tokens appended so far, which is the next one's position
     length: torch.Tensor  # (L, N) int32: pairs held, in slots 0 to length - 1 of the row
     table: torch.Tensor  # (L, N, M) int32: the row's pages, in order of its slots
-    ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W, while it is in the window
+    ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W
 
     def layer(self, layer):
-        return Rows(self.seen, self.length[layer], self.table[layer], self.ring[layer])
+        return Rows(
+            self.seen,
+            self.length[layer],
+            self.table[layer],
+            self.ring[layer],
+        )
 
     def select(self, index):
         """The rows of an index: views for a slice, copies for a tensor of numbers."""
-        by_layer = [x[:, index] for x in (self.length, self.table, self.ring)]
-        return Rows(self.seen[index], *by_layer)
+        return Rows(
+            self.seen[index],
+            self.length[:, index],
+            self.table[:, index],
+            self.ring[:, index],
+        )
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
-        first_slot = torch.arange(self.table.shape[-1], device=self.table.device) * page_size
+        M = self.table.shape[-1]
+        first_slot = torch.arange(M, device=self.table.device) * page_size
         return first_slot < self.length[..., None]
 
     def pages_to_be_written(self, page_size):
@@ -127,12 +142,14 @@ def fork(rows, index, pool):
     in place of those that may still be written to, and shares the others. Raises CacheFull before
     anything has changed."""
     forked = rows.select(index)
-    is_copy = (index[:, None] == index).tril(-1).any(dim=1)  # of an earlier row
+    is_same = index[:, None] == index
+    is_copy = is_same.tril(-1).any(dim=1)  # of an earlier row
     to_copy = forked.pages_to_be_written(pool.page_size) & is_copy[:, None]
     originals = forked.table[to_copy]
     in_use = forked.table[forked.pages_in_use(pool.page_size)]
     # not pool.free_count: the pages of dropped sequences come free, too
-    pool.check(len(originals), len(pool) - len(in_use.unique()))
+    free = len(pool) - len(in_use.unique())
+    pool.check(len(originals), free)
     pool.free_all_but(in_use)
     own = pool.take(len(originals))
     forked.table[to_copy] = own
@@ -141,7 +158,7 @@ def fork(rows, index, pool):
     return forked
 
 
-# ----------------------------------------------------------- The rule in memory, for one layer's rows
+# --------------------------------------------------------- The rule in memory, for one layer's rows
 
 
 def locate(rows, row, slot, pool):
@@ -153,16 +170,20 @@ def held(slots, rows, row):
     """Copies of what the n slots of one row hold, in order: [(n, ...)] of tensors (P, page_size,
     ...) of the pool."""
     n = int(rows.length[row])
-    pages = rows.table[row, : -(-n // slots[0].shape[1])]
+    page_size = slots[0].shape[1]
+    pages = rows.table[row, : -(-n // page_size)]
     return [x[pages].flatten(0, 1)[:n] for x in slots]
 
 
 def decide_newest(evict, new, rows, pool):
     """With a shift of 1, the first new token decides about the one before it, the newest that is
     held: note evict (N,) at its slot, in rows that get tokens (new > 0) and hold any."""
-    row = ((new > 0) & (rows.seen > 0)).nonzero()[:, 0]
-    slot = rows.ring[row, (rows.seen[row] - 1) % rows.ring.shape[1]]
-    pool.evicted[locate(rows, row, slot, pool)] = evict[row]
+    decides = (new > 0) & (rows.seen > 0)
+    row = decides.nonzero()[:, 0]
+    newest = rows.seen[row] - 1
+    slot = rows.ring[row, newest % rows.ring.shape[1]]
+    where = locate(rows, row, slot, pool)
+    pool.evicted[where] = evict[row]
 
 
 def add_pages(rows, pool, length):
@@ -195,9 +216,11 @@ def store(k, v, evict, new, rows, pool, window):
     """
     position = pool.position[rows.table].flatten(1)  # (N, S): of all slots that the tables name
     evicted = pool.evicted[rows.table].flatten(1)
-    in_use = torch.arange(position.shape[1], device=k.device) < rows.length[:, None]
-    last = (rows.seen + new - 1)[:, None]
-    token = rows.seen[:, None] + torch.arange(evict.shape[1], device=k.device)  # (N, T): positions
+    slot = torch.arange(position.shape[1], device=k.device)
+    in_use = slot < rows.length[:, None]
+    t = torch.arange(evict.shape[1], device=k.device)
+    token = rows.seen[:, None] + t  # (N, T): the new tokens' positions
+    last = rows.seen[:, None] + new[:, None] - 1  # that of the last real one
     stays = in_use & visible(last, position, evicted, window)  # (N, S)
     survives = visible(last, token, evict, window)  # (N, T); padding comes after `last`: False
 
@@ -217,8 +240,9 @@ def store(k, v, evict, new, rows, pool, window):
 
     W = window + 1
     recent = t >= new[row] - W  # the ring holds the window; a survivor may lie behind it already
-    row, t, slot = row[recent], t[recent], slot[recent]
-    rows.ring[row, token[row, t] % W] = slot.int()
+    row, t = row[recent], t[recent]
+    entry = token[row, t] % W
+    rows.ring[row, entry] = slot[recent].int()
 
 
 def store_one(k, v, evict, new, rows, pool, shift):
@@ -230,7 +254,9 @@ def store_one(k, v, evict, new, rows, pool, shift):
     if shift == 1:
         decide_newest(evict, new, rows, pool)
         evict = torch.zeros_like(evict)  # the new token itself is not decided yet
-    store(k[:, None], v[:, None], evict[:, None], new, rows, pool, rows.ring.shape[1] - 1)
+    window = rows.ring.shape[1] - 1
+    k, v, evict = (x[:, None] for x in (k, v, evict))  # a block of T = 1
+    store(k, v, evict, new, rows, pool, window)
 
 
 # ------------------------------------------------------------------- Attention, of one layer's rows
@@ -241,10 +267,11 @@ def attend_one(q, rows, pool):
     that holds nothing gives 0. Returns (N, G, D)."""
     y = torch.zeros_like(q)
     for row in rows.length.nonzero()[:, 0].tolist():
-        k, v = (x.float() for x in held((pool.keys, pool.values), rows, row))  # (n, D)
+        k, v = held((pool.keys, pool.values), rows, row)  # (n, D)
+        query = q[row].float() * q.shape[2] ** -0.5
         # keys first: with the long side in front, a CPU is up to 7 times faster
-        score = k @ q[row].float().T * q.shape[2] ** -0.5  # (n, G)
-        y[row] = score.softmax(dim=0).T @ v
+        score = k.float() @ query.T  # (n, G)
+        y[row] = score.softmax(dim=0).T @ v.float()
     return y
 
 
@@ -252,7 +279,7 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
     """Attention of new tokens, none of which is stored yet, to all that the rule lets them see.
 
     q: (N, G, T, D); k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about
-    these tokens; new: (N,) int64, how many of the T are real. Returns (N, G, T, D), whose padding is
+    these tokens; new: (N,) int64, how many of the T are real. Returns (N, G, T, D); its padding is
     finite but means nothing. Rows are taken one by one, which bounds the memory of the mask.
     """
     y = torch.zeros_like(q)
@@ -264,9 +291,11 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
         position = torch.cat((position, query))  # (S + n,): held keys, then the new ones
         evicted = torch.cat((evicted, evict[row, :n]))
         mask = visible(query[:, None], position, evicted, window)  # (n, S + n)
-        keys = torch.cat((keys, k[row, :n]))[None]  # (1, S + n, D)
-        values = torch.cat((values, v[row, :n]))[None]
-        y[row, :, :n] = attention(q[None, row, :, :n], keys[None], values[None], mask)[0]
+        keys = torch.cat((keys, k[row, :n]))  # (S + n, D)
+        values = torch.cat((values, v[row, :n]))
+        # as a batch of one, and of one KV head
+        out = attention(q[None, row, :, :n], keys[None, None], values[None, None], mask)
+        y[row, :, :n] = out[0]
     return y
 
 
@@ -321,11 +350,13 @@ class PieceAttention:
             logits = k.new_full((N, T), -1.0)  # keep everything
         logits = logits.reshape(N, T)
         if T == 1:  # store, then attend: the token sees all that its rows hold, itself included
-            new_pairs = (k[:, 0], v[:, 0], logits[:, 0] > 0, self.new)
+            evict = logits[:, 0] > 0
+            new_pairs = (k[:, 0], v[:, 0], evict, self.new)
             cache.kernels.store_one(*new_pairs, rows, cache.pool, cache.shift)
             y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, cache.pool)
         else:  # attend, then store: the first tokens still see what expires within the block
-            new_pairs = (k, v, self.decide(logits, rows), self.new)
+            evict = self.decide(logits, rows)
+            new_pairs = (k, v, evict, self.new)
             y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, cache.pool, cache.window)
             store(*new_pairs, rows, cache.pool, cache.window)
         return y.view(q.shape)
@@ -361,7 +392,8 @@ class KVCache:
         the machine's (whose pages take memory once they are written to)."""
         self.device = torch.device(device)
         page_size = page_size or (64 if config.head_dim >= 64 else 32)
-        self.chunk = max(chunk or (2048 if self.device.type == "cuda" else 512), 3)  # see `pieces`
+        default = 2048 if self.device.type == "cuda" else 512
+        self.chunk = max(chunk or default, 3)  # see `pieces`
         # a copy, by which check_model notices a later change
         self.config = replace(config, dms=copy.copy(config.dms))
         self.layers = L = config.num_hidden_layers
@@ -369,21 +401,27 @@ class KVCache:
         self.window = config.eviction.window if config.eviction else 0
         self.shift = config.eviction.shift if config.eviction else 0
         self.kernels = choose_kernels(self.device, dtype)
-        self.decode_step = None  # generate.py keeps its captured step here, as long as the cache lives
+        self.decode_step = None  # generate.py keeps its captured step here
 
         N = batch_size * self.kv_heads  # rows of a layer
-        # keys, values, position and decision of a page's slots
-        self.page_bytes = page_size * (2 * config.head_dim * dtype.itemsize + 4 + 1)
+        # a key, a value, a position and a decision
+        slot_bytes = 2 * config.head_dim * dtype.itemsize + 4 + 1
+        self.page_bytes = page_size * slot_bytes
         if memory is None:
             pages = L * N * -(-config.max_position_embeddings // page_size)  # the whole context
             memory = min(pages * self.page_bytes, 0.8 * free_memory(self.device))
         pages = max(int(memory / self.page_bytes), 1)
         self.pool = PagePool(pages, page_size, config.head_dim, dtype, self.device)
         seen = torch.zeros(N, dtype=torch.int64, device=self.device)
-        sizes = ((), (1,), (self.window + 1,))  # of length, table and ring
-        self.rows = Rows(seen, *(seen.int().new_zeros(L, N, *size) for size in sizes))
+        zeros = seen.int().new_zeros
+        self.rows = Rows(
+            seen,
+            length=zeros(L, N),
+            table=zeros(L, N, 1),
+            ring=zeros(L, N, self.window + 1),
+        )
 
-        self.reads = seen.new_zeros(L, self.kv_heads)
+        self.reads = seen.new_zeros(1)
         self.peak_pairs = seen.new_zeros(1)
         self.least_free_pages = self.pool.free_count.clone()
         self.ended_tokens = 0
@@ -411,10 +449,11 @@ class KVCache:
         """The numbers of the rows of sequences, in order, (n * Hkv,) int64."""
         if not set(sequences) <= set(range(self.batch_size)):
             raise ValueError(f"the cache has sequences 0 to {self.batch_size - 1}, not {sequences}")
-        rows = [b * self.kv_heads + head for b in sequences for head in range(self.kv_heads)]
+        heads = range(self.kv_heads)
+        rows = [b * self.kv_heads + head for b in sequences for head in heads]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
-    # ------------------------------------------------------------------------------------ Appending
+    # ----------------------------------------------------------------------------------- Appending
 
     @contextmanager
     def append(self, ids, lengths=None, sequence=None):
@@ -432,36 +471,38 @@ class KVCache:
         if lengths is None:
             lengths = [T] * B
         count = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
-        fits = len(count) == B == len(sequences) and bool((count.clamp(0, T) == count).all())
-        if not fits:
+        in_range = (count >= 0) & (count <= T)
+        if not len(count) == B == len(sequences) or not in_range.all():
             raise ValueError(f"ids (B, T) and lengths (B,), at most {T}, must be of {sequences}")
         if T == 1:
             self.reserve(count, rows)
         try:
             yield self.pieces(ids, count, rows)
         except BaseException:
-            self.release([b for b, n in zip(sequences, count.tolist()) if n > 0])
+            interrupted = (count > 0).tolist()
+            self.release(compress(sequences, interrupted))
             raise
 
     def pieces(self, ids, count, rows=slice(None)):
-        """Yield (piece of ids, its PieceAttention), for pieces of at most `chunk` tokens. A piece is
-        counted as seen when the next one is asked for, so the caller must run the loop to its end.
+        """Yield (piece of ids, its PieceAttention), for pieces of at most `chunk` tokens. A piece
+        counts as seen when the next one is asked for, so the caller must run the loop to its end.
         For a single token nothing here waits for a GPU, and the caller has called `reserve`. Pieces
         are equally long, so none of a longer input is a single token.
         """
-        for piece in ids.tensor_split(-(-ids.shape[1] // self.chunk), dim=1):
+        number = -(-ids.shape[1] // self.chunk)
+        for piece in ids.tensor_split(number, dim=1):
             T = piece.shape[1]
             if T > 1:
                 self.widen_tables(T, int(self.rows.length.max()))
-            attend = PieceAttention(self, self.rows.select(rows), count.clamp(max=T))
+            new = count.clamp(max=T)
+            attend = PieceAttention(self, self.rows.select(rows), new)
             before = attend.rows.length.clone()
             yield piece, attend
-            count = count - attend.count
+            count = count - new
             attend.rows.seen += attend.new  # a view of the cache's own
             # a token attends to what is held now, a block to what was held and to itself
             attended = attend.rows.length if T == 1 else before + attend.new
-            attended = attended * (attend.new > 0)  # (L, N)
-            self.reads += attended.view(self.layers, -1, self.kv_heads).sum(1)
+            self.reads += (attended * (attend.new > 0)).sum()  # of (L, N)
             self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
             self.least_free_pages.clamp_(max=self.pool.free_count)
 
@@ -479,11 +520,17 @@ class KVCache:
         row = torch.arange(len(new), device=self.device)
         leaving = part.ring[layer, row, part.seen % W]  # (L, N)
         page = part.table[layer, row, leaving // self.page_size]
-        reused = self.pool.evicted[page, leaving % self.page_size] & (part.seen >= W)
-        needs_page = (part.length % self.page_size == 0) & ~reused & (new > 0)
+        was_evicted = self.pool.evicted[page, leaving % self.page_size]
+        reused = was_evicted & (part.seen >= W)
+        is_full = part.length % self.page_size == 0  # the row's last page
+        needs_page = is_full & ~reused & (new > 0)
         # one transfer from the GPU for all three
-        numbers = (needs_page.sum(), self.pool.free_count[0], self.rows.length.max())
-        needed, free, longest = torch.stack([number.long() for number in numbers]).tolist()
+        numbers = torch.stack((
+            needs_page.sum(),
+            self.pool.free_count[0].long(),
+            self.rows.length.max().long(),
+        ))
+        needed, free, longest = numbers.tolist()
         self.pool.check(needed, free)
         self.widen_tables(1, longest)
 
@@ -493,9 +540,10 @@ class KVCache:
         columns = -(-(longest + tokens) // self.page_size)
         present = self.rows.table.shape[2]
         if columns > present:
-            self.rows.table = F.pad(self.rows.table, (0, columns - present + present // 2))
+            more = columns - present + present // 2
+            self.rows.table = F.pad(self.rows.table, (0, more))
 
-    # ---------------------------------------------------------------------------- Ending and forking
+    # -------------------------------------------------------------------------- Ending and forking
 
     @torch.inference_mode()
     def release(self, sequences):
@@ -504,14 +552,16 @@ class KVCache:
         self.count_ended(rows)
         self.rows.seen[rows] = 0
         self.rows.length[:, rows] = 0
-        self.pool.free_all_but(self.rows.table[self.rows.pages_in_use(self.page_size)])
+        in_use = self.rows.pages_in_use(self.page_size)
+        self.pool.free_all_but(self.rows.table[in_use])
 
     @torch.inference_mode()
     def select(self, sequences):
         """From now on sequence i continues what sequences[i] has seen: name one several times to
         fork it, do not name it to drop it. Forks share the pages that they will not write to.
         Raises CacheFull before anything has changed."""
-        dropped = self.rows_of(set(range(self.batch_size)) - set(sequences))
+        dropped = set(range(self.batch_size)) - set(sequences)
+        dropped = self.rows_of(dropped)
         chosen = fork(self.rows, self.rows_of(sequences), self.pool)
         self.least_free_pages.clamp_(max=self.pool.free_count)
         self.count_ended(dropped)
@@ -523,17 +573,19 @@ class KVCache:
         for name, mine in vars(self.rows).items():
             mine.copy_(getattr(chosen, name))
 
-    # -------------------------------------------------------------------------------------- Counting
+    # ------------------------------------------------------------------------------------ Counting
 
     def positions(self, sequence, layer, head):
         """The positions of the tokens whose pairs a KV head holds, ascending, (n,) int32."""
         row = self.rows_of([sequence])[head]
-        [position] = held([self.pool.position], self.rows.layer(layer), row)
+        rows = self.rows.layer(layer)
+        [position] = held([self.pool.position], rows, row)
         return position.sort().values
 
     def count_ended(self, rows):
         """Note what sequences hold that end now. rows: the numbers of their rows."""
-        self.ended_tokens += int(self.rows.seen[rows].sum()) // self.kv_heads
+        tokens = self.rows.seen[rows].sum()  # each Hkv times
+        self.ended_tokens += int(tokens) // self.kv_heads
         self.ended_pairs += int(self.rows.length[:, rows].sum())
 
     def compression_ratio(self):
@@ -546,39 +598,24 @@ class KVCache:
         """Of the sequences in the cache now:
             tokens          appended to them
             pairs           held, and pairs_per_head [L][Hkv]
-            dense_pairs     that a dense cache would hold
             pages           in use, and page_bytes
         Of all so far, ended ones included:
             compression_ratio
             peak_pairs      the most held at once, and peak_page_bytes
-            reads           pairs attended to, summed over steps (a block counts as one step), and
-                            reads_per_head [L][Hkv]
-        pool_bytes          of all pages
+            reads           pairs attended to, summed over steps (a block counts as one step)
         """
-        tokens = int(self.seen.sum())
         pages = len(self.pool) - int(self.pool.free_count)
-        by_head = self.rows.length.view(self.layers, -1, self.kv_heads).sum(1)
+        most_pages = len(self.pool) - int(self.least_free_pages)
+        by_sequence = self.rows.length.view(self.layers, -1, self.kv_heads)
+        by_head = by_sequence.sum(1)
         return {
-            "tokens": tokens,
+            "tokens": int(self.seen.sum()),
             "pairs": int(by_head.sum()),
-            "dense_pairs": tokens * self.layers * self.kv_heads,
             "compression_ratio": self.compression_ratio(),
             "peak_pairs": int(self.peak_pairs),
             "reads": int(self.reads.sum()),
             "pages": pages,
             "page_bytes": pages * self.page_bytes,
-            "peak_page_bytes": (len(self.pool) - int(self.least_free_pages)) * self.page_bytes,
-            "pool_bytes": len(self.pool) * self.page_bytes,
+            "peak_page_bytes": most_pages * self.page_bytes,
             "pairs_per_head": by_head.tolist(),
-            "reads_per_head": self.reads.tolist(),
         }
-
-
-def free_memory(device):
-    """Bytes that a GPU has free, or that this machine, or the container around us, has in all."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    container = limit.read_text().strip() if limit.exists() else "max"
-    return machine if container == "max" else min(machine, int(container))

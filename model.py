@@ -282,11 +282,11 @@ class Model(nn.Module):
     def dtype(self):
         return self.lm_head.weight.dtype
 
-    def compile(self, **options):
-        """Let torch.compile, which gets the options, fuse each half of every block."""
+    def compile(self):
+        """Let torch.compile fuse each half of every block."""
         for block in self.model.layers:
-            block.before = torch.compile(block.before, dynamic=True, **options)
-            block.after = torch.compile(block.after, dynamic=True, **options)
+            block.before = torch.compile(block.before, dynamic=True)
+            block.after = torch.compile(block.after, dynamic=True)
 
     def rope(self, T, start, dtype):
         """cos and sin (B or 1, T, 1, D) of the positions start + 0, 1, ... Angles are float32
@@ -328,10 +328,7 @@ class Model(nn.Module):
                               for piece, attend in pieces], dim=1)
 
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):
-        """Next-token logits (B, T, V), or for last_only (B, 1, V), of each sequence's last token
-        alone. The other arguments are those of `states`."""
+        """Next-token logits (B, T, V), or for last_only (B, 1, V), of column T - 1 alone. The other
+        arguments are those of `states`."""
         x = self.states(ids, cache, lengths, sequence)
-        if last_only:
-            last = -1 if lengths is None else torch.as_tensor(lengths, device=x.device) - 1
-            x = x[torch.arange(len(x), device=x.device), last][:, None]
-        return self.lm_head(x)
+        return self.lm_head(x[:, -1:] if last_only else x)

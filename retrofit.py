@@ -20,7 +20,7 @@ import json
 import math
 import time
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,13 +32,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import dms
-from checkpoint import (copy_tokenizer, load_model, load_tokenizer, parse_config, read_settings,
-                        resolve, save_model)
+from checkpoint import (context_of, copy_tokenizer, load_model, load_tokenizer, parse_config,
+                        read_settings, resolve, save_model)
 from common import (all_reduce, choose_device, is_sharded, parse_options, read_json, require,
                     run_script, shard, sharded_like, torchrun_place, whole, write_atomic,
                     write_json)
 from data import DEFAULT, TextData, ahead, settling_sequences
-from evaluate import evaluate, kl_on_text, settle_offset
+from evaluate import evaluate, settle_offset
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
 # The defaults for --data toy, and for text on a GPU (the 65 million tokens that NVIDIA's recipe
@@ -49,6 +49,8 @@ GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=1000, batch_size=8, se
                     eval_sequences=32)
 CPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=300, batch_size=4, seq_len=1024,
                     eval_sequences=8)
+TOKENS_AT_A_TIME = 4096  # of a step; its sequences are taken one by one, or a few if short
+RECOMPUTES = 2048  # tokens; for longer sequences blocks are computed again in backward
 MAX_KL = 10.0  # nats; a step beyond it ends the run
 
 
@@ -77,14 +79,13 @@ class Options:
     shard: bool = False  # spread the weights over the GPUs of torchrun (FSDP2)
     seed: int = 0
     save_every: int = 50  # steps between saved states
-    eval_every: int = 0  # steps between measurements on held-out text (default: none)
     eval_sequences: int = None  # held-out sequences for the KL (default: 32, on a CPU 8)
     eval_problems: int = 200  # held-out problems of each toy task
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = None  # of frozen weights
 
     def settings(self):
-        """What a resumed run must not change."""
+        """What is written down of a run: all but where and how it runs."""
         changing = ("resume", "out", "device", "shard")
         return {k: v for k, v in vars(self).items() if k not in changing}
 
@@ -93,20 +94,21 @@ class Options:
 
 
 def load_pair(options):
-    """(student, ready to be trained; teacher): one model where it serves as both."""
+    """(student, ready to be trained; teacher). With adapters both are one model, whose teacher's
+    attention ignores the decisions."""
     train_all = options.train == "all"
     device = "cpu" if options.shard else options.device  # shard() moves it, piece by piece
     teacher = load_model(options.model, device, getattr(torch, options.dtype))
     student = load_model(options.model, device) if train_all else teacher
-    settings = dms.DMSConfig(options.window, options.decision, options.shift, per=options.per,
+    decision = dms.DMSConfig(options.window, options.decision, options.shift, per=options.per,
                              target_cr=options.target_cr)
     if train_all:
-        dms.start_retrofit(student, settings)
+        dms.start_retrofit(student, decision)
     if options.shard:
-        for model in {student, teacher}:
+        for model in {student, teacher}:  # once, where both are one model
             shard(model)
     if not train_all:  # after shard(): adapters are small, so every process has all of them
-        dms.start_retrofit(student, settings)
+        dms.start_retrofit(student, decision)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(train_all or "dms_proj_alpha" in name)
     if options.compile:
@@ -125,7 +127,7 @@ def choose_attention(device):
 
 
 class Distillation:
-    """A student, its teacher, which may be the student itself without eviction, and AdamW."""
+    """A student, its teacher and AdamW. `step` is the training step."""
 
     def __init__(self, student, teacher, options):
         self.student = student
@@ -138,9 +140,9 @@ class Distillation:
         self.evicted_fraction = 0.0  # of the last step's pairs
 
     def step(self, step, ids, documents):
-        """Step number `step`, on ids (B, T) and the lengths of each sequence's documents, the same
-        in all processes. Returns its metrics. Raises InputError, before weights change, if it
-        diverges."""
+        """Step number `step`, on ids (B, T) and the lengths of each sequence's documents. All
+        processes are given the same. Returns metrics. Raises InputError, before weights change, if
+        the step diverges."""
         options = self.options
         cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
         kl, self.evicted_fraction = all_reduce(self.backward(step, ids, documents, cr)).tolist()
@@ -149,32 +151,32 @@ class Distillation:
                 all_reduce(parameter.grad)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)).item()
         require(math.isfinite(kl + norm) and kl <= MAX_KL,
-                f"step {step + 1} diverged, with a KL of {kl:.3g} and a gradient of {norm:.3g}; "
-                "the last saved state is kept; begin anew with a lower --lr")
+                f"step {step + 1} diverged (KL {kl:.3g}, gradient {norm:.3g}); its state before is "
+                "saved; begin anew with a lower --lr")
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, options.steps, options.lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"step": step + 1, "kl": kl, "target_cr": round(cr, 4), "grad_norm": norm,
-                "cr": 1 / max(1 - self.evicted_fraction, 1e-6)}
+        held = max(1 - self.evicted_fraction, 1e-6)  # all may be evicted
+        return dict(step=step + 1, kl=kl, target_cr=round(cr, 4), cr=1 / held, grad_norm=norm)
 
     def backward(self, step, ids, documents, cr):
-        """The gradients of this process's share of a step, some 4,096 tokens at a time. Returns its
-        share of the KL and of the evicted fraction, (2,)."""
+        """Make the gradients of this process's share of a step. Returns its share of the KL and of
+        the evicted fraction, (2,)."""
         rank, world = torchrun_place()
         tokens = sum(map(sum, documents))
         predictions = tokens - sum(map(len, documents))
         sums = torch.zeros(2, device=self.student.device)
         B, T = ids.shape
         mine = list(range(rank, B, world))
-        at_a_time = max(4096 // T, 1)
+        at_a_time = max(TOKENS_AT_A_TIME // T, 1)
         for begin in range(0, len(mine), at_a_time):
             part = mine[begin : begin + at_a_time]
             packing = dms.Packing([documents[b] for b in part], T, sums.device)
             seeds = [f"{self.options.seed} {step} {b}" for b in part]
             kl, evicted = self.compare(ids[part].to(sums.device), packing, seeds)
             shares = torch.stack((kl / predictions, evicted / tokens))
-            # The fraction of the whole step is known only after its last sequence. So whether the
-            # target is missed is judged by the step before, and the gradient is this step's.
+            # The fraction of the whole step is known only after its last sequence. So the step
+            # before says whether the target is missed, and the gradient is that of these sequences.
             fraction = self.evicted_fraction + shares[1] - shares[1].detach()
             compression = dms.compression_loss(fraction, cr)
             (shares[0] + self.options.compression_weight * compression).backward()
@@ -183,15 +185,15 @@ class Distillation:
 
     def compare(self, ids, packing, seeds):
         """(the KL, summed over tokens; the pairs evicted, the mean over heads), with gradients."""
+        student, teacher = self.student, self.teacher
+        start = -packing.first  # positions count from where a document begins
         with torch.no_grad():
-            # a token's position, counted from where its document begins, is its place minus first
-            target = self.teacher.hidden(ids, dms.document_attention(packing), -packing.first)
-        relaxed = dms.RelaxedAttention(self.student.config.dms, packing, self.attention, seeds)
-        recompute = ids.shape[1] > 2048  # short sequences have the memory to do without
-        states = self.student.hidden(ids, relaxed, -packing.first, recompute)
-        kl = dms.distillation_loss(
-            states, target, self.student.lm_head.weight, self.teacher.lm_head.weight,
-            packing.predicts(), self.options.reverse_kl)
+            target = teacher.hidden(ids, dms.document_attention(packing), start)
+        relaxed = dms.RelaxedAttention(student.config.dms, packing, self.attention, seeds)
+        states = student.hidden(ids, relaxed, start, recompute=ids.shape[1] > RECOMPUTES)
+        heads = (student.lm_head.weight, teacher.lm_head.weight)
+        counts = packing.predicts()
+        kl = dms.distillation_loss(states, target, *heads, counts, self.options.reverse_kl)
         return kl, relaxed.evicted_pairs()
 
     def save(self, file, step, place):
@@ -201,13 +203,13 @@ class Distillation:
         for name, parameter in self.parameters.items():
             for key, tensor in {"weight": parameter, **self.optimizer.state[parameter]}.items():
                 tensors[f"{key}.{name}"] = whole(tensor.detach()).cpu().contiguous()
-        notes = json.dumps(
-            {"step": step, "place": place, "evicted_fraction": self.evicted_fraction})
+        notes = json.dumps([step, place, self.evicted_fraction])
         if torchrun_place()[0] == 0:
             write_atomic(file, lambda new: save_file(tensors, new, {"notes": notes}))
 
     def load(self, file):
-        """The inverse of save: (steps done, place in the data)."""
+        """The inverse of save: (steps done, place in the data). Tensors go by name and are sharded
+        anew, as the number of processes may be another one."""
         with safe_open(file, "pt") as saved:
             for name, parameter in self.parameters.items():
                 state = {key: sharded_like(saved.get_tensor(f"{key}.{name}"), parameter)
@@ -215,9 +217,8 @@ class Distillation:
                 parameter.data.copy_(state.pop("weight"))
                 state["step"] = saved.get_tensor(f"step.{name}")
                 self.optimizer.state[parameter] = state
-            notes = json.loads(saved.metadata()["notes"])
-        self.evicted_fraction = notes["evicted_fraction"]
-        return notes["step"], notes["place"]
+            step, place, self.evicted_fraction = json.loads(saved.metadata()["notes"])
+        return step, place
 
 
 def learning_rate(step, steps, peak):
@@ -250,29 +251,26 @@ def train(options, data, out):
         begin_folder(options, out, done)
     bar = tqdm(range(done, options.steps), "retrofit", disable=not is_main,
                initial=done, total=options.steps)
-    with closing(ahead(data.batches(done, place))) as batches:
+    with closing(ahead(data.batches(done, place))) as batches:  # ends its thread
         for step in bar:
             begin = time.time()
             ids, documents, place = next(batches)
-            row = run.step(step, ids, documents)
-            if options.eval_every and (step + 1) % options.eval_every == 0:
-                kl, _, cache = kl_on_text(run.student, run.teacher, data, options.eval_sequences)
-                row |= {"held_out_kl": kl, "held_out_cr": cache.compression_ratio()}
+            metrics = run.step(step, ids, documents)
             if is_main:
                 with open(out / "metrics.jsonl", "a") as log:
-                    print(json.dumps(row), file=log)
+                    print(json.dumps(metrics), file=log)
             speed = sum(map(sum, documents)) / (time.time() - begin)
             peak = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
             memory = f", {peak:.1f} GB" if peak else ""
-            bar.set_postfix_str(f"KL {row['kl']:.4f}, target {row['target_cr']:.2f}x, "
-                                f"actual {row['cr']:.2f}x, {speed:,.0f} tokens/s{memory}")
+            bar.set_postfix_str(f"KL {metrics['kl']:.4f}, target {metrics['target_cr']:.2f}x, actual "
+                                f"{metrics['cr']:.2f}x, {speed:,.0f} tokens/s{memory}")
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 run.save(state, step + 1, place)
     ratio = settle_offset(run.student, data)
     if is_main:
         hint = "" if ratio >= options.target_cr else "; more --steps, or a higher --lr, may help"
         print(f"{ratio:.2f}x on held-out text, by hard decisions{hint}")
-        write_checkpoint(run.student, options, out)
+    write_checkpoint(run.student, options, out)
 
 
 def begin_folder(options, out, done):
@@ -283,21 +281,17 @@ def begin_folder(options, out, done):
     lines = metrics.read_text().splitlines(keepends=True)[:done] if done else []
     metrics.write_text("".join(lines))  # what comes after the saved state will come again
     if done:
-        print(f"{out}: goes on after step {done}, on {torch.get_num_threads()} threads; with "
-              "another number than before the result differs in its last bits")
+        print(f"{out}: goes on after step {done}")
 
 
 def write_checkpoint(model, options, out):
-    """Adapters with the name of their base, or all weights, by the main process."""
+    """Adapters with the name of their base, or all weights. To be called in all processes."""
     if options.train == "adapters":
-        return save_model(model, out, torch.float32, base=options.model)
-    if options.shard:  # no process has whole weights: they are made anew from the last saved state
-        run = Distillation(*load_pair(replace(options, shard=False, device="cpu")), options)
-        run.load(out / "state.safetensors")
-        run.student.config = model.config  # with the settled offset
-        model = run.student
-    # half precision, as published models have it; what was trained is float32
-    save_model(model, out, torch.float16 if options.dtype == "float16" else torch.bfloat16)
+        save_model(model, out, torch.float32, base=options.model)
+    else:
+        # half precision, as published models have it; what was trained is float32
+        dtype = torch.float16 if options.dtype == "float16" else torch.bfloat16
+        save_model(model, out, dtype)
 
 
 # -------------------------------------------------------------------------------------- The script
@@ -309,8 +303,7 @@ def config_of(model):
 
 
 def complete(options):
-    """Fill in what the command line leaves open: by the data, the device, and the model's context
-    and width."""
+    """Fill in what the command line leaves open, by the data, device, context and width."""
     choose_device(options)
     is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
     if options.data == "toy" or is_teacher:
@@ -318,7 +311,7 @@ def complete(options):
     else:
         config = config_of(options.model)
         defaults = CPU_DEFAULTS if options.device == "cpu" else GPU_DEFAULTS
-        seq_len = options.seq_len or min(defaults["seq_len"], config.max_position_embeddings)
+        seq_len = options.seq_len or min(defaults["seq_len"], context_of(config))
         # the largest power of two that leaves room for the target: (window + 1) * cr <= seq_len
         fits = max(int(seq_len / options.target_cr) - 1, 1)
         window = min(512, 2 ** (fits.bit_length() - 1))
@@ -332,7 +325,7 @@ def complete(options):
 def parse(argv=None):
     """The Options: what the command line states, then a resumed run's own, then defaults."""
     stated = parse_options(Options, argv)
-    options = Options(**stated)
+    options = Options(**stated)  # enough to know the folder
     out = options.out or f"out/{Path(options.model).name}-dms-{options.target_cr:g}x"
     if options.resume:
         file = Path(out) / "settings.json"
@@ -352,33 +345,32 @@ def check(options):
     folder = resolve(options.model)
     require(read_settings(folder, read_json(folder / "config.json")) is None,
             f"{folder}: is already a DMS checkpoint; give the model that it came from")
-    context = config_of(options.model).max_position_embeddings
-    require(options.seq_len <= context,
-            f"--seq-len is longer than the model's context of {context}; shorten it")
+    context = context_of(config_of(options.model))
+    require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
     require((options.window + 1) * options.target_cr <= options.seq_len,
-            f"the window alone holds {options.window + 1} of {options.seq_len} tokens; for "
-            f"{options.target_cr:g}x use a smaller --window, or longer sequences")
+            f"the window alone holds {options.window + 1} of {options.seq_len} tokens; use a smaller "
+            "--window or --target-cr, or a longer --seq-len")
     require(options.decision == "adapter" or options.train == "all",
-            "--decision neuron has no adapters to train; add --train all")
+            "--decision neuron needs --train all")
     require(not options.device.startswith("cuda") or torch.cuda.get_device_capability()[0] >= 8,
-            "a GPU before Ampere (sm_80) cannot hold a training step; use --device cpu")
+            "no kernel trains on a GPU before Ampere (sm_80); use --device cpu")
     world = torchrun_place()[1]
     require(options.batch_size % world == 0,
             f"--batch-size {options.batch_size} is no multiple of the {world} processes")
     require(world > 1 or not options.shard, "--shard needs several processes; use torchrun")
-    out = Path(options.out)
-    require(options.resume or not out.exists() or not any(out.iterdir()),
-            f"{out}: already holds something; continue it with --resume, or choose another --out")
+    require(options.resume or not any(Path(options.out).glob("*")),
+            f"{options.out}: holds something; continue it with --resume, or choose another --out")
 
 
 def check_data(options, data):
     """Refuse held-out text that is too short for the target."""
     _, documents = data.held_out(settling_sequences(options.seq_len))
     lengths = sum(documents, [])  # of the documents of all sequences
-    most = sum(lengths) / sum(min(n, options.window + 1) for n in lengths)  # nothing is kept
-    require(most >= options.target_cr,
-            f"the documents are so short that the window alone holds 1/{most:.1f} of them; "
-            "use longer ones, a smaller --window or --target-cr, or --pack-across")
+    windows = sum(min(n, options.window + 1) for n in lengths)
+    reachable = sum(lengths) / windows  # if nothing were kept
+    require(reachable >= options.target_cr,
+            f"documents are so short that the window alone holds 1/{reachable:.1f} of them; use "
+            "longer ones, a smaller --window or --target-cr, or --pack-across")
 
 
 def main(argv=None):
@@ -391,7 +383,7 @@ def main(argv=None):
     out = Path(options.out)
     begin = time.time()
     out.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{out}.lock", blocking=False) if rank == 0 else nullcontext():
+    with FileLock(f"{out}.lock", timeout=0) if rank == 0 else nullcontext():
         data = make_data(options)
         if options.data != "toy" and data.revision and "@" not in options.data:
             options.data += f"@{data.revision}"  # what a resumed run goes on with

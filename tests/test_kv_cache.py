@@ -14,6 +14,7 @@ import torch
 from conftest import check_pages, held_by, random_dms, rule, small_config, small_model
 
 import dms
+import common
 import kv_cache
 from dms import DMSConfig
 from kv_cache import PLAIN, CacheFull, KVCache
@@ -210,7 +211,6 @@ class Life:
                     assert torch.equal(mine[1], k) and torch.equal(mine[2], v)
             stats = cache.stats()
             assert stats["pairs"] == sum(len(p) for x in self.history for p, _ in self.held(x))
-            assert stats["tokens"] * 4 == stats["dense_pairs"]
             pairs = self.ended_pairs + stats["pairs"]
             ratio = pairs and 4 * (self.ended_tokens + stats["tokens"]) / pairs
             assert (stats["compression_ratio"] or 0) == pytest.approx(ratio) or self.is_disturbed
@@ -292,7 +292,7 @@ def test_bytes_fall_with_compression_and_what_is_counted_is_what_is_stored():
     stats = cache.stats()
     assert 7 < stats["compression_ratio"] < 9 and 6 * stats["page_bytes"] <= 2048 * 8 * SLOT
     assert stats["peak_pairs"] == stats["pairs"] == sum(map(sum, stats["pairs_per_head"]))
-    assert stats["reads"] == reads == sum(map(sum, stats["reads_per_head"]))
+    assert stats["reads"] == reads
     cache.release([0])
     for name in ("compression_ratio", "peak_pairs", "peak_page_bytes", "reads"):
         assert cache.stats()[name] == stats[name]
@@ -318,8 +318,8 @@ def test_free_memory_is_the_containers_limit_if_that_is_lower(limit, monkeypatch
     file = tmp_path / "memory.max"
     if limit:
         file.write_text(limit + "\n")
-    monkeypatch.setattr(kv_cache, "Path", lambda path: file)
-    machine = kv_cache.free_memory(torch.device("cpu"))
+    monkeypatch.setattr(common, "Path", lambda path: file)
+    machine = common.free_memory(torch.device("cpu"))
     assert machine == 1e6 if limit == "1000000" else machine > 1e8
     pool = len(KVCache(small_config(max_position_embeddings=16000), 1, page_size=16).pool)
     assert pool == (4000 if limit != "1000000" else 800_000 // (16 * SLOT))

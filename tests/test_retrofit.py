@@ -215,7 +215,7 @@ def results_in(out):
     return read_json(out / "results.json")["results"]
 
 
-@pytest.mark.parametrize("train", ["adapters", "all", "all --decision neuron"])
+@pytest.mark.parametrize("train", ["adapters --target-cr 1", "all", "all --decision neuron"])
 def test_killed_and_resumed_is_bit_for_bit_the_same(random_teacher, text, tmp_path, train):
     whole, cut = (tmp_path / name for name in ("whole", "cut"))
     run(retrofit.main, arguments(random_teacher, text, whole, f"--train {train}"))
@@ -226,21 +226,22 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(random_teacher, text, tmp_pa
     run(killed, "retrofit.save_file", 2, argv, exitcode=-signal.SIGKILL)
     assert saved_step(cut) == 9 and not (cut / "config.json").exists()
     run(retrofit.main, argv)
-    weights = "dms_adapters.safetensors" if train == "adapters" else "model.safetensors"
+    weights = "model.safetensors" if "all" in train else "dms_adapters.safetensors"
     for name in (weights, "metrics.jsonl", "config.json"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
     assert [row["step"] for row in metrics_in(cut)] == list(range(1, 16))
     assert results_in(whole) == results_in(cut) and not list(cut.glob(".*"))
-    assert load_model(cut).config.dms.source == ("neuron" if "neuron" in train else "adapter")
+    model = load_model(cut)
+    assert model.config.dms.source == ("neuron" if "neuron" in train else "adapter")
 
 
 @pytest.mark.parametrize("train", ["adapters", "all"])
 @pytest.mark.parametrize("shard", ["", "--shard"])
 def test_two_processes_do_what_one_does(text, tmp_path, train, shard):
     """Also where the weights are sharded, and the checkpoint is written whole. They are killed:
-    then one process goes on, or two with sharded weights. Held-out text is measured on the way."""
+    then one process goes on, or two with sharded weights."""
     one, two = (tmp_path / name for name in ("one", "two"))
-    more = f"--train {train} --steps 6 --save-every 1 --lr 0.0005 --eval-every 3"
+    more = f"--train {train} --steps 6 --save-every 1 --lr 0.0005"
     run(retrofit.main, arguments(TEACHER, text, one, more))
     argv = arguments(TEACHER, text, two, f"{more} {shard}")
     run(killed, "retrofit.Distillation.step", 5, argv, count=2, exitcode=-signal.SIGKILL)
@@ -248,7 +249,7 @@ def test_two_processes_do_what_one_does(text, tmp_path, train, shard):
     run(retrofit.main, [*argv, "--resume"], count=2 if shard else 1)
     for ours, theirs in zip(metrics_in(one), metrics_in(two), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5 if ours["step"] <= 2 else 1e-2)
-    assert ours["grad_norm"] > 0 and ours["cr"] > 1 and "held_out_kl" in ours
+    assert ours["grad_norm"] > 0 and ours["cr"] > 1
     ours, theirs = (load_model(out).state_dict() for out in (one, two))
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, rtol=0.02, atol=2e-3)
@@ -363,15 +364,15 @@ def test_a_resumed_run_keeps_its_own_options_and_refuses_others(random_teacher, 
 @pytest.mark.parametrize("more, message", [
     ("--target-cr 64", "window alone holds 5 of 64"),
     ("--decision neuron", "neuron has no adapters"),
-    ("--seq-len 5000", "longer than the model's context"),
+    ("--seq-len 5000", "the model's context is"),
     ("--shard", "--shard needs several processes"),
     ("--model /no/such", "/no/such"),
     ("--data /no/such.txt", "/no/such.txt"),
     ("--resume", "holds no run"),
     (f"--model {REPOSITORY}/toy/retrofitted", "already a DMS checkpoint"),
     ("--data short.txt", "so short that the window alone holds 1/[23].[0-9] of them"),
-    ("--eval-every 2", "out.lock"),  # as another process writes there
-    ("", "already holds something"),
+    ("--save-every 2", "out.lock"),  # as another process writes there
+    ("", "holds something"),
 ])
 def test_what_cannot_work_ends_before_any_work(
         random_teacher, text, tmp_path, monkeypatch, more, message):

@@ -45,7 +45,7 @@ def test_generation_without_triton(settings):
 @pytest.mark.parametrize("train", ["adapters", "all"])
 def test_a_retrofit_from_its_first_step_to_its_table(random_teacher, text, tmp_path, train):  # noqa: F811
     def numbers(device):
-        more = f"--train {train} --steps 2 --eval-every 2 --dtype float32 --device {device}"
+        more = f"--train {train} --steps 2 --dtype float32 --device {device}"
         retrofit.main(arguments(random_teacher, text, tmp_path / device, more))
         found = [*metrics_in(tmp_path / device), *results_in(tmp_path / device).values()]
         return [x for row in found for x in row.values() if isinstance(x, (int, float))]

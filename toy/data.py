@@ -7,9 +7,11 @@ import torch
 from tqdm import tqdm
 
 from generate import Sequence, generate
+from kv_cache import KVCache
 from toy import tasks
 
 ANSWER_TOKENS = 256  # the most new tokens of an answer
+SIDE_BY_SIDE = 100  # problems that are answered at a time
 
 
 class ToyData:
@@ -54,17 +56,18 @@ class ToyData:
     def held_out(self, count):
         return self.sequences(random.Random("held out"), "test", count)
 
-    def answer_tasks(self, model, cache, options, desc):
-        """Free-running greedy answers to options.eval_problems test problems of each task, side by
-        side in the cache: {task: share that is correct}."""
+    def answer_tasks(self, model, count):
+        """Free-running greedy answers to `count` test problems of each task, side by side in a
+        cache: ({task: share that is correct}, the cache)."""
+        cache = KVCache(model.config, min(SIDE_BY_SIDE, count), model.device, model.dtype)
         accuracy = {}
         for task in tasks.TASKS:
             rng = random.Random(f"evaluate {task}")
-            problems = [tasks.make_problem(task, rng, "test") for _ in range(options.eval_problems)]
+            problems = [tasks.make_problem(task, rng, "test") for _ in range(count)]
             sequences = [Sequence(self.encode(p, False), ANSWER_TOKENS) for p in problems]
-            with tqdm(total=len(problems), desc=f"{desc}: {task}", leave=False) as bar:
+            with tqdm(total=count, desc=task, leave=False) as bar:
                 for generated in generate(model, cache, sequences, {self.tokenizer.end_id}):
                     bar.update(sum(sequence.over for sequence, _ in generated))
             texts = [self.tokenizer.decode(s.new, skip_special_tokens=True) for s in sequences]
-            accuracy[task] = sum(map(tasks.is_correct, problems, texts)) / len(problems)
-        return accuracy
+            accuracy[task] = sum(map(tasks.is_correct, problems, texts)) / count
+        return accuracy, cache

@@ -32,7 +32,7 @@ def count_heads(folder):
     ids, documents = data.held_out(PROBLEMS)
     lengths = torch.tensor([sum(sequence) for sequence in documents])
     cache = KVCache(model.config, PROBLEMS)
-    model(ids, cache=cache, lengths=lengths, last_only=True)
+    model(ids, cache=cache, lengths=lengths)
     pairs = torch.tensor(cache.stats()["pairs_per_head"])
     write_json(folder / "heads.json", {
         "problems": PROBLEMS,
@@ -64,7 +64,7 @@ def draw_heads(folder):
 
 
 def draw_training(folder):
-    """KL and compression by step, and what was measured on held-out text (--eval-every)."""
+    """KL and compression by step."""
     from matplotlib.figure import Figure
 
     metrics = [json.loads(line) for line in read_text(folder / "metrics.jsonl").splitlines()]
@@ -77,10 +77,8 @@ def draw_training(folder):
     right.set_ylabel("compression: target (dashed), actual", color="tab:red")
     curves = (
         (left, "kl", dict(color="tab:blue", linewidth=0.8)),
-        (left, "held_out_kl", dict(color="tab:blue", marker="o", linestyle="")),
         (right, "target_cr", dict(color="tab:gray", linestyle="--")),
         (right, "cr", dict(color="tab:red", linewidth=0.8)),
-        (right, "held_out_cr", dict(color="tab:red", marker="o", linestyle="")),
     )
     for axes, key, style in curves:
         points = [(row["step"], row[key]) for row in metrics if key in row]

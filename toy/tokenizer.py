@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from checkpoint import write_atomic, write_json
+from common import write_atomic, write_json
 from toy.tasks import ADJECTIVES, LETTERS, NAMES, NOUNS, TASKS, TIMES, VERBS, make_problem
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
