@@ -89,12 +89,13 @@ def read_rope(raw, where):
     for rope in found:
         rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
         rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    theta = rope.pop("rope_theta")
+    theta = rope["rope_theta"]
     require(found[0] == found[-1] and theta == raw.get("rope_theta", theta),
             f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other; remove "
             "what the model was not trained with")
     if "attn_factor" in rope:
         say(f"{where}: RoPE's attn_factor is read by nobody, transformers included")
+    del rope["rope_theta"]
     return rope, theta
 
 
@@ -103,12 +104,12 @@ def check_supported(raw, rope, where):
     layer_types = {*raw.get("layer_types", [])}
     slides = layer_types - {"full_attention"}
     if raw.get("use_sliding_window") and not layer_types:  # defaults as in transformers
-        first = raw.get("max_window_layers", 28)
-        slides = raw.get("sliding_window", 4096) and first < raw["num_hidden_layers"]
+        slides = raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
     refused = {
         f"model_type {raw['model_type']}": raw["model_type"] not in ("llama", "qwen2", "qwen3"),
         f"hidden_act {raw.get('hidden_act')}": raw.get("hidden_act", "silu") != "silu",
         f"RoPE {rope}": rope["rope_type"] not in ROPE_KINDS,
+        "a RoPE for each layer type": any(isinstance(value, dict) for value in rope.values()),
         "partial rotary embeddings": {**raw, **rope}.get("partial_rotary_factor", 1) != 1,
         f"a sliding_window, {slides}": slides,
     }
@@ -194,15 +195,16 @@ download = functools.cache(huggingface_hub.snapshot_download)  # the same commit
 
 def resolve(path_or_hub_id, relative_to=".", revision=None):
     """The local folder of a model: one that exists (first tried relative to `relative_to`), or the
-    snapshot of a hub repository, without network what the cache has of it. Nothing is fetched from
-    its subfolders, and no weights in formats that are not read."""
+    snapshot of a hub repository, with HF_HUB_OFFLINE=1 what the cache has of it. Nothing is fetched
+    from its subfolders, and no weights in formats that are not read."""
     for folder in (Path(relative_to) / path_or_hub_id, Path(path_or_hub_id)):
         if folder.is_dir():
             return folder
     files = ("*.json", "*.jinja", WEIGHTS, "*-of-*.safetensors", "*adapter*.safetensors")
     try:
-        return Path(download(str(path_or_hub_id), revision=revision, allow_patterns=files,
-                             ignore_patterns="*/*"))
+        return Path(download(
+            str(path_or_hub_id), revision=revision, allow_patterns=files, ignore_patterns="*/*",
+            local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE))
     except Exception as e:  # of its HTTP library, too, which differs between versions
         raise InputError(f"{path_or_hub_id}: no such folder, and not on the hub ({e})") from e
 
@@ -284,11 +286,13 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None, revision=None):
     a hub id the commit (None: the one that was loaded). Where the weights are sharded, every
     process calls this. config.json comes last: a folder without it is not whole."""
     folder = Path(folder)
-    place = "cpu" if torchrun_place()[0] == 0 else "meta"  # the others only help to gather
-    tensors = {name: whole(parameter.detach()).to(place, dtype)
+    rank, world = torchrun_place()
+    place = "meta" if rank else "cpu"  # the other processes only help to gather
+    # what was gathered is a view of something larger, which safetensors refuses
+    tensors = {name: whole(parameter.detach()).to(place, dtype, copy=world > 1)
                for name, parameter in model.named_parameters()
                if base is None or "dms_proj_alpha" in name}
-    if place == "meta":
+    if rank:
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)

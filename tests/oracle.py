@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.trainers import BpeTrainer
+
+import dms
+from checkpoint import load_model, save_model
+from dms import DMSConfig
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -23,7 +26,6 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
               original_max_position_embeddings=32)
 YARN_DEFAULTS = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 YARN = dict(YARN_DEFAULTS, beta_fast=3.0, beta_slow=0.5)
-YARN_OF_CONTEXT = dict(rope_type="yarn", factor=4.0)  # max_position_embeddings is the original one
 TIED_BIASES = dict(tie_word_embeddings=True, attention_bias=True)
 
 
@@ -48,7 +50,9 @@ FAMILIES = {  # name: model_type, and what differs from the sizes in `oracle`
     "qwen3 yarn mscale": ("qwen3", scaled(YARN, mscale=2.0, mscale_all_dim=0.6)),
     "qwen3 yarn mscale alone": ("qwen3", scaled(YARN, mscale=2.0)),
     "qwen3 yarn untruncated": ("qwen3", scaled(YARN, truncate=False)),
-    "qwen3 yarn no original": ("qwen3", dict(scaled(YARN_OF_CONTEXT), max_position_embeddings=40)),
+    # max_position_embeddings is the original context then
+    "qwen3 yarn no original": (
+        "qwen3", dict(scaled(dict(rope_type="yarn", factor=4.0)), max_position_embeddings=40)),
 }
 
 
@@ -76,9 +80,7 @@ def saved(folder, kind="qwen3", shard="5GB", **changes):
     return model, folder
 
 
-def reloaded(folder, **settings):
-    """What transformers reads from a folder."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
+reloaded = transformers.AutoModelForCausalLM.from_pretrained
 
 
 def tokens(n=LENGTH, seed=1, batch=1):
@@ -99,6 +101,16 @@ def edit(file, change):
     Path(file).write_text(json.dumps(data))
 
 
+def retrofitted(base, folder, seed=2, **settings):
+    """A student of the checkpoint `base` with random adapters, which are saved to the folder."""
+    student = dms.start_retrofit(load_model(base), DMSConfig(**{"window": 4, **settings}))
+    torch.manual_seed(seed)
+    for block in student.model.layers:
+        torch.nn.init.normal_(block.self_attn.dms_proj_alpha.weight)
+    save_model(student, folder, torch.float32, base=base)
+    return student
+
+
 # --------------------------------------------------- The method, with none of the engine's code
 
 
@@ -108,9 +120,10 @@ def plain_forward(folder, ids, dms):
     (an adapter; otherwise the borrowed neuron)."""
     c = json.loads((folder / "config.json").read_text())
     w = {}
-    for file in folder.glob("*.safetensors"):
+    for file in folder.rglob("*.safetensors"):
         w.update({k.removeprefix("model."): v.double() for k, v in load_file(file).items()})
-    T, D, heads, kv_heads = len(ids), c["head_dim"], c["num_attention_heads"], c["num_key_value_heads"]
+    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    T, D = len(ids), c["head_dim"]
     angle = torch.arange(T)[:, None] * c["rope_theta"] ** (-2 * torch.arange(D // 2).double() / D)
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]
 
@@ -138,7 +151,8 @@ def plain_forward(folder, ids, dms):
         neuron = torch.zeros(heads, D, dtype=torch.bool)
         neuron[::heads // kv_heads, D - 1] = not dms["separate"]
         if dms["separate"]:
-            s = linear(norm(x, p["self_attn.dms_proj_alpha_norm.weight"]), "self_attn.dms_proj_alpha")
+            normed = norm(x, p["self_attn.dms_proj_alpha_norm.weight"])
+            s = linear(normed, "self_attn.dms_proj_alpha")
         else:
             s = q[:, neuron].clone()
         said = dms["scale"] * s - dms["offset"] > 0  # (T, Hkv)
@@ -194,7 +208,8 @@ def make_tokenizer(folder, style, **settings):
         fast.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         fast.train_from_iterator(TEXTS * 5, BpeTrainer(
-            vocab_size=330, initial_alphabet=alphabet, special_tokens=specials, show_progress=False))
+            vocab_size=330, initial_alphabet=alphabet, special_tokens=specials,
+            show_progress=False))
     fast.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     names = {name: token for name, token in SPECIAL[style].items() if name.endswith("_token")}
     if begin := names.get("bos_token"):

@@ -1,9 +1,9 @@
 """Folders that transformers, NVIDIA, shisa or we wrote are read: the same logits, decisions, tokens
 and text. What contradicts itself or is not supported is refused by name."""
 
-import json
 import shutil
 from functools import partial
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -11,28 +11,19 @@ import torch
 from conftest import in_hub_cache, small_config, small_model
 from huggingface_hub.utils import filter_repo_objects
 from oracle import (FAMILIES, TEXTS, YARN, edit, make_tokenizer, plain_forward, reloaded,
-                    same_logits, saved, tokens, transformers)
+                    retrofitted, same_logits, saved, tokens, transformers)
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import dms
 from checkpoint import (ADAPTER_FILE, BLOCK_SIZE, INDEX, config_to_dict, context_of, end_ids,
                         generation_defaults, load_model, load_tokenizer, parse_config,
                         read_settings, resolve, save_model)
-from common import InputError
+from common import InputError, read_json, write_json
 from dms import DMSConfig
 from kv_cache import KVCache
 
 IDS = torch.arange(40)[None]
 same = torch.testing.assert_close
-
-
-def write(file, data):
-    file.write_text(json.dumps(data))
-
-
-def config_in(folder):
-    return json.loads((folder / "config.json").read_text())
 
 
 def refuse(call, *named):
@@ -41,9 +32,6 @@ def refuse(call, *named):
         call()
     for name in named:
         assert name in str(e.value), str(e.value)
-
-
-# ------------------------------------------------------------------------------------- config.json
 
 BASE = dict(model_type="qwen3", vocab_size=64, hidden_size=64, intermediate_size=80,
             num_hidden_layers=2, head_dim=16, num_attention_heads=4, num_key_value_heads=2)
@@ -56,8 +44,8 @@ def test_every_family_is_read_and_written_back_for_transformers_and_us(family, t
     theirs, folder = saved(tmp_path, kind, **changes)
     ours = load_model(folder)
     same_logits(ours, theirs)
-    write(folder / "config.json", {**config_to_dict(ours.config), "torch_dtype": "float32"})
-    assert parse_config(config_in(folder)) == ours.config
+    write_json(folder / "config.json", {**config_to_dict(ours.config), "torch_dtype": "float32"})
+    assert parse_config(read_json(folder / "config.json")) == ours.config
     again = reloaded(folder, attn_implementation="eager")
     same(again(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=0)
 
@@ -66,25 +54,14 @@ def test_every_family_is_read_and_written_back_for_transformers_and_us(family, t
 @pytest.mark.parametrize("family", ["llama llama3", "llama linear", "qwen3 theta", "qwen3 yarn"])
 def test_the_spelling_of_transformers_4_is_the_same_model(family, names, tmp_path):
     kind, changes = FAMILIES[family]
-    raw = config_in(saved(tmp_path, kind, **changes)[1])
+    raw = read_json(saved(tmp_path, kind, **changes)[1] / "config.json")
     before = parse_config(raw)
     both = raw.pop("rope_parameters")
-    rope = dict(both)
-    raw["rope_theta"] = rope.pop("rope_theta", 10000.0)
-    kind = rope.pop("rope_type")
+    rope = {"rope_theta": 10000.0, **both}
+    raw["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
     raw["rope_scaling"] = None if kind == "default" else dict.fromkeys(names, kind) | rope
     assert parse_config(raw) == before
     assert parse_config({**raw, "rope_parameters": both}) == before  # both, which agree
-
-
-@pytest.mark.parametrize("changes", [
-    dict(rope_parameters={**YARN, "rope_theta": 1e4}, rope_scaling={**YARN, "factor": 2.0}),
-    # as NVIDIA's code saves a model whose theta it did not find in the newer spelling
-    dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rope_theta=1e4),
-    dict(rope_scaling={**YARN, "rope_theta": 1e6}, rope_theta=1e4),
-])
-def test_spellings_of_rope_that_contradict_each_other_are_refused(changes):
-    refuse(lambda: parse_config({**BASE, **changes}), "rope_parameters, rope_scaling and")
 
 
 def test_a_parameter_of_rope_that_nobody_reads_is_named_once(tmp_path, capsys):
@@ -96,14 +73,14 @@ def test_a_parameter_of_rope_that_nobody_reads_is_named_once(tmp_path, capsys):
 
 
 YARN4 = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768)
+LLAMA32 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=8192)
 
 
 @pytest.mark.parametrize("context, rope, tokens", [
     (40960, None, 40960), (40960, YARN4, 131072), (131072, YARN4, 131072),
     (163840, dict(rope_type="yarn", original_max_position_embeddings=4096), 163840),
-    (4096, dict(type="linear", factor=4.0), 16384),
-    (131072, dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                  original_max_position_embeddings=8192), 131072)])
+    (4096, dict(type="linear", factor=4.0), 16384), (131072, LLAMA32, 131072)])
 def test_the_context_is_what_the_scaling_makes_of_it(context, rope, tokens):
     raw = {**BASE, "max_position_embeddings": context, "rope_scaling": rope}
     assert context_of(parse_config(raw)) == tokens
@@ -113,22 +90,22 @@ MAY_BE_ABSENT = ("num_key_value_heads", "attention_bias", "tie_word_embeddings",
                  "rope_parameters", "hidden_act", "rms_norm_eps", "sliding_window")
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_what_may_be_absent_or_null(kind, tmp_path):
+@pytest.mark.parametrize("kind, head_dim", [("llama", 16), ("qwen3", 128)])
+def test_what_may_be_absent_or_null(kind, head_dim, tmp_path):
     theirs, folder = saved(tmp_path, kind, num_key_value_heads=4, head_dim=16)
-    edit(folder / "config.json", lambda raw: raw.update(dict.fromkeys(MAY_BE_ABSENT)))
-    same_logits(load_model(folder), theirs, tokens(30))
-    edit(folder / "config.json", lambda raw: [raw.pop(key) for key in MAY_BE_ABSENT])
-    same_logits(load_model(folder), theirs, tokens(30))
-    edit(folder / "config.json", lambda raw: raw.pop("head_dim"))
-    assert parse_config(config_in(folder)).head_dim == (128 if kind == "qwen3" else 16)
+    file = folder / "config.json"
+    for change in (lambda raw: raw.update(dict.fromkeys(MAY_BE_ABSENT)),
+                   lambda raw: [raw.pop(key) for key in MAY_BE_ABSENT]):
+        edit(file, change)
+        same_logits(load_model(folder), theirs, tokens(30))
+    edit(file, lambda raw: raw.pop("head_dim"))
+    assert parse_config(read_json(file)).head_dim == head_dim
+    for unused in (dict(use_sliding_window=False, max_window_layers=0), dict(max_window_layers=2),
+                   dict(layer_types=["full_attention"] * 2)):
+        parse_config({**BASE, "sliding_window": 4, "use_sliding_window": True, **unused})
 
 
-@pytest.mark.parametrize("unused", [
-    dict(use_sliding_window=False, max_window_layers=0), dict(max_window_layers=2),
-    dict(layer_types=["full_attention"] * 2)])
-def test_a_sliding_window_that_no_layer_uses_is_ignored(unused):
-    assert parse_config({**BASE, "sliding_window": 4, "use_sliding_window": True, **unused})
+TWO = "rope_parameters, rope_scaling and rope_theta contradict"
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -142,12 +119,13 @@ def test_a_sliding_window_that_no_layer_uses_is_ignored(unused):
     (dict(rope_scaling={"type": "llama3", "factor": 8.0}), "low_freq_factor"),
     (dict(partial_rotary_factor=0.5), "partial rotary"),
     (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial rotary"),
-    (dict(hidden_act="gelu"), "gelu"), (dict(vocab_size=None), "vocab_size")])
+    (dict(hidden_act="gelu"), "gelu"), (dict(vocab_size=None), "vocab_size"),
+    (dict(rope_parameters={**YARN, "rope_theta": 1e4}, rope_scaling={**YARN, "factor": 2.0}), TWO),
+    # as NVIDIA's code saves a model whose theta it did not find in the newer spelling
+    (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rope_theta=1e4), TWO),
+    (dict(rope_scaling={**YARN, "rope_theta": 1e6}, rope_theta=1e4), TWO)])
 def test_what_would_be_computed_wrongly_is_refused_by_name(changes, named):
     refuse(lambda: parse_config({**BASE, **changes}, "x/config.json"), "x/config.json: ", named)
-
-
-# ------------------------------------------------------------------ Every published spelling of DMS
 
 
 def checkpoint_of(folder, kind="qwen3", seed=0, **extra_keys):
@@ -164,47 +142,38 @@ def adapters():
     return tensors | {f"{name}_norm.weight": torch.rand(32) + 0.5 for name in names}
 
 
-def nvidia_neuron(folder):
-    """As nvidia/Qwen3-8B-DMS-8x: keys in config.json, no dms_separate_alpha."""
-    checkpoint_of(folder, dms_window_size=5, dms_alpha_scale=100.0, dms_initial_alpha_offset=5.0,
-                  dms_cr=8, dms_tau=0.1, auto_map={"AutoModelForCausalLM": "a.Never"})
-    return dict(window=5, scale=100.0, offset=5.0, shift=1, per="head", separate=False)
+NVIDIA = {"dms_window_size": 5, "dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0}
+FLOATS = {**NVIDIA, "dms_window_size": 5.0, "dms_separate_alpha": True}
+SHISA = {"window_size": 5, "alpha_scale": 100.0, "alpha_offset": 5.0}
+SPELLINGS = {  # what config.json and dms_metadata.json state, and what plain_forward gets of it
+    "nvidia neuron": ({**NVIDIA, "dms_cr": 8, "auto_map": {"AutoModelForCausalLM": "a.b"}}, {}, {}),
+    "nvidia adapter": (FLOATS, {}, dict(separate=True)),
+    "nvidia layer": ({**FLOATS, "dms_alpha_per": "layer"}, {}, dict(separate=True, per="layer")),
+    "shisa": ({}, SHISA, dict(shift=0)),
+    "shisa nested": ({}, {"config": SHISA, "step": 900}, dict(shift=0)),
+    "overlay": (NVIDIA, {}, dict(separate=True)),  # the adapters alone, over a base model
+}
 
 
-def nvidia_adapter(folder, per="head"):
-    """Adapters among the weights; numbers as some programs write them."""
-    checkpoint_of(folder, dms_window_size=7.0, dms_alpha_scale=90, dms_initial_alpha_offset=2.5,
-                  dms_separate_alpha=True, dms_alpha_per=per)
-    file = folder / "model.safetensors"
-    save_file({**load_file(file), **adapters()}, file)
-    return dict(window=7, scale=90.0, offset=2.5, shift=1, per=per, separate=True)
-
-
-def shisa(folder, nested=False):
-    """As shisa-ai/Llama-3.2-1B-DMS-8x: dms_metadata.json beside the weights, no shift."""
-    checkpoint_of(folder, "llama")
-    metadata = {"window_size": 6, "alpha_scale": 50.0, "alpha_offset": 4.0, "target_cr": 8.0}
-    write(folder / "dms_metadata.json", {"config": metadata, "step": 9} if nested else metadata)
-    return dict(window=6, scale=50.0, offset=4.0, shift=0, per="head", separate=False)
-
-
-def overlay(folder):
-    """Only the adapters' tensors, to be laid over a base model; settings beside them."""
-    checkpoint_of(folder, "qwen2")
-    (folder / "adapters").mkdir()
-    save_file(adapters(), folder / "adapters" / "any-name.safetensors")
-    save_file(adapters(), folder / "a-copy.safetensors")  # for plain_forward, and no one else
-    write(folder / "adapters" / "config.json", {
-        "dms_window_size": 4, "dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0})
-    return dict(window=4, scale=100.0, offset=5.0, shift=1, per="head", separate=True)
-
-
-@pytest.mark.parametrize("make", [nvidia_neuron, nvidia_adapter, partial(nvidia_adapter, per="layer"),
-                                  shisa, partial(shisa, nested=True), overlay])
-def test_decisions_and_logits_of_every_spelling_equal_an_independent_computation(make, tmp_path):
-    settings = make(tmp_path)
-    adapter = tmp_path / "adapters"
-    model = load_model(tmp_path, adapter=adapter if adapter.exists() else None)
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_decisions_and_logits_of_every_spelling_equal_an_independent_computation(name, tmp_path):
+    config, metadata, changes = SPELLINGS[name]
+    settings = dict(window=5, scale=100.0, offset=5.0, shift=1, per="head", separate=False)
+    settings |= changes
+    stated = {} if name == "overlay" else config
+    checkpoint_of(tmp_path, "llama" if metadata else "qwen3", **stated)
+    file = tmp_path / "model.safetensors"
+    adapter = None
+    if metadata:
+        write_json(tmp_path / "dms_metadata.json", metadata)
+    elif name == "overlay":
+        adapter = tmp_path / "adapters"
+        adapter.mkdir()
+        write_json(adapter / "config.json", config)
+        save_file(adapters(), adapter / "any-name.safetensors")
+    elif settings["separate"]:
+        save_file({**load_file(file), **adapters()}, file)
+    model = load_model(tmp_path, adapter=adapter)
     ids = torch.randint(0, 67, (70,), generator=torch.Generator().manual_seed(3))
     expected, evict = plain_forward(tmp_path, ids, settings)
     assert 0.05 < evict.float().mean() < 0.95  # the case decides something
@@ -223,24 +192,11 @@ def test_what_is_not_stated_is_assumed_and_what_contradicts_itself_refused(tmp_p
     assert capsys.readouterr().err == ""
     assert read_settings(tmp_path, {"dms_cr": 8}) == DMSConfig(source="neuron")
     assert "window = 512" in capsys.readouterr().err
-    write(tmp_path / "dms_metadata.json", {"window_size": 128})
+    write_json(tmp_path / "dms_metadata.json", {"window_size": 128})
     assert read_settings(tmp_path, {}) == DMSConfig(128, source="neuron", shift=0)
     assert "offset = 5.0" in capsys.readouterr().err
     for raw in ({"dms_window_size": 512}, {"dms_separate_alpha": True}):
         refuse(lambda: read_settings(tmp_path, raw), "dms_metadata.json contradict")
-
-
-@pytest.mark.parametrize("settings", [
-    DMSConfig(7, shift=0, per="layer"), DMSConfig(3, "neuron"), DMSConfig(6, "neuron", shift=0),
-    DMSConfig(6, disable_eviction=True), None])
-def test_a_checkpoint_comes_back_as_it_was_saved(settings, tmp_path, capsys):
-    model = small_model(2, settings)
-    save_model(model, tmp_path, torch.float32)
-    again = load_model(tmp_path)
-    assert again.config.dms == settings
-    same(again(IDS), model(IDS))
-    assert config_in(tmp_path)["architectures"] == ["Qwen3ForCausalLM" + "DMS" * bool(settings)]
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("window, shift, size", [
@@ -250,25 +206,12 @@ def test_nvidias_code_gets_a_block_that_fits_and_refuses_what_it_would_shift(win
     assert config_to_dict(small_config(dms=DMSConfig(window, shift=shift)))[BLOCK_SIZE] == size
 
 
-# ------------------------------------------------------------------ Adapters in files of their own
-
-
-def retrofitted(base, folder, seed=2):
-    """A student of the checkpoint `base`, its adapters saved to the folder."""
-    student = dms.start_retrofit(load_model(base), DMSConfig(window=4))
-    torch.manual_seed(seed)
-    for block in student.model.layers:
-        torch.nn.init.normal_(block.self_attn.dms_proj_alpha.weight)
-    save_model(student, folder, torch.float32, base=base)
-    return student
-
-
 def test_adapters_are_small_find_their_base_and_may_be_laid_over_it(tmp_path):
     base, one, other = (tmp_path / name for name in ("base", "one", "other"))
     checkpoint_of(base)
     student = retrofitted(base, one)
     retrofitted(base, other, seed=5)
-    assert config_in(one)["dms_base_model"] == "../base"
+    assert read_json(one / "config.json")["dms_base_model"] == "../base"
     assert sum(file.stat().st_size for file in one.iterdir()) < 4000
     for folder, adapter in ((one, None), (base, one), (one, one), (base, one / ADAPTER_FILE),
                             (other, one)):
@@ -285,12 +228,12 @@ def test_adapters_are_small_find_their_base_and_may_be_laid_over_it(tmp_path):
 
 def test_adapters_find_the_commit_of_their_base_in_the_hubs_cache(tmp_path, monkeypatch):
     """Offline, and although the base has changed since."""
-    cache, folder = tmp_path / "cache", tmp_path / "adapters"
-    checkpoint_of(tmp_path / "base")
-    student = retrofitted(tmp_path / "base", folder)
+    cache, base, folder = (tmp_path / name for name in ("cache", "base", "adapters"))
+    checkpoint_of(base)
+    student = retrofitted(base, folder)
     edit(folder / "config.json",
          lambda raw: raw.update(dms_base_model="owner/base", dms_base_revision="0123456789" * 4))
-    in_hub_cache(cache, base=tmp_path / "base", adapters=folder)
+    in_hub_cache(cache, base=base, adapters=folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     place = cache / "models--owner--base"
@@ -300,79 +243,60 @@ def test_adapters_find_the_commit_of_their_base_in_the_hubs_cache(tmp_path, monk
         over_main = load_model("owner/base", adapter="owner/adapters")
         assert changed != torch.allclose(over_main(IDS), student(IDS), atol=1e-4)
         save_model(over_main, tmp_path / "again", base="owner/base")
-        raw = config_in(tmp_path / "again")
-        assert raw["dms_base_model"] == "owner/base"
-        assert raw["dms_base_revision"] == (place / "refs" / "main").read_text()
+        raw = read_json(tmp_path / "again" / "config.json")
+        commit = (place / "refs" / "main").read_text()
+        assert (raw["dms_base_model"], raw["dms_base_revision"]) == ("owner/base", commit)
         (place / "refs" / "main").write_text("newer")
         checkpoint_of(place / "snapshots" / "newer", seed=5)
     refuse(lambda: load_model("owner/absent"), "owner/absent: no such folder, and not on the hub")
+    checkpoint.download.cache_clear()
 
 
 def test_of_a_hub_repository_only_what_is_read_is_fetched(tmp_path, monkeypatch):
     wanted = ("config.json tokenizer.json chat_template.jinja dms_metadata.json model.safetensors "
-              f"{INDEX} model-00001-of-00002.safetensors dms_adapters.safetensors")
+              f"{INDEX} model-00001-of-00002.safetensors dms_adapters.safetensors").split()
     others = ("original/consolidated.safetensors checkpoint-500/model.safetensors fp16/config.json "
-              "consolidated.safetensors pytorch_model.bin model.fp16.safetensors README.md")
-    fetched = []
-
-    def snapshot(repository, revision, **patterns):
-        fetched.extend(filter_repo_objects(f"{wanted} {others}".split(), **patterns))
-        return tmp_path
-
-    monkeypatch.setattr(checkpoint, "download", snapshot)
-    assert resolve("owner/name") == tmp_path
-    assert fetched == wanted.split()
-
-
-# ----------------------------------------------------------------------------------------- Weights
-
-
-def test_one_file_counts_before_the_shards_of_an_index(tmp_path):
-    theirs, folder = saved(tmp_path, "qwen2", shard="40KB")
-    shards = list(folder.glob("model-*-of-*.safetensors"))
-    assert len(shards) > 4
-    same_logits(load_model(folder), theirs)
-    other, whole = saved(tmp_path / "whole", "qwen2", seed=1)
-    shutil.copy(whole / "model.safetensors", folder)
-    same_logits(reloaded(folder), other)
-    for shard in [None, *shards]:  # then they are gone, and the index is from before
-        if shard:
-            shard.unlink()
-        same_logits(load_model(folder), other)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="model-00001-of-"):
-        load_model(folder)
+              "consolidated.safetensors pytorch_model.bin model.fp16.safetensors README.md").split()
+    fetch = mock.Mock(return_value="folder")
+    monkeypatch.setattr(checkpoint, "download", fetch)
+    resolve("owner/name")
+    patterns = {key: fetch.call_args[1][key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(wanted + others, **patterns)) == wanted
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_are_converted_when_they_are_read_or_left_as_they_are(stored, tmp_path):
-    folder = saved(tmp_path, "llama", dtype=stored, attention_bias=True, shard="30KB")[1]
-    for wanted, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.3), (None, None)):
-        ours = load_model(folder, dtype=wanted)
-        assert {parameter.dtype for parameter in ours.parameters()} == {wanted or stored}
-        if wanted:
-            theirs = reloaded(folder, dtype=wanted, attn_implementation="eager")
-            same_logits(ours, theirs, tokens(50), tolerance)
+def test_one_file_counts_before_the_shards_of_an_index(stored, tmp_path):
+    folder = saved(tmp_path, "qwen2", shard="40KB", dtype=stored)[1]
+    assert load_model(folder, dtype=None).dtype == stored
+    same_logits(load_model(folder), reloaded(folder, dtype=torch.float32))
+    other, whole = saved(tmp_path / "whole", "qwen2", seed=1)
+    shutil.copy(whole / "model.safetensors", folder)
+    same_logits(load_model(folder), other)
+    same_logits(load_model(folder), reloaded(folder, dtype=torch.float32))
+    for shard in folder.glob("model-*-of-*.safetensors"):
+        shard.unlink()  # the index is from before
+    same_logits(load_model(folder), other)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model-00001-of-"):
+        load_model(folder)
 
 
 def test_weights_that_are_not_the_models_are_named_and_leftovers_ignored(tmp_path):
     theirs, folder = saved(tmp_path, tie_word_embeddings=True)
     file = folder / "model.safetensors"
     sound = load_file(file)
-    leftovers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-                 "lm_head.weight": torch.zeros(64, 64)}
-    save_file({**sound, **leftovers}, file)
-    same_logits(load_model(folder), theirs)
     name = "model.layers.1.self_attn.q_norm.weight"
-    for tensors, named in (
-            ({k: sound[k] for k in sound.keys() - {name}}, f'in state_dict: "{name}'),
-            ({**sound, "odd": torch.ones(1)}, 'Unexpected key(s) in state_dict: "odd"'),
-            ({**sound, name: torch.ones(5)}, "shape torch.Size([5])"),
-            ({**sound, name: torch.ones(16).to(torch.float8_e4m3fn)}, "quantized"),
-            ({**sound, name: torch.ones(16).to(torch.int8)}, "torch.int8; not supported: quantized"),
-            ({"odd": torch.ones(1)}, "Missing key(s)")):
-        save_file(tensors, file)
+    rotary = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**sound, rotary: torch.ones(8), "lm_head.weight": torch.zeros(64, 64)}, file)
+    same_logits(load_model(folder), theirs)
+    for changes, named in (({"odd": torch.ones(1)}, 'Unexpected key(s) in state_dict: "odd"'),
+                           ({name: torch.ones(5)}, "shape torch.Size([5])"),
+                           ({name: torch.ones(16).to(torch.float8_e4m3fn)}, "quantized"),
+                           ({name: torch.ones(16).to(torch.int8)}, "torch.int8; not supported")):
+        save_file({**sound, **changes}, file)
         refuse(lambda: load_model(folder), str(folder), named)
+    save_file({"odd": torch.ones(1)}, file)
+    refuse(lambda: load_model(folder), "Missing key(s)")
     file.write_bytes(file.read_bytes()[:-1])
     refuse(lambda: load_model(folder), "model.safetensors: damaged")
 
@@ -380,24 +304,15 @@ def test_weights_that_are_not_the_models_are_named_and_leftovers_ignored(tmp_pat
 def test_large_models_are_saved_in_shards_and_a_failed_save_is_never_whole(tmp_path, monkeypatch):
     model, save = small_model(0, DMSConfig(3)), huggingface_hub.save_torch_state_dict
     save_model(small_model(9), tmp_path, torch.float32)
-
-    def full(*arguments, **options):
-        raise OSError("no space left")
-
     in_shards = partial(save, max_shard_size="10KB")
-    for weights, config in ((full, checkpoint.write_json), (in_shards, full)):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-            patch.setattr(huggingface_hub, "save_torch_state_dict", weights)
-            patch.setattr(checkpoint, "write_json", config)
-            save_model(model, tmp_path, torch.float32)
-        assert not (tmp_path / "config.json").exists()
     monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", in_shards)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(checkpoint, "write_json", mock.Mock(side_effect=OSError("no space left")))
+        save_model(model, tmp_path, torch.float32)
+    assert not (tmp_path / "config.json").exists()
     save_model(model, tmp_path, torch.float32)
     assert (tmp_path / INDEX).exists() and not (tmp_path / "model.safetensors").exists()
     same(load_model(tmp_path)(IDS), model(IDS))
-
-
-# ------------------------------------------------------------------------ Tokenizers and templates
 
 
 @pytest.mark.parametrize("style", ["qwen", "llama3", "llama2"])
@@ -415,12 +330,11 @@ def test_ids_text_and_special_tokens_equal_transformers(style, tmp_path):
                 ids, special, clean_up_tokenization_spaces=False)
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         assert ours.special(name) == getattr(theirs, name)
-    assert ours.end_id == theirs.eos_token_id
     token = {"__type": "AddedToken", "content": theirs.eos_token, "lstrip": False}  # as DeepSeek's
-    edit(tmp_path / "tokenizer_config.json", lambda raw: raw.update(eos_token=token))
-    assert load_tokenizer(tmp_path).end_id == theirs.eos_token_id
-    edit(tmp_path / "tokenizer_config.json", lambda raw: raw.pop("eos_token"))
-    assert load_tokenizer(tmp_path).end_id is None
+    for stated, end in ((theirs.eos_token, theirs.eos_token_id), (token, theirs.eos_token_id),
+                        (None, None)):
+        edit(tmp_path / "tokenizer_config.json", lambda raw: raw.update(eos_token=stated))
+        assert load_tokenizer(tmp_path).end_id == end
     (tmp_path / "tokenizer.json").write_text("{}")
     refuse(lambda: load_tokenizer(tmp_path), "tokenizer.json: not a tokenizer")
 
@@ -429,27 +343,14 @@ TOOLS = [{"type": "function", "function": {"name": "look", "description": "<é> 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"x": "ü", "n": 1.5}}}
 USER = {"role": "user", "content": " 2 + <2>? naïve ☃\n"}
 ANSWER = {"role": "assistant"}
-TEMPLATE = r"""{{- bos_token }}{%- if tools %}
-    {{- '<tools>' + tools | map('tojson') | join('\n') + '</tools>' + strftime_now('%Y') }}
-{%- endif %}
-{%- set ns = namespace(n=0) %}
+TEMPLATE = r"""{{- bos_token }}{{ tools | map('tojson') | join(strftime_now('%Y')) if tools }}
 {% for message in messages %}
-    {% if message.role == 'odd' %}{{ raise_exception('no such role') }}{% endif %}
     {%- if loop.index0 > 50 %}{%- break %}{%- endif %}
-    {%- set ns.n = ns.n + 1 %}
-    {{- '<|im_start|>' + message['role'] + '\n' }}
-    {%- generation %}{%- set content = 'x' %}{% if message.content is string %}
-        {{- message.content | trim }}
-    {%- elif message.content %}
-        {{- message.content | map(attribute='text') | join(' ') }}
-    {%- endif %}{%- endgeneration %}{{ content is defined }}{{ message.reasoning_content }}
-    {%- for call in message.tool_calls or [] %}
-        {{- call.function.arguments | tojson(indent=2) }}{{ call | tojson(sort_keys=true) }}
-    {%- endfor %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think>' }}{% endif %}
-{%- endif %}
+    {{- '<|im_start|>' + message['role'] + '\n' }}{{ message.reasoning_content }}
+    {%- generation %}{%- set content = 'x' %}{{ message.content }}{%- endgeneration %}
+    {{- content is defined }}{{ message.tool_calls | tojson(indent=2) if message.tool_calls }}
+{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>' }}{{ enable_thinking is false }}{%- endif %}
 {{- unknown }}{{ pad_token is defined }}{{ add_bos_token is defined }}{{ documents is none }}"""
 
 
@@ -457,57 +358,53 @@ TEMPLATE = r"""{{- bos_token }}{%- if tools %}
 @pytest.mark.parametrize("messages", [
     [{"role": "system", "content": " Be brief. "}, USER, {**ANSWER, "content": "4"}, USER],
     [USER, {**ANSWER, "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "7"}],
-    [USER, {**ANSWER, "tool_calls": [CALL]}, {"role": "tool", "content": ""}],
+    [USER, {**ANSWER, "tool_calls": [CALL]}],
     [{"role": "user", "content": [{"type": "text", "text": text} for text in ("1", "2")]}],
     [USER, {**ANSWER, "content": "4", "reasoning_content": "Hm."}, USER]])
-def test_templates_render_as_in_transformers_whatever_is_in_the_messages(style, messages, tmp_path):
+def test_templates_render_as_in_transformers_whatever_they_get(style, messages, tmp_path):
     make_tokenizer(tmp_path, style, chat_template=TEMPLATE)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
-    for variables in ({}, {"tools": TOOLS}, {"enable_thinking": False, "tools": []}):
+    for more in ({}, {"tools": TOOLS}, {"enable_thinking": False, "tools": []}):
         for prompt in (False, True):
-            text = theirs.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt, **variables)
-            assert ours.apply_chat_template(messages, prompt, **variables) == text
+            more["add_generation_prompt"] = prompt
+            text = theirs.apply_chat_template(messages, tokenize=False, **more)
+            assert ours.apply_chat_template(messages, **more) == text
             ids = theirs(text, add_special_tokens=False)["input_ids"]
-            assert ours.encode(messages, add_generation_prompt=prompt, **variables) == ids
+            assert ours.encode(messages, **more) == ids
 
 
-@pytest.mark.parametrize("jinja", [False, True])
-@pytest.mark.parametrize("stated", [None, "a", [{"name": "default", "template": "b"},
-                                                {"name": "rag", "template": "c"}]])
-def test_the_template_is_found_where_transformers_finds_it(stated, jinja, tmp_path):
+DEFAULT = [{"name": "default", "template": "b"}, {"name": "rag", "template": "c"}]
+
+
+@pytest.mark.parametrize("stated, file", [("a", ""), (DEFAULT, ""), (DEFAULT, "d"), (None, "d")])
+def test_the_template_is_found_where_transformers_finds_it(stated, file, tmp_path):
     make_tokenizer(tmp_path, "qwen")
-    edit(tmp_path / "tokenizer_config.json", lambda raw: raw.update(chat_template=stated))
-    if jinja:
-        (tmp_path / "chat_template.jinja").write_text("{{ 'file' }}")
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
-    if not stated and not jinja:
-        return refuse(lambda: ours.apply_chat_template([USER]), "no chat template")
-    assert ours.apply_chat_template([USER]) == theirs.apply_chat_template([USER], tokenize=False)
+    refuse(lambda: ours.apply_chat_template([USER]), "no chat template")
+    edit(tmp_path / "tokenizer_config.json", lambda raw: raw.update(chat_template=stated))
+    if file:
+        (tmp_path / "chat_template.jinja").write_text(file)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    text = theirs.apply_chat_template([USER], tokenize=False)
+    assert load_tokenizer(tmp_path).apply_chat_template([USER]) == text
 
 
 @pytest.mark.parametrize("template", [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '/etc/passwd' %}",
-    "{{ raise_exception.__globals__['os'] }}", "{% set _ = messages.append(1) %}",
-    "{% for m in messages %}", "{{ raise_exception('no') }}", "{{ none.x.y }}",
-    "{{ range(10**9) | list }}", "{{ messages[0].content + messages[1].content }}"])
+    "{% set _ = messages.append(1) %}", "{% for m in messages %}", "{{ raise_exception('no') }}",
+    "{{ none.x.y }}", "{{ range(10**9) | list }}", "{{ messages[0].content + none }}"])
 def test_what_a_template_refuses_is_an_input_error(template, tmp_path):
     make_tokenizer(tmp_path, "qwen", chat_template=template)
-    messages = [USER, {"role": "assistant", "content": None}]
-    refuse(lambda: load_tokenizer(tmp_path).apply_chat_template(messages), "chat template refused")
-
-
-# -------------------------------------------------------------------------------------- Generation
+    refuse(lambda: load_tokenizer(tmp_path).apply_chat_template([USER]), "chat template refused")
 
 
 def test_defaults_of_generation_are_taken_or_named(tmp_path, capsys):
     assert generation_defaults(tmp_path) == {}
     file = tmp_path / "generation_config.json"
-    write(file, {"do_sample": True, "top_k": 20.0, "top_p": 0.8, "temperature": 1, "min_p": None,
-                 "repetition_penalty": 1.05, "typical_p": 1.0, "num_beams": 1,
-                 "suppress_tokens": [], "max_new_tokens": 100})
+    write_json(file, {
+        "do_sample": True, "top_k": 20.0, "top_p": 0.8, "temperature": 1, "min_p": None,
+        "repetition_penalty": 1.05, "typical_p": 1.0, "num_beams": 1, "suppress_tokens": []})
     defaults = dict(top_k=20, top_p=0.8, temperature=1, repetition_penalty=1.05)
     assert generation_defaults(tmp_path) == defaults
     assert capsys.readouterr().err == ""
@@ -524,7 +421,6 @@ def test_defaults_of_generation_are_taken_or_named(tmp_path, capsys):
     ({"eos_token_id": 0}, 7, {0, 2})])
 def test_what_ends_an_answer_is_stated_in_three_places(generation, config, expected, tmp_path):
     make_tokenizer(tmp_path, "llama2")
-    write(tmp_path / "config.json", {"eos_token_id": config})
-    if generation:
-        write(tmp_path / "generation_config.json", generation)
+    write_json(tmp_path / "config.json", {"eos_token_id": config})
+    write_json(tmp_path / "generation_config.json", generation)
     assert end_ids(tmp_path, load_tokenizer(tmp_path)) == expected
