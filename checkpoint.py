@@ -286,10 +286,10 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None, revision=None):
     a hub id the commit (None: the one that was loaded). Where the weights are sharded, every
     process calls this. config.json comes last: a folder without it is not whole."""
     folder = Path(folder)
-    rank, world = torchrun_place()
+    rank, _ = torchrun_place()
     place = "meta" if rank else "cpu"  # the other processes only help to gather
-    # what was gathered is a view of something larger, which safetensors refuses
-    tensors = {name: whole(parameter.detach()).to(place, dtype, copy=world > 1)
+    # a copy, since what was gathered is a view of something larger, which safetensors refuses
+    tensors = {name: whole(parameter.detach()).to(place, dtype).clone()
                for name, parameter in model.named_parameters()
                if base is None or "dms_proj_alpha" in name}
     if rank:

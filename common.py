@@ -53,7 +53,6 @@ def write_atomic(file, write):
     temporary = Path(file).with_name(f".{Path(file).name}.tmp")
     try:
         write(temporary)
-        temporary.chmod(0o644)  # safetensors writes files that others cannot read
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

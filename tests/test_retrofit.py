@@ -132,7 +132,7 @@ def test_a_long_sequence_takes_little_memory(monkeypatch):
     assert ours < 3 * 4 * T**2 * 4 / 3  # of 3 layers with 4 heads, float32
     hidden = run.student.hidden
     for place, name, value in ((dms, "KEEPS_SCORES", T), (dms, "KL_SLICE", T),
-                               (run.student, "hidden", lambda *given: hidden(*given[:3]))):
+                               (run.student, "hidden", lambda *given, **_: hidden(*given[:3]))):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
             assert peak_memory(run.backward, 0, ids, [[T]], 4.0) > 1.4 * ours, name
@@ -363,7 +363,7 @@ def test_a_resumed_run_keeps_its_own_options_and_refuses_others(random_teacher, 
 
 @pytest.mark.parametrize("more, message", [
     ("--target-cr 64", "window alone holds 5 of 64"),
-    ("--decision neuron", "neuron has no adapters"),
+    ("--decision neuron", "neuron needs --train all"),
     ("--seq-len 5000", "the model's context is"),
     ("--shard", "--shard needs several processes"),
     ("--model /no/such", "/no/such"),
