@@ -262,8 +262,8 @@ def train(options, data, out):
             speed = sum(map(sum, documents)) / (time.time() - begin)
             peak = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
             memory = f", {peak:.1f} GB" if peak else ""
-            bar.set_postfix_str(f"KL {metrics['kl']:.4f}, target {metrics['target_cr']:.2f}x, actual "
-                                f"{metrics['cr']:.2f}x, {speed:,.0f} tokens/s{memory}")
+            bar.set_postfix_str(f"KL {metrics['kl']:.4f}, target {metrics['target_cr']:.2f}x, "
+                                f"actual {metrics['cr']:.2f}x, {speed:,.0f} tokens/s{memory}")
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 run.save(state, step + 1, place)
     ratio = settle_offset(run.student, data)
@@ -348,8 +348,8 @@ def check(options):
     context = context_of(config_of(options.model))
     require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
     require((options.window + 1) * options.target_cr <= options.seq_len,
-            f"the window alone holds {options.window + 1} of {options.seq_len} tokens; use a smaller "
-            "--window or --target-cr, or a longer --seq-len")
+            f"the window alone holds {options.window + 1} of {options.seq_len} tokens; use a "
+            "smaller --window or --target-cr, or a longer --seq-len")
     require(options.decision == "adapter" or options.train == "all",
             "--decision neuron needs --train all")
     require(not options.device.startswith("cuda") or torch.cuda.get_device_capability()[0] >= 8,

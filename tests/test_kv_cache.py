@@ -15,7 +15,6 @@ from conftest import check_pages, held_by, random_dms, rule, small_config, small
 
 import dms
 import common
-import kv_cache
 from dms import DMSConfig
 from kv_cache import PLAIN, CacheFull, KVCache
 
