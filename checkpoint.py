@@ -86,23 +86,23 @@ def read_rope(raw, where):
     the older rope_scaling with rope_theta beside it. Both may be there if they agree: otherwise it
     depends on the reader which one counts."""
     found = [stated(raw[key]) for key in ("rope_parameters", "rope_scaling") if key in raw] or [{}]
-    for rope in found:
+    for rope in found:  # one entry, or two that must be equal
         rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
         rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    theta = rope["rope_theta"]
-    require(found[0] == found[-1] and theta == raw.get("rope_theta", theta),
+    agree = found[0] == found[-1]
+    theta = rope.pop("rope_theta")
+    require(agree and theta == raw.get("rope_theta", theta),
             f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other; remove "
             "what the model was not trained with")
     if "attn_factor" in rope:
         say(f"{where}: RoPE's attn_factor is read by nobody, transformers included")
-    del rope["rope_theta"]
     return rope, theta
 
 
 def check_supported(raw, rope, where):
     """Refuse by name what would be computed wrongly."""
     layer_types = {*raw.get("layer_types", [])}
-    slides = layer_types - {"full_attention"}
+    slides = bool(layer_types - {"full_attention"})
     if raw.get("use_sliding_window") and not layer_types:  # defaults as in transformers
         slides = raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
     refused = {
@@ -111,7 +111,7 @@ def check_supported(raw, rope, where):
         f"RoPE {rope}": rope["rope_type"] not in ROPE_KINDS,
         "a RoPE for each layer type": any(isinstance(value, dict) for value in rope.values()),
         "partial rotary embeddings": {**raw, **rope}.get("partial_rotary_factor", 1) != 1,
-        f"a sliding_window, {slides}": slides,
+        f"a sliding_window, {layer_types or ''}": slides,
     }
     for what, is_there in refused.items():
         require(not is_there, f"{where}: not supported: {what}; give a plain Llama, Qwen2 or Qwen3")
@@ -140,7 +140,7 @@ def config_to_dict(config):
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
         raw[SEPARATE] = settings.source == "adapter"
         # NVIDIA's code refuses a block that is not smaller than the window, and wants 256 on a GPU.
-        # It shifts decisions by one in any case, so that it must refuse a model without a shift.
+        # Without a shift it would decide wrongly: a block as large as the window makes it refuse.
         block = 256
         while block >= settings.window > 1:
             block //= 2
@@ -150,12 +150,12 @@ def config_to_dict(config):
 
 # ------------------------------------------------------------------------------------ DMS settings
 
-# the keys in config.json, by the names of DMSConfig (dms_shift is ours: NVIDIA's code always shifts
-# by one), and by the names in dms_metadata.json, which always belongs to a borrowed neuron
+# DMSConfig's name -> config.json's key (dms_shift is ours: NVIDIA's code always shifts by one)
 NVIDIA_KEYS = {
     "window": "dms_window_size", "scale": "dms_alpha_scale", "offset": "dms_initial_alpha_offset",
     "target_cr": "dms_cr", "per": "dms_alpha_per", "tau": "dms_tau", "shift": "dms_shift",
     "disable_eviction": "dms_disable_eviction"}
+# dms_metadata.json's key -> config.json's key; that file always belongs to a borrowed neuron
 METADATA_KEYS = {
     "window_size": "dms_window_size", "alpha_scale": "dms_alpha_scale", "shift": "dms_shift",
     "alpha_offset": "dms_initial_alpha_offset", "target_cr": "dms_cr"}
@@ -176,7 +176,7 @@ def read_settings(folder, raw):
     elif not any(key.startswith("dms_") for key in raw):
         return None
     both = {**others, **raw}
-    require(both == {**raw, **others},
+    require(both == {**raw, **others},  # equal only if no key has two values
             f"{folder}: config.json and dms_metadata.json contradict each other; remove one")
     known = {name: both[key] for name, key in NVIDIA_KEYS.items() if key in both}
     source = "adapter" if both.get(SEPARATE) else "neuron"
@@ -271,11 +271,12 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as e:  # it lists what is missing, unexpected or of another shape
         raise InputError(f"{folder}: does not fit its config.json: {str(e)[:300]}") from e
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings:  # assign=True has parted them
         model.lm_head.weight = model.model.embed_tokens.weight
     model.rope_freq = model.rope_freq.to(device)
     with contextlib.suppress(ImportError):
         from kernels.onednn import use_onednn
+
         use_onednn(model)
     return model.requires_grad_(False).eval()
 
@@ -303,6 +304,7 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None, revision=None):
     if base is not None and os.path.isdir(base):
         raw["dms_base_model"] = os.path.relpath(os.path.realpath(base), folder.resolve())
     elif base is not None:
+        # a hub snapshot's folder is named by its commit
         commit = resolve(base).name if revision is None else revision
         raw |= {"dms_base_model": str(base), "dms_base_revision": commit}
     write_json(folder / "config.json", raw)

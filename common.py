@@ -83,7 +83,8 @@ def parse_options(options, argv=None):
             how = dict(action="store_true" if field.type is bool else "append")
         elif field.default == "":
             how = dict(nargs="?", const="-")
-        flag = f"{'-' if len(field.name) == 1 else '--'}{field.name}".replace("_", "-")
+        dashes = "-" if len(field.name) == 1 else "--"
+        flag = dashes + field.name.replace("_", "-")
         parser.add_argument(flag, **how, help=comments.get(field.name))
     return vars(parser.parse_args(argv))
 
@@ -107,7 +108,7 @@ def run_script(main, when_stopped="stopped", when_out_of_memory="ask for less"):
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the output has enough of it
+    except BrokenPipeError:  # whoever reads the output has enough; Python must not flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print(f"\n{when_stopped}", file=sys.stderr)
@@ -123,7 +124,7 @@ def run_script(main, when_stopped="stopped", when_out_of_memory="ask for less"):
         sys.exit(2)
 
 
-def free_memory(device):
+def usable_memory(device):
     """Bytes that a GPU has free, or that this machine, or the container around us, has in all."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

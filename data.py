@@ -34,7 +34,7 @@ from common import InputError, read_text, require
 
 DEFAULT = "open-r1/OpenR1-Math-220k"
 # The columns that make a document. OpenR1's come before its "messages", whose answers may be wrong.
-SPELLINGS = """problem+generations+correctness_math_verify+is_reasoning_complete
+COLUMNS = """problem+generations+correctness_math_verify+is_reasoning_complete
     problem+generations+correctness_math_verify messages conversations prompt+response
     prompt+completion question+answer instruction+output+input instruction+output text""".split()
 ROLES = {"human": "user", "gpt": "assistant"}  # where ShareGPT has words of its own
@@ -51,24 +51,24 @@ def settling_sequences(seq_len):
 # ---------------------------------------------------------------------------------------- Documents
 
 
-def spelling(columns):
-    """The names of the columns that make the document: the first of SPELLINGS that are there."""
-    for spelled in SPELLINGS:
-        names = spelled.split("+")
+def document_columns(columns):
+    """The names of the columns that make the document: the first of COLUMNS that are there."""
+    for wanted in COLUMNS:
+        names = wanted.split("+")
         if set(names) <= set(columns):
             return names
-    raise InputError(f"its columns are {list(columns)}; wanted are one of: {', '.join(SPELLINGS)}")
+    raise InputError(f"its columns are {list(columns)}; wanted are one of: {', '.join(COLUMNS)}")
 
 
 def document_of(record):
     """The document of a record, a dict: a text, or messages for the chat template. Empty for a
     problem without a solution that is right (and complete, where that is stated)."""
-    names = spelling(record)
+    names = document_columns(record)
     asked, *others = (record[name] for name in names)
     if names == ["text"]:
         return asked
     if not others:
-        return list(asked)  # no text passes for messages
+        return list(asked)  # a string becomes letters here, which `message` refuses
     told, *more = others
     if "generations" in names:  # several solutions, and for each of them whether it will do
         flags = (flag or [] for flag in more)
@@ -103,7 +103,7 @@ def conversation(tokenizer, turns):
     """
     *asked, last = messages = [message(turn) for turn in turns]
     text = last["content"] if isinstance(last.get("content"), str) else ""
-    inline, _, text = text.rpartition("</think>")
+    inline, _, text = text.rpartition("</think>")  # without the mark `inline` is empty
     thought = (last.get("reasoning_content") or inline.replace("<think>", "")).strip()
     # Llama 3.2's template asks for the date of the day. Here it stays the same, or a run that is
     # resumed tomorrow would see other text.
@@ -113,7 +113,7 @@ def conversation(tokenizer, turns):
     if last["role"] != "assistant" or not text:  # a call of a tool only the template can write
         return whole
     prompt = template(asked, add_generation_prompt=True)
-    if whole.startswith(prompt) and thought in whole:
+    if whole.startswith(prompt) and thought in whole:  # it shows all that the model would say
         return whole
     before = re.sub(r"<think>\s*$", "", prompt)
     if thought or before != prompt:
@@ -125,13 +125,14 @@ def conversation(tokenizer, turns):
 
 
 def open_file(file):
-    """For each record of a file a function that gives it, a dict."""
+    """For each record of a file a function that gives it, a dict: so a broken line is one bad
+    record, and a table's rows become Python objects one by one."""
     if file.endswith(".parquet"):
         try:
             import pyarrow.parquet
 
             parquet = pyarrow.parquet.ParquetFile(file)
-            table = parquet.read(spelling(parquet.schema_arrow.names))
+            table = parquet.read(document_columns(parquet.schema_arrow.names))
         except Exception as e:  # of many kinds: truncated, an unsupported type, out of memory
             raise InputError(f"{file}: {e}") from e
         return [row.as_py for row in table.to_struct_array()]
@@ -227,7 +228,7 @@ class TextData:
         """Endless: (token ids, the place after it) of each document from a place on; those to train
         on shuffled, or those held out as they stand."""
         while True:
-            usable = first + begin > 0  # there was a document before this place
+            found_any = first + begin > 0  # there was a document before this place
             order = sorted if held_out else partial(shuffled, key=f"{self.seed} {epoch}")
             for f, name in enumerate(order(self.files)[first:], first):
                 file = self.fetch(name)
@@ -236,12 +237,12 @@ class TextData:
                     if (n % HELD_OUT == 1) != held_out:
                         continue
                     if ids := self.encode(f"{file}: document {n + 1}", records[n]):
-                        usable = True
+                        found_any = True
                         yield ids, [epoch, f, r]
                 begin = 0
             first = 0
             epoch += 1
-            require(usable, f"{self.source}: no usable document, a text or a verified solution")
+            require(found_any, f"{self.source}: no usable document, a text or a verified solution")
 
     def encode(self, where, read):
         """The token ids of a document with one end token; [] if it is left out, or skipped."""
@@ -253,8 +254,9 @@ class TextData:
             is_text = isinstance(document, str)
             text = document if is_text else conversation(tokenizer, document)
             ids = tokenizer.encode(text, add_special_tokens=is_text)
-            is_open = tokenizer.decode(ids[-1:], skip_special_tokens=True)
-            if is_open and tokenizer.end_id is not None:  # many templates end with a special token
+            # a special end token, which many templates write, is decoded to ""
+            ends_in_text = tokenizer.decode(ids[-1:], skip_special_tokens=True)
+            if ends_in_text and tokenizer.end_id is not None:
                 ids.append(tokenizer.end_id)
             require(max(ids) < self.vocab_size, "it has a token that the model does not know")
             return ids

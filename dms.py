@@ -8,9 +8,9 @@ against it:
     query i sees key j   iff   j <= i  and  (i - j <= window  or  not evict[j])
 
 This file has the rule (visible) and the dense computation that it defines (masked_attention), the
-decision and its two sources, the relaxed decision of training, the two losses, the schedule, and
-the step from a dense model to a DMS model (start_retrofit). It knows nothing of files, pages,
-kernels or devices.
+decision and its two sources, the step from a dense model to a DMS model (start_retrofit), documents
+packed into a sequence (Packing), the relaxed decision of training, the two losses and the schedule.
+It knows nothing of files, pages or kernels.
 
 Letters, the same in all files: B batch, T tokens, L layers, Hq query heads, Hkv KV heads,
 G = Hq / Hkv query heads to a KV head, D head size, C hidden size, V vocabulary, w window.
@@ -39,7 +39,7 @@ class DMSConfig:
     per: str = "head"  # or "layer": head 0 decides for all heads of its layer
     tau: float = 0.1  # temperature of the relaxed decision, in training only
     target_cr: float = 8.0  # the compression it was trained for; documentation only
-    disable_eviction: bool = False
+    disable_eviction: bool = False  # then the model runs as a dense one
 
     def logits(self, s):
         """The decision logits z = scale * s - offset. A pair is evicted where z > 0.
@@ -141,7 +141,7 @@ def start_retrofit(model, settings):
     "neuron" takes the borrowed channels from it: its other weights have to learn to do without.
     """
     config = model.config
-    config.dms = settings
+    config.dms = settings  # every block holds this same config
     for block in model.model.layers:
         if settings.source == "adapter":
             block.self_attn.add_adapter()
@@ -176,7 +176,7 @@ class Packing:
                 end[begin : begin + length] = begin + length
                 first[begin:] = begin
                 begin += length
-            first[begin:] = begin  # padding sees itself: a softmax over nothing would be NaN
+            first[begin:] = begin  # padding counts as one more document
         self.first = self.first.to(device)
         self.end = self.end.to(device)
         self.token = torch.arange(T, device=device)
@@ -185,8 +185,8 @@ class Packing:
         """(B, T) bool: the tokens with a next token in their document."""
         return self.token < self.end - 1
 
-    def outlives(self, window):
-        """(B, T) bool: the tokens that are out of the window when their document ends. Only there
+    def expires(self, window):
+        """(B, T) bool: the tokens that have left the window when their document ends. Only there
         does a decision free memory."""
         return self.token < self.end - 1 - window
 
@@ -212,7 +212,7 @@ def document_attention(packing):
 # --------------------------------------------------------- Training: relaxed decisions, section 3.3
 
 UNDECIDED = -1e4  # a logit that no noise turns into an eviction
-KEEPS_SCORES = 1024  # longer sequences compute their attention scores again in backward
+KEEP_SCORES_UP_TO = 1024  # tokens; longer sequences compute the scores again in backward
 
 
 def relaxed_attention(q, k, v, bias, first, window, block=128):
@@ -229,7 +229,7 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
     by_group = q.float().unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, T, D)
     context = (k.float(), v.float(), bias)
     attend = relaxed_block
-    if T > KEEPS_SCORES:
+    if T > KEEP_SCORES_UP_TO:
         attend = functools.partial(checkpoint, relaxed_block, use_reentrant=False)
     outputs = []
     for start in range(0, T, block):
@@ -270,7 +270,7 @@ class RelaxedAttention:
     dms: DMSConfig
     packing: Packing
     biased_attention: Callable  # relaxed_attention, or the kernel that equals it
-    seeds: list | None  # a text for each sequence, which seeds its noise; None: the hard rule
+    seeds: list | None  # a text for each sequence, which seeds its noise; None: hard (for tests)
     evicted_by_layer: list = field(default_factory=list)  # (Hkv,) pairs of this batch
 
     def __call__(self, layer, q, k, v, logits):
@@ -314,8 +314,8 @@ class RelaxedAttention:
         Straight through: the value is that of hard decisions, the gradient that of p."""
         p = torch.sigmoid(noisy)
         hard = (noisy > 0).float() + p - p.detach()
-        outlives = self.packing.outlives(self.dms.window)  # (B, T)
-        return (hard * outlives[:, None]).sum((0, 2))
+        expires = self.packing.expires(self.dms.window)  # (B, T)
+        return (hard * expires[:, None]).sum((0, 2))
 
     def evicted_pairs(self):
         """The mean over layers and heads, a scalar with a gradient."""
@@ -337,22 +337,22 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
     Logits of 150,000 words by 32,768 tokens take 20 GB, so they exist for KL_SLICE tokens at a
     time. A slice's gradients are computed while its logits are there.
     """
-    teachers = teacher.flatten(0, 1).split(KL_SLICE)
-    counted = counts.flatten().split(KL_SLICE)
+    teacher_slices = teacher.flatten(0, 1).split(KL_SLICE)
+    count_slices = counts.flatten().split(KL_SLICE)
     # leaves of their own: each slice's graph ends here, and is freed before the next one
     head = student_head.detach().requires_grad_(student_head.requires_grad)
-    students = [states.detach().requires_grad_(student.requires_grad)
-                for states in student.flatten(0, 1).split(KL_SLICE)]
+    student_slices = [states.detach().requires_grad_(student.requires_grad)
+                      for states in student.flatten(0, 1).split(KL_SLICE)]
     total = torch.zeros((), device=student.device)
-    for states, target, counts_here in zip(students, teachers, counted):
-        kl = slice_kl(states, target, head, teacher_head, counts_here, reverse)
+    for s, t, c in zip(student_slices, teacher_slices, count_slices):
+        kl = slice_kl(s, t, head, teacher_head, c, reverse)
         if kl.requires_grad:
             kl.backward()
         total = total + kl.detach()
     # The gradients are computed already: total.backward() only hands them on. (They are None where
     # nobody asked for them.)
-    if students[0].grad is not None:
-        gradient = torch.cat([states.grad for states in students])
+    if student_slices[0].grad is not None:
+        gradient = torch.cat([s.grad for s in student_slices])
         total = total + zero_with_gradient(student, gradient.view_as(student))
     if head.grad is not None:
         total = total + zero_with_gradient(student_head, head.grad)
@@ -362,11 +362,11 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
 def slice_kl(student, teacher, student_head, teacher_head, counts, reverse):
     """The same for one slice: student, teacher (n, C), counts (n,). Tokens that do not count are
     computed, too: so shapes stay the same, and nothing waits for a GPU."""
-    p = F.linear(teacher, teacher_head)
-    q = F.linear(student, student_head)
-    log_p = F.log_softmax(p.float(), dim=-1)
-    log_q = F.log_softmax(q.float(), dim=-1)
-    if reverse:
+    teacher = F.linear(teacher, teacher_head)
+    student = F.linear(student, student_head)
+    log_p = F.log_softmax(teacher.float(), dim=-1)
+    log_q = F.log_softmax(student.float(), dim=-1)
+    if reverse:  # then p is the student's
         log_p, log_q = log_q, log_p
     nats = F.kl_div(log_q, log_p, log_target=True, reduction="none")  # p (log p - log q)
     return (nats.sum(-1) * counts).sum()

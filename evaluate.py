@@ -48,7 +48,6 @@ def kl_on_text(model, reference, data, count):
         length = document.shape[1]
         packing = dms.Packing([[length]], length, model.device)
         target = reference.hidden(document, dms.document_attention(packing))
-        # asked for only now, since under --shard a forward pass makes them whole
         heads = (model.lm_head.weight, reference.lm_head.weight)
         nats.append(dms.distillation_loss(states, target, *heads, packing.predicts()))
         tokens += length - 1
@@ -58,15 +57,16 @@ def kl_on_text(model, reference, data, count):
 def settle_offset(model, data):
     """Set the decisions' offset so that the cache compresses held-out text by 2 to 4% more than the
     target, since other text may be compressed by less. The one-sided loss overshoots by much more,
-    which costs quality. Where even an offset lower by 1, which is less than the noise in training,
-    does not reach the target, it stays as it was trained. Returns the compression ratio."""
+    which costs quality. The offset may fall by 1 at most, which is less than the noise in training.
+    If that is not enough, it stays as it was trained. Returns the compression ratio."""
     settings = model.config.dms
     trained = settings.offset
     least = 1.02 * settings.target_cr
     ids, documents = data.held_out(settling_sequences(data.seq_len))
 
     @torch.inference_mode()
-    def ratio(offset):
+    def try_offset(offset):
+        """Set it, and return the compression ratio."""
         settings.offset = offset
         cache = KVCache(model.config, 1, model.device, model.dtype)
         for _ in read_through(cache, model, ids, documents):
@@ -77,18 +77,18 @@ def settle_offset(model, data):
 
     low = trained - 1  # the lower, the more is evicted
     high = trained + 127
-    if ratio(low) < least:
-        return ratio(trained)
+    if try_offset(low) < least:
+        return try_offset(trained)
     for _ in range(14):
         middle = (low + high) / 2
-        reached = ratio(middle)
+        reached = try_offset(middle)
         if least <= reached <= 1.02 * least:
             return reached
         if reached < least:
             high = middle
         else:
             low = middle
-    return ratio(low)  # few texts: no offset lies between
+    return try_offset(low)  # few texts: no offset lies between
 
 
 def sliding_window(model, pairs):
@@ -106,6 +106,7 @@ def measure(model, data, options, reference=None):
     if hasattr(data, "answer_tasks"):
         accuracy, cache = data.answer_tasks(model, options.eval_problems)
         sequences = len(accuracy) * options.eval_problems
+    # of ended sequences: the cache is empty by now
     ended = {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs, "sequences": sequences}
     return {"kl": kl, "accuracy": accuracy} | cache.stats() | ended
 

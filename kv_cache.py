@@ -21,8 +21,7 @@ attend_block); without that folder everything still runs. This file knows nothin
 tokenizers, or of how a decision was made.
 
 Letters: those of dms.py, and N = B * Hkv rows of a layer, where row b * Hkv + h is KV head h of
-sequence b; P pages in the pool; M columns of the page table; W = window + 1 entries of the ring;
-S slots of the longest row.
+sequence b; P pages in the pool; M columns of the page table; W = window + 1 entries of the ring.
 """
 
 import copy
@@ -34,7 +33,7 @@ from itertools import compress
 import torch
 import torch.nn.functional as F
 
-from common import free_memory
+from common import usable_memory
 from dms import attention, decisions, visible
 
 
@@ -57,7 +56,7 @@ class PagePool:
             self.position = torch.empty(shape, dtype=torch.int32)  # of a slot's token
             self.evicted = torch.zeros(shape, dtype=torch.bool)  # the decision about it
             # the free pages are free[:free_count]; the last of them is the top of the stack
-            self.free = torch.arange(pages, dtype=torch.int32).flip(0)  # (P,)
+            self.free = torch.arange(pages, dtype=torch.int32).flip(0)  # (P,), page 0 on top
             self.free_count = torch.tensor([pages], dtype=torch.int32)
         self.slots = (
             self.keys,
@@ -76,7 +75,8 @@ class PagePool:
                             f"{len(self)} are free; allow more memory or fewer sequences")
 
     def take(self, count):
-        """The numbers of `count` free pages, (count,) int32. Raises CacheFull, taking none."""
+        """The numbers of `count` free pages, (count,) int32, from the top of the stack down. Raises
+        CacheFull, taking none."""
         top = int(self.free_count)
         self.check(count, top)
         self.free_count -= count
@@ -126,10 +126,10 @@ class Rows:
         return first_slot < self.length[..., None]
 
     def pages_to_be_written(self, page_size):
-        """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window,
-        since it may be reused. (The last pair of a row is always in its window, so a last page with
-        room is among them. Entries of the ring that are not set yet, or are left from a released
-        sequence, mark pages too; but all that such a row holds is in its window anyway.)"""
+        """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window.
+        The newest pair has one of them, so a last page with room is among them. A row that has not
+        yet filled its ring marks pages by stale entries, too. That does no harm: all that it holds
+        is in its window, so all its pages are among them anyway."""
         column = self.ring // page_size
         written = torch.zeros_like(self.table, dtype=torch.bool)
         written.scatter_(2, column.long(), True)
@@ -138,9 +138,9 @@ class Rows:
 
 def fork(rows, index, pool):
     """New Rows, whose row i continues rows[index[i]]. What `index`, (n,) int64, does not name is
-    dropped. Where an earlier row continues the same one, row i is a copy: it gets pages of its own
-    in place of those that may still be written to, and shares the others. Raises CacheFull before
-    anything has changed."""
+    dropped. The first row that continues an old one takes over its pages. Each further one is a
+    copy: it shares the pages that are full and final, and gets its own of those that may still be
+    written to. Raises CacheFull before anything has changed."""
     forked = rows.select(index)
     is_same = index[:, None] == index
     is_copy = is_same.tril(-1).any(dim=1)  # of an earlier row
@@ -214,7 +214,7 @@ def store(k, v, evict, new, rows, pool, window):
     are written to must not be shared, and the tables must have room. Raises CacheFull before
     anything has changed.
     """
-    position = pool.position[rows.table].flatten(1)  # (N, S): of all slots that the tables name
+    position = pool.position[rows.table].flatten(1)  # (N, S), S = M * page_size
     evicted = pool.evicted[rows.table].flatten(1)
     slot = torch.arange(position.shape[1], device=k.device)
     in_use = slot < rows.length[:, None]
@@ -230,19 +230,20 @@ def store(k, v, evict, new, rows, pool, window):
     length = (stays.sum(1) + survives.sum(1)).int()
     add_pages(rows, pool, length)
     rows.length.copy_(length)
-    row, t = survives.nonzero(as_tuple=True)
-    slot = slots[row, t]
-    where = locate(rows, row, slot, pool)
-    pool.keys[where] = k[row, t]
-    pool.values[where] = v[row, t]
-    pool.position[where] = token[row, t].int()
-    pool.evicted[where] = evict[row, t]
+    row, i = survives.nonzero(as_tuple=True)
+    target = slots[row, i]
+    where = locate(rows, row, target, pool)
+    pool.keys[where] = k[row, i]
+    pool.values[where] = v[row, i]
+    pool.position[where] = token[row, i].int()
+    pool.evicted[where] = evict[row, i]
 
     W = window + 1
-    recent = t >= new[row] - W  # the ring holds the window; a survivor may lie behind it already
-    row, t = row[recent], t[recent]
-    entry = token[row, t] % W
-    rows.ring[row, entry] = slot[recent].int()
+    # a kept token may be older than the window, and the ring has no entry for it
+    recent = i >= new[row] - W
+    row, i = row[recent], i[recent]
+    entry = token[row, i] % W
+    rows.ring[row, entry] = target[recent].int()
 
 
 def store_one(k, v, evict, new, rows, pool, shift):
@@ -308,9 +309,10 @@ def choose_kernels(device, dtype):
     """Triton's on a GPU, numba's for single tokens on a CPU, and the plain ones elsewhere."""
     try:
         if device.type == "cuda":
-            from kernels import attention, write
+            from kernels import attention as paged
+            from kernels import write
 
-            return Kernels(write.store_one, attention.attend_one, attention.attend_block)
+            return Kernels(write.store_one, paged.attend_one, paged.attend_block)
         if dtype in (torch.float32, torch.bfloat16):
             from kernels import cpu
 
@@ -334,7 +336,7 @@ class PieceAttention:
 
     def __post_init__(self):
         self.new = self.count.repeat_interleave(self.cache.kv_heads)  # (N,): the same by row
-        # (B, 1): first positions, a view that changes when the next piece is asked for
+        # (B, 1), each sequence's first position: a view, to be read before the next piece
         self.start = self.rows.seen[:: self.cache.kv_heads, None]
 
     def __call__(self, layer, q, k, v, logits):
@@ -350,20 +352,21 @@ class PieceAttention:
             logits = k.new_full((N, T), -1.0)  # keep everything
         logits = logits.reshape(N, T)
         if T == 1:  # store, then attend: the token sees all that its rows hold, itself included
-            evict = logits[:, 0] > 0
-            new_pairs = (k[:, 0], v[:, 0], evict, self.new)
+            decided = logits[:, 0] > 0  # about the token `shift` before
+            new_pairs = (k[:, 0], v[:, 0], decided, self.new)
             cache.kernels.store_one(*new_pairs, rows, cache.pool, cache.shift)
             y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, cache.pool)
         else:  # attend, then store: the first tokens still see what expires within the block
-            evict = self.decide(logits, rows)
+            evict = self.settle(logits, rows)
             new_pairs = (k, v, evict, self.new)
             y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, cache.pool, cache.window)
             store(*new_pairs, rows, cache.pool, cache.window)
         return y.view(q.shape)
 
-    def decide(self, logits, rows):
+    def settle(self, logits, rows):
         """What a block's logits (N, T) decide about its own tokens, (N, T) bool. With a shift of 1
-        the first one decides about the newest token held, and nothing yet about the last one."""
+        the first logit is about the newest token held, where it is noted here, and the block's last
+        token is left undecided."""
         cache = self.cache
         evict = decisions(logits, cache.shift)
         if cache.shift == 1:
@@ -387,9 +390,9 @@ class KVCache:
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None,
                  chunk=None, memory=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page. chunk: the
-        most tokens computed at a time, at least 3. memory: bytes of the pool; None is what the
-        model's whole context takes without eviction, but at most 80% of a GPU's free memory or of
-        the machine's (whose pages take memory once they are written to)."""
+        most tokens computed at a time, at least 3. memory: bytes of the pool. None: room for the
+        whole context without eviction, but at most 80% of the memory, on a GPU of what is free. (On
+        a CPU a page takes memory once it is written to.)"""
         self.device = torch.device(device)
         page_size = page_size or (64 if config.head_dim >= 64 else 32)
         default = 2048 if self.device.type == "cuda" else 512
@@ -401,7 +404,7 @@ class KVCache:
         self.window = config.eviction.window if config.eviction else 0
         self.shift = config.eviction.shift if config.eviction else 0
         self.kernels = choose_kernels(self.device, dtype)
-        self.decode_step = None  # generate.py keeps its captured step here
+        self.decode_step = None  # generate.py's CUDA graph, which lives as long as these tensors
 
         N = batch_size * self.kv_heads  # rows of a layer
         # a key, a value, a position and a decision
@@ -409,7 +412,7 @@ class KVCache:
         self.page_bytes = page_size * slot_bytes
         if memory is None:
             pages = L * N * -(-config.max_position_embeddings // page_size)  # the whole context
-            memory = min(pages * self.page_bytes, 0.8 * free_memory(self.device))
+            memory = min(pages * self.page_bytes, 0.8 * usable_memory(self.device))
         pages = max(int(memory / self.page_bytes), 1)
         self.pool = PagePool(pages, page_size, config.head_dim, dtype, self.device)
         seen = torch.zeros(N, dtype=torch.int64, device=self.device)
@@ -421,6 +424,7 @@ class KVCache:
             ring=zeros(L, N, self.window + 1),
         )
 
+        # counted on the device, since a replayed CUDA graph adds to them; see stats
         self.reads = seen.new_zeros(1)
         self.peak_pairs = seen.new_zeros(1)
         self.least_free_pages = self.pool.free_count.clone()
@@ -466,13 +470,14 @@ class KVCache:
         """
         sequences = range(self.batch_size) if sequence is None else [sequence]
         rows = self.rows_of(sequences).tolist()
-        rows = slice(rows[0], rows[-1] + 1)
+        rows = slice(rows[0], rows[-1] + 1)  # by which Rows.select gives views
         B, T = ids.shape
         if lengths is None:
             lengths = [T] * B
         count = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
         in_range = (count >= 0) & (count <= T)
-        if not len(count) == B == len(sequences) or not in_range.all():
+        fits = len(count) == B == len(sequences) and bool(in_range.all())
+        if not fits:
             raise ValueError(f"ids (B, T) and lengths (B,), at most {T}, must be of {sequences}")
         if T == 1:
             self.reserve(count, rows)
@@ -486,8 +491,10 @@ class KVCache:
     def pieces(self, ids, count, rows=slice(None)):
         """Yield (piece of ids, its PieceAttention), for pieces of at most `chunk` tokens. A piece
         counts as seen when the next one is asked for, so the caller must run the loop to its end.
-        For a single token nothing here waits for a GPU, and the caller has called `reserve`. Pieces
-        are equally long, so none of a longer input is a single token.
+        For a single token nothing here waits for a GPU, and the caller has called `reserve`.
+
+        Lengths differ by one at most, so with a chunk of 3 or more no piece of a longer input is a
+        single token, which would need `reserve`. (3 tokens in chunks of 2 would be 2 + 1.)
         """
         number = -(-ids.shape[1] // self.chunk)
         for piece in ids.tensor_split(number, dim=1):

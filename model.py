@@ -1,8 +1,8 @@
 """
 The decoder: Llama, Qwen2 and Qwen3 in one class.
 
-    x = x + o_proj(attend(q, k, v))
-    x = x + down(silu(gate(x)) * up(x))            (pre-norm, rotary positions, grouped queries)
+    x = x + o_proj(attend(q, k, v))          q, k, v from norm(x); q and k rotated
+    x = x + down(silu(gate(h)) * up(h))      h = norm(x)
 
 Module names are the checkpoints' own, so a state dict needs no table of names. `attend` is handed
 in: masked attention over the tokens themselves, a KVCache, or what a trainer puts there. This file
@@ -68,6 +68,7 @@ def rope_frequencies(config):
     """Inverse frequencies (D/2,) float32, and the factor by which cos and sin are multiplied."""
     rope = config.rope_scaling or {}
     kind = rope.get("rope_type", "default")
+    # on the CPU even where load_model builds the rest on "meta": no file holds these
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     freq = 1 / config.rope_theta ** (exponent / config.head_dim)
     if kind == "linear":
@@ -103,7 +104,8 @@ def yarn_frequencies(config, freq):
     factor = float(rope.get("factor", config.max_position_embeddings / original))
 
     def channel_with(rotations):
-        """The channel, a fraction, that makes so many rotations over the original context."""
+        """The channel, a fraction, that makes so many rotations over the original context:
+        theta ** (2 channel / D) = original / (2 pi rotations), solved for the channel."""
         tokens_per_radian = original / (rotations * 2 * math.pi)
         return D * math.log(tokens_per_radian) / (2 * math.log(config.rope_theta))
 
@@ -183,11 +185,11 @@ class Attention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         logits = self.decide(residual, q)
+        # The borrowed channel is silenced before RoPE, so that it does not leak into its partner
+        # D/2 - 1, and after it, since the partner leaks into it. Released models expect both.
         q = apply_rope(self.without_borrowed(q), *rope)
-        k = apply_rope(k, *rope)
-        # RoPE mixes channel D/2 - 1 into the borrowed one, which would put it back into the score.
-        # The released models were trained without it, so it is set to 0 once more.
         q = self.without_borrowed(q)
+        k = apply_rope(k, *rope)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits
 
     def decide(self, residual, q):
@@ -292,16 +294,16 @@ class Model(nn.Module):
         """cos and sin (B or 1, T, 1, D) of the positions start + 0, 1, ... Angles are float32
         whatever the model's dtype."""
         position = start + torch.arange(T, device=self.device)[None]
-        angle = position[:, :, None, None] * self.rope_freq.float()  # (B or 1, T, 1, D/2)
+        angle = position[:, :, None, None] * self.rope_freq  # (B or 1, T, 1, D/2)
         angle = torch.cat((angle, angle), dim=-1)
         return [(f(angle) * self.rope_scale).to(dtype) for f in (torch.cos, torch.sin)]
 
     def hidden(self, ids, attend, start=0, recompute=False):
         """The final normed states (B, T, C) of ids (B, T) int64.
 
-        attend(layer, q, k, v, logits) -> (B, Hq, T, D), with what Attention.project gives. start is
-        added to 0, 1, ..., T - 1 to give positions: (B, 1) integer, each sequence's first one, or
-        for packed documents -Packing.first, (B, T). recompute: see Block.
+        attend(layer, q, k, v, logits) -> (B, Hq, T, D), with what Attention.project gives. Token
+        t's position is start + t. start: 0; (B, 1), what each sequence has seen; or (B, T),
+        -Packing.first, so that positions begin anew in each document. recompute: see Block.
         """
         x = self.model.embed_tokens(ids)
         rope = self.rope(ids.shape[1], start, x.dtype)
@@ -324,8 +326,8 @@ class Model(nn.Module):
             return self.hidden(ids, dms.masked_attention(self.config))
         cache.check_model(self)
         with torch.inference_mode(), cache.append(ids, lengths, sequence) as pieces:
-            return torch.cat([self.hidden(piece, attend, attend.start)
-                              for piece, attend in pieces], dim=1)
+            states = [self.hidden(x, attend, attend.start) for x, attend in pieces]
+            return torch.cat(states, dim=1)
 
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):
         """Next-token logits (B, T, V), or for last_only (B, 1, V), of column T - 1 alone. The other

@@ -60,7 +60,7 @@ def write_release(options, out):
     folder = resolve(options.model)
     raw = read_json(folder / "config.json")
     # what the adapters belong to; None where the folder has weights of its own for everything
-    adapted = raw.get("dms_base_model") or options.adapter and options.model
+    adapted = raw.get("dms_base_model") or (options.model if options.adapter else None)
     base = options.base or adapted
     is_alone = adapted and not options.merge
     is_here = base and ((folder / base).is_dir() or Path(base).is_dir())
@@ -76,7 +76,8 @@ def write_release(options, out):
     weights = "the adapters alone, to be laid over the base" if is_alone else "all weights"
     text = card(model.config, None if is_here else base, weights, options.license, run)
     write_text(out / "README.md", text)
-    revision = raw.get("dms_base_revision") if base == adapted else ""  # of --base it is not known
+    # "": not known, so save_model must not look it up
+    revision = raw.get("dms_base_revision") if base == adapted else ""
     save_model(model, out, None, base if is_alone else None, revision)
 
 

@@ -4,7 +4,8 @@ Retrofit a checkpoint with DMS by distillation.
     loss = KL(teacher || student) + max(1 - 1/CR(step) - evicted fraction, 0)
 
 The teacher is the model as it was, the student the same with relaxed eviction decisions (dms.py).
-First the training step, in one process or several, then the loop around it and the script.
+First the training step, in one process or several, then the loop around it and the script. At the
+end the decisions' offset is settled by what a cache really holds of held-out text (evaluate.py).
 
     python retrofit.py                                     # the shipped toy teacher, on a laptop
     python retrofit.py --model Qwen/Qwen3-8B               # OpenR1-Math-220k from the hub
@@ -41,8 +42,8 @@ from data import DEFAULT, TextData, ahead, settling_sequences
 from evaluate import evaluate, settle_offset
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
-# The defaults for --data toy, and for text on a GPU (the 65 million tokens that NVIDIA's recipe
-# takes to 8x) and on a CPU (1.2 million: some hours for a model of 135 million weights).
+# Defaults: of the toy data; of text on a GPU, 65 million tokens, as NVIDIA's recipe takes to 8x;
+# of text on a CPU, 1.2 million tokens: some hours for a model of 135 million weights.
 TOY_DEFAULTS = dict(data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4,
                     seq_len=512, eval_sequences=32)
 GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=1000, batch_size=8, seq_len=8192,
@@ -82,7 +83,7 @@ class Options:
     eval_sequences: int = None  # held-out sequences for the KL (default: 32, on a CPU 8)
     eval_problems: int = 200  # held-out problems of each toy task
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = None  # of frozen weights
+    dtype: Literal["float32", "bfloat16", "float16"] = None  # of frozen weights (GPU: bfloat16)
 
     def settings(self):
         """What is written down of a run: all but where and how it runs."""
@@ -94,8 +95,9 @@ class Options:
 
 
 def load_pair(options):
-    """(student, ready to be trained; teacher). With adapters both are one model, whose teacher's
-    attention ignores the decisions."""
+    """(student, ready to be trained; teacher). "all": two models. "adapters": one model, which is
+    its own teacher where attention ignores the decisions. Weights are sharded before adapters are
+    added: these are small, so every process has all of them."""
     train_all = options.train == "all"
     device = "cpu" if options.shard else options.device  # shard() moves it, piece by piece
     teacher = load_model(options.model, device, getattr(torch, options.dtype))
@@ -107,7 +109,7 @@ def load_pair(options):
     if options.shard:
         for model in {student, teacher}:  # once, where both are one model
             shard(model)
-    if not train_all:  # after shard(): adapters are small, so every process has all of them
+    if not train_all:
         dms.start_retrofit(student, decision)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(train_all or "dms_proj_alpha" in name)
@@ -145,7 +147,8 @@ class Distillation:
         the step diverges."""
         options = self.options
         cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
-        kl, self.evicted_fraction = all_reduce(self.backward(step, ids, documents, cr)).tolist()
+        sums = all_reduce(self.backward(step, ids, documents, cr))
+        kl, self.evicted_fraction = sums.tolist()
         for parameter in self.parameters.values():
             if not is_sharded(parameter.grad):  # FSDP has summed what it shards
                 all_reduce(parameter.grad)
@@ -164,7 +167,7 @@ class Distillation:
         the evicted fraction, (2,)."""
         rank, world = torchrun_place()
         tokens = sum(map(sum, documents))
-        predictions = tokens - sum(map(len, documents))
+        predictions = tokens - sum(map(len, documents))  # a document's last token predicts none
         sums = torch.zeros(2, device=self.student.device)
         B, T = ids.shape
         mine = list(range(rank, B, world))
@@ -175,8 +178,9 @@ class Distillation:
             seeds = [f"{self.options.seed} {step} {b}" for b in part]
             kl, evicted = self.compare(ids[part].to(sums.device), packing, seeds)
             shares = torch.stack((kl / predictions, evicted / tokens))
-            # The fraction of the whole step is known only after its last sequence. So the step
-            # before says whether the target is missed, and the gradient is that of these sequences.
+            # The step's own fraction is known only when all its sequences are done. So the value
+            # is the last step's, which says whether the target is missed, and the gradient is that
+            # of these sequences.
             fraction = self.evicted_fraction + shares[1] - shares[1].detach()
             compression = dms.compression_loss(fraction, cr)
             (shares[0] + self.options.compression_weight * compression).backward()
@@ -191,6 +195,7 @@ class Distillation:
             target = teacher.hidden(ids, dms.document_attention(packing), start)
         relaxed = dms.RelaxedAttention(student.config.dms, packing, self.attention, seeds)
         states = student.hidden(ids, relaxed, start, recompute=ids.shape[1] > RECOMPUTES)
+        # asked for only now: under --shard they are whole after a forward pass
         heads = (student.lm_head.weight, teacher.lm_head.weight)
         counts = packing.predicts()
         kl = dms.distillation_loss(states, target, *heads, counts, self.options.reverse_kl)
@@ -251,7 +256,7 @@ def train(options, data, out):
         begin_folder(options, out, done)
     bar = tqdm(range(done, options.steps), "retrofit", disable=not is_main,
                initial=done, total=options.steps)
-    with closing(ahead(data.batches(done, place))) as batches:  # ends its thread
+    with closing(ahead(data.batches(done, place))) as batches:  # a thread, which closing ends
         for step in bar:
             begin = time.time()
             ids, documents, place = next(batches)
@@ -266,6 +271,7 @@ def train(options, data, out):
                                 f"actual {metrics['cr']:.2f}x, {speed:,.0f} tokens/s{memory}")
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 run.save(state, step + 1, place)
+    # sets the decisions' offset, so that the cache reaches the target on held-out text
     ratio = settle_offset(run.student, data)
     if is_main:
         hint = "" if ratio >= options.target_cr else "; more --steps, or a higher --lr, may help"
@@ -312,7 +318,8 @@ def complete(options):
         config = config_of(options.model)
         defaults = CPU_DEFAULTS if options.device == "cpu" else GPU_DEFAULTS
         seq_len = options.seq_len or min(defaults["seq_len"], context_of(config))
-        # the largest power of two that leaves room for the target: (window + 1) * cr <= seq_len
+        # the widest window that leaves room for the target, (window + 1) * cr <= seq_len, rounded
+        # down to a power of two
         fits = max(int(seq_len / options.target_cr) - 1, 1)
         window = min(512, 2 ** (fits.bit_length() - 1))
         # A step moves a logit by about lr * C: as much as in NVIDIA's recipe, 3e-5 for C = 4096.
@@ -386,7 +393,7 @@ def main(argv=None):
     with FileLock(f"{out}.lock", timeout=0) if rank == 0 else nullcontext():
         data = make_data(options)
         if options.data != "toy" and data.revision and "@" not in options.data:
-            options.data += f"@{data.revision}"  # what a resumed run goes on with
+            options.data += f"@{data.revision}"  # settings.json keeps the commit for --resume
         if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
             check_data(options, data)
             # the fastest products: on a GPU TF32, on most CPUs float32 by oneDNN

@@ -16,32 +16,30 @@ from pathlib import Path
 
 from common import read_text, write_text
 
-TEMPLATE = Path(__file__).with_name("page.html")
-
-
-def held_by_heads(cache, sequence):
-    """The positions that each head holds of a sequence, an index of the batch: [L][Hkv][n]."""
-    heads = range(cache.kv_heads)
-    return [[cache.positions(sequence, layer, head).tolist() for head in heads]
+def held_by_heads(cache, index):
+    """The positions that each head holds of a sequence, at an index of the batch: [L][Hkv][n]."""
+    return [[cache.positions(index, layer, head).tolist() for head in range(cache.kv_heads)]
             for layer in range(cache.layers)]
 
 
-def show_evictions(file, stream, ids, held):
-    """Show ids, which the cache has seen, by what held_by_heads says: printed for "-", otherwise
-    written to an HTML file. stream: a new Stream (generate.py) that keeps special tokens."""
+def show_evictions(file, cache, sequence, stream):
+    """Show what the cache holds of a Sequence: printed for "-", otherwise written to an HTML file.
+    stream: a new Stream (generate.py) that keeps special tokens."""
+    held = held_by_heads(cache, sequence.index)
+    texts = texts_of(stream, sequence.ids[: sequence.fed])
     if file == "-":
-        print_tokens(texts_of(stream, ids), held)
+        print_tokens(texts, held)
     else:
-        write_text(file, page(texts_of(stream, ids), held))
+        write_text(file, page(texts, held))
 
 
 def texts_of(stream, ids):
-    """The text of each token. What several tokens make together stands at the first place where it
-    is certain; the others are dots."""
-    ends = [stream(token) or len(stream.text) for token in ids]
-    stream.finish()
-    ends[-1] = len(stream.text)
-    return [stream.text[begin:end] or "\u00b7" for begin, end in zip([0, *ends], ends)]
+    """Yield the text of each token. What several tokens make together stands at the one that makes
+    it certain; the others are dots."""
+    for token in ids:
+        begin = len(stream.text)
+        stream(token)
+        yield stream.text[begin:] or "\u00b7"
 
 
 def print_tokens(texts, held):
@@ -56,7 +54,7 @@ def print_tokens(texts, held):
 
 
 def page(texts, held):
-    """The page: the tokens as escaped text, and as data nothing but numbers."""
+    """The page: as data nothing but numbers, and the tokens as escaped text."""
     spans = "".join(f"<span>{html.escape(text)}</span>" for text in texts)
-    before, after = read_text(TEMPLATE).split("TEXT")
-    return before + spans + after.replace("DATA", json.dumps({"held": held}))
+    template = read_text(Path(__file__).with_name("page.html"))
+    return template.replace("DATA", json.dumps(held)).replace("TEXT", spans)

@@ -96,11 +96,11 @@ def measure(model, shares, where, args, results, bandwidth):
     """Add the row of one compression, context and batch. Returns a function that makes a step."""
     batch = where["batch"]
     cache = filled_cache(model, shares, where["context"], batch, args.steps)
-    cache.decode_step = DecodeStep(model, cache)
+    cache.decode_step = DecodeStep(cache)
     tokens = dict.fromkeys(range(batch), 1)
 
     def step():
-        return sample(cache.decode_step(tokens), None).tolist()
+        return sample(cache.decode_step(model, cache, tokens), None).tolist()
 
     pair_bytes = 2 * model.config.head_dim * model.dtype.itemsize
     copy_ms = 1000 * cache.stats()["pairs"] * pair_bytes / bandwidth

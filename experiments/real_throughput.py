@@ -50,7 +50,7 @@ def answer(model, prompts, args):
         seconds = time.time() - begin
         rows = [json.loads(line) for line in out.read_text().splitlines()]
     tokens = sum(sum(row["generated"]["tokens"]) for row in rows)
-    [report] = re.findall(r"^\[(.*tokens, prompts included.*)\]$", done.stderr, re.MULTILINE)
+    [report] = re.findall(r"^\[(.*new tokens in.*)\]$", done.stderr, re.MULTILINE)
     return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
             "answers": len(rows), "report": report}
 

@@ -30,7 +30,6 @@ import triton.language as tl
 from kernels import block_sizes, check_launch
 
 FOREVER = tl.constexpr(2**31 - 1)
-NEVER = tl.constexpr(-(2**30))  # added to a window, it is still below every token
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
@@ -46,8 +45,8 @@ def attend_to(q, k_ptr, v_ptr, key, is_key, sees, scale, top, total, out,
     d = tl.arange(0, WIDTH)[None, :]
     at = key[:, None] * D + d
     mask = is_key[:, None] & (d < D)
-    k = tl.load(k_ptr + at, mask=mask, other=0.0)
-    v = tl.load(v_ptr + at, mask=mask, other=0.0)
+    k = tl.load(k_ptr + at, mask, 0.0)
+    v = tl.load(v_ptr + at, mask, 0.0)
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
     score = tl.where(sees, score, float("-inf"))
     highest = tl.maximum(top, tl.max(score, 1))
@@ -77,17 +76,16 @@ def _attend(
     block = tl.num_programs(2) - 1 - tl.program_id(2)
     query = block * QUERIES + tl.arange(0, QUERIES)
     token = query // G
-    is_query = token < T
     line = (row * G + query % G) * T + token  # in (N, G, T)
     d = tl.arange(0, WIDTH)[None, :]
-    mask = is_query[:, None] & (d < D)
-    q = tl.load(q_ptr + line[:, None] * D + d, mask=mask, other=0.0)
-    top = tl.full((QUERIES,), -1e30, tl.float32)
+    mask = (token < T)[:, None] & (d < D)
+    q = tl.load(q_ptr + line[:, None] * D + d, mask, 0.0)
     total = tl.zeros((QUERIES,), tl.float32)
+    top = total - 1e30
     out = tl.zeros((QUERIES, WIDTH), tl.float32)
     t = tl.arange(0, KEYS)
 
-    length = tl.load(length_ptr + row).to(tl.int32)
+    length = tl.load(length_ptr + row)
     share = tl.maximum(tl.cdiv(length, parts), 16)  # fewer pairs are not worth a part
     first = part * share
     last = tl.minimum(length, first + share)
@@ -96,19 +94,19 @@ def _attend(
         seen = tl.load(seen_ptr + row).to(tl.int32)  # the position of token 0
         last = tl.where(tl.min(token, 0) < new, last, first)  # a block of padding sees nothing
     table_ptr += row * table_stride
-    page = tl.load(table_ptr + (first + t) // PAGE, mask=first + t < last, other=0)
+    page = tl.load(table_ptr + (first + t) // PAGE, first + t < last, 0)
     for start in range(first, last, KEYS):
         slot = start + t
         is_held = slot < last
         key = page.to(tl.int64) * PAGE + slot % PAGE  # in the pool
         later = slot + KEYS
-        page = tl.load(table_ptr + later // PAGE, mask=later < last, other=0)
-        until = tl.where(is_held, FOREVER, NEVER)
+        page = tl.load(table_ptr + later // PAGE, later < last, 0)
+        sees = is_held[None, :]
         if NEW:
-            position = tl.load(position_ptr + key, mask=is_held, other=NEVER)
-            evicted = tl.load(evicted_ptr + key, mask=is_held, other=1).to(tl.int1)
+            position = tl.load(position_ptr + key, is_held, 0)
+            evicted = tl.load(evicted_ptr + key, is_held, 0)
             until = tl.where(evicted, position + window - seen, FOREVER)
-        sees = token[:, None] <= until[None, :]
+            sees = sees & (token[:, None] <= until[None, :])
         top, total, out = attend_to(q, keys_ptr, values_ptr, key, is_held, sees, scale,
                                     top, total, out, D, WIDTH)
     if NEW:
@@ -118,16 +116,15 @@ def _attend(
         for start in range(0, end, KEYS):
             key = start + t
             is_key = key < end
-            evicted = tl.load(evict_ptr + row * T + key, mask=is_key, other=0).to(tl.int1)
+            evicted = tl.load(evict_ptr + row * T + key, is_key, 0)
             until = tl.where(evicted, key + window, FOREVER)
             sees = (key[None, :] <= token[:, None]) & (token[:, None] <= until[None, :])
             top, total, out = attend_to(q, k_ptr, v_ptr, key, is_key, sees, scale,
                                         top, total, out, D, WIDTH)
     total = tl.maximum(total, 1e-30)  # a query that sees nothing gets zeros
     line = line * parts + part
-    y = (out / total[:, None]).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + line[:, None] * D + d, y, mask=mask)
-    tl.store(lse_ptr + line, (top + tl.log2(total)) / LOG2E, mask=is_query)
+    tl.store(y_ptr + line[:, None] * D + d, out / total[:, None], mask)
+    tl.store(lse_ptr + line, (top + tl.log2(total)) / LOG2E, token < T)
 
 
 def parts_of(rows):
@@ -136,24 +133,18 @@ def parts_of(rows):
     return min(max(triton.next_power_of_2(256 // rows), 16), 128)
 
 
-def attend(q, k, v, evict, new, rows, pool, window, parts):
-    """q (N, G, T, D) to what the rows hold and to the new tokens k, v (N, T, D); with k None there
-    are none. Returns (N, G, T, D)."""
-    dtype = q.dtype
+def attend(q, block, rows, pool, window, parts):
+    """q (N, G, T, D) to what the rows hold and to a block of new tokens: (k (N, T, D), v, evict
+    (N, T), new (N,)), or () where there are none. Returns (N, G, T, D)."""
     N, G, T, D = q.shape
-    has_new = k is not None
-    block = (k, v, evict, new) if has_new else 4 * (rows.seen,)  # in place of what is not read
-    state = (rows.seen, rows.length, rows.table)
-    slots = (pool.keys, pool.values, pool.position, pool.evicted)
-    tensors = [x.contiguous() for x in (q, *block)] + [*state, *slots]
-    if q.is_cpu and dtype == torch.bfloat16:  # the interpreter multiplies it as if it were integers
-        tensors = [x.float() if x.dtype == dtype else x for x in tensors]
+    unread = 4 * (q,)
+    tensors = [x.contiguous() for x in (q, *(block or unread))]
+    tensors += [rows.seen, rows.length, rows.table, *pool.slots]
     check_launch(D, *tensors)
-    q = tensors[0]
     width = max(triton.next_power_of_2(D), 16)
     queries, _, keys = block_sizes(q, width)
     warps = 8
-    if not has_new:  # reading is what takes time: few queries, and 16 KiB of keys at a time
+    if not block:  # reading is what takes time: few queries, and 16 KiB of keys at a time
         queries = 16
         keys = 16384 // (width * q.element_size())
         warps = 2 * q.element_size()  # with fewer, float32 spills registers
@@ -161,20 +152,19 @@ def attend(q, k, v, evict, new, rows, pool, window, parts):
     lse = q.new_empty(N, G, T, parts, dtype=torch.float32)
     _attend[N, parts, triton.cdiv(T * G, queries)](
         *tensors, y, lse, T, window, D**-0.5, rows.table.stride(0),
-        G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=has_new,
+        G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=len(block) > 0,
         QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=3)
     if parts > 1:
         weight = torch.softmax(lse, dim=3)
         y = weight[:, :, :, None] @ y  # (N, G, T, 1, D)
-    return y.view(N, G, T, D).to(dtype)
+    return y.view(N, G, T, D).to(q.dtype)
 
 
 def attend_one(q, rows, pool):
     """kv_cache.attend_one by Triton."""
-    parts = parts_of(len(q))
-    return attend(q[:, :, None], None, None, None, None, rows, pool, 0, parts)[:, :, 0]
+    return attend(q[:, :, None], (), rows, pool, 0, parts_of(len(q)))[:, :, 0]
 
 
 def attend_block(q, k, v, evict, new, rows, pool, window):
     """kv_cache.attend_block by Triton."""
-    return attend(q, k, v, evict, new, rows, pool, window, parts=1)
+    return attend(q, (k, v, evict, new), rows, pool, window, parts=1)

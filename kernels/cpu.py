@@ -19,36 +19,33 @@ import torch
 import torch.nn.functional as F
 
 
-def launch(kernel, *tensors):
-    """Run a kernel on tensors as numpy sees them, bfloat16 as 16-bit integers, in as many threads
-    as PyTorch uses."""
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+def arrays(*tensors):
+    """Tensors as numpy sees them, bfloat16 as 16-bit integers."""
     tensors = [x.view(torch.uint16) if x.dtype == torch.bfloat16 else x for x in tensors]
-    kernel(*(x.detach().numpy() for x in tensors))
-    if torch.get_num_threads() != threads:  # numba's first launch sets them for all of OpenMP
-        torch.set_num_threads(threads)
+    return [x.detach().numpy() for x in tensors]
 
 
 def store_one(k, v, evict, new, rows, pool, shift):
     """kv_cache.store_one by numba. The free stack must hold a page for every row that needs one."""
     state = (rows.seen, rows.length, rows.table, rows.ring)
-    slots = (pool.keys, pool.values, pool.position, pool.evicted)
     free = (pool.free, pool.free_count)
-    launch(_store, k, v, evict, new, *state, *slots, *free, torch.tensor([shift]))
+    _store(shift, *arrays(k, v, evict, new, *state, *pool.slots, *free))
 
 
 def attend_one(q, rows, pool):
-    """kv_cache.attend_one by numba."""
+    """kv_cache.attend_one by numba, in as many threads as PyTorch uses."""
     D = q.shape[2]
+    threads = torch.get_num_threads()
     query = q.float() * D**-0.5
     # part (threads, N, G, D + 2): of each share the sum of its weighted values, the sum of its
     # weights, both relative to its highest score, and that score
-    part = F.pad(query.new_zeros(torch.get_num_threads(), *q.shape), (0, 2))
+    part = F.pad(query.new_zeros(threads, *q.shape), (0, 2))
     part[..., -1] = -1e30
-    launch(_attend, query, pool.keys, pool.values, rows.table, rows.length, part)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    _attend(*arrays(query, pool.keys, pool.values, rows.table, rows.length, part))
+    torch.set_num_threads(threads)  # numba's first launch sets them for all of OpenMP
     out, total, top = part.split((D, 1, 1), dim=3)
-    weight = (top - top.amax(0)).exp()
+    weight = top.softmax(dim=0)
     y = (weight * out).sum(0) / (weight * total).sum(0).clamp(min=1e-30)
     return y.to(q.dtype)
 
@@ -75,8 +72,13 @@ fast = {"reassoc", "contract", "nsz", "arcp"}
 
 
 @numba.njit(**options)
-def _store(k, v, evict, new, seen, length, table, ring,
-           keys, values, position, evicted, free, free_count, shift):
+def locate(pages, slot, page_size):
+    return pages[slot // page_size], slot % page_size
+
+
+@numba.njit(**options)
+def _store(shift, k, v, evict, new, seen, length, table, ring,
+           keys, values, position, evicted, free, free_count):
     """The rule as it is written in write.py."""
     page_size = keys.shape[1]
     W = ring.shape[1]
@@ -84,24 +86,24 @@ def _store(k, v, evict, new, seen, length, table, ring,
         if new[row] == 0:
             continue
         t = seen[row]
-        if shift[0] == 1 and t > 0:
+        pages = table[row]
+        if shift == 1 and t > 0:
             newest = ring[row, (t - 1) % W]
-            evicted[table[row, newest // page_size], newest % page_size] = evict[row]
+            evicted[locate(pages, newest, page_size)] = evict[row]
         slot = length[row]
-        if t >= W:
-            oldest = ring[row, t % W]
-            if evicted[table[row, oldest // page_size], oldest % page_size]:
-                slot = oldest
-        if slot == length[row]:
+        oldest = ring[row, t % W]
+        if t >= W and evicted[locate(pages, oldest, page_size)]:
+            slot = oldest
+        else:
             length[row] += 1
             if slot % page_size == 0:
                 free_count[0] -= 1
-                table[row, slot // page_size] = free[free_count[0]]
-        place = table[row, slot // page_size], slot % page_size
+                pages[slot // page_size] = free[free_count[0]]
+        place = locate(pages, slot, page_size)
         keys[place] = k[row]
         values[place] = v[row]
         position[place] = t
-        evicted[place] = evict[row] and shift[0] == 0
+        evicted[place] = evict[row] and shift == 0
         ring[row, t % W] = slot
 
 
@@ -128,14 +130,14 @@ def attend_page(q, keys, values, weight, out):
 @numba.njit(parallel=True, fastmath=fast, **options)
 def _attend(q, keys, values, table, length, part):
     """A thread takes its share of every row's pages."""
-    N, G, D = q.shape
+    N, G, _ = q.shape
     page_size = keys.shape[1]
     threads = len(part)
     for share in numba.prange(threads):
         weight = np.empty(page_size, np.float32)
         for row in range(N):
             pages = -(-length[row] // page_size)
-            for ordinal in range(share * pages // threads, (share + 1) * pages // threads):
+            for ordinal in range((row + share) % threads, pages, threads):
                 held = min(length[row] - ordinal * page_size, page_size)
                 page = table[row, ordinal]
                 for g in range(G):

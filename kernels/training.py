@@ -36,6 +36,7 @@ hardware's exponential is, so they carry the factor log2(e).
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -54,16 +55,9 @@ def dot(x, y, total=None):
 
 
 @triton.jit
-def load_rows(ptr, token, head, N, HEADS: tl.constexpr, D: tl.constexpr):
-    """The vectors (tokens, D) of a block of tokens in (N, HEADS, D); zeros beyond token N - 1."""
-    at = (token * HEADS + head)[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(ptr + at, token[:, None] < N, 0.0)
-
-
-@triton.jit
-def store_rows(ptr, token, head, x, N, HEADS: tl.constexpr, D: tl.constexpr):
-    at = (token * HEADS + head)[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), token[:, None] < N)
+def vectors(token, head, HEADS: tl.constexpr, D: tl.constexpr):
+    """Where the vectors of a block of tokens lie in (N, HEADS, D): offsets (tokens, D)."""
+    return (token * HEADS + head)[:, None] * D + tl.arange(0, D)[None, :]
 
 
 @triton.jit
@@ -80,8 +74,8 @@ def scores(x, y, bias, query, key, visible, window, scale, BAND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "window"])
 def _by_queries(
-    q_ptr, k_ptr, v_ptr, bias_ptr, first_ptr, y_ptr, lse_ptr, dy_ptr, delta_ptr, dq_ptr,
     N, window, scale,
+    q_ptr, k_ptr, v_ptr, bias_ptr, first_ptr, y_ptr, lse_ptr, dy_ptr, delta_ptr, dq_ptr,
     Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, BACKWARD: tl.constexpr):
     """Program (block of queries, query head): y and lse, or in backward dq and delta. The last
@@ -91,27 +85,29 @@ def _by_queries(
     kv_head = head // (Hq // Hkv)
     query = start + tl.arange(0, OWN)
     line = head * N + query  # in (Hq, N)
-    q = load_rows(q_ptr, query, head, N, Hq, D)
-    first = tl.load(first_ptr + query, query < N, 0)
+    own = vectors(query, head, Hq, D)
+    q = tl.load(q_ptr + own)
+    first = tl.load(first_ptr + query)
     total = tl.zeros((OWN, D), tl.float32)  # of p v, or of dscore k
     if BACKWARD:
-        dy = load_rows(dy_ptr, query, head, N, Hq, D)
-        y = load_rows(y_ptr, query, head, N, Hq, D)
+        dy = tl.load(dy_ptr + own)
+        y = tl.load(y_ptr + own)
         delta = tl.sum(y * dy.to(tl.float32), 1)
-        tl.store(delta_ptr + line, delta, query < N)
-        lse = tl.load(lse_ptr + line, query < N, 0.0)
+        tl.store(delta_ptr + line, delta)
+        lse = tl.load(lse_ptr + line)
     else:
         norm = tl.zeros((OWN,), tl.float32)
         top = norm - 1e30  # the highest score so far, which weights are relative to
-    begin = tl.load(first_ptr + start)
-    edge = begin + tl.maximum(start - window - begin, 0) // OTHER * OTHER
-    end = tl.minimum(start + OWN, N)
+    begin = tl.load(first_ptr + start) // OTHER * OTHER
+    edge = tl.maximum(start - window, begin) // OTHER * OTHER
+    end = start + OWN
     for BAND in tl.static_range(2):
         for block in range(edge if BAND else begin, end if BAND else edge, OTHER):
             key = block + tl.arange(0, OTHER)
-            k = load_rows(k_ptr, key, kv_head, N, Hkv, D)
-            v = load_rows(v_ptr, key, kv_head, N, Hkv, D)
-            bias = tl.load(bias_ptr + kv_head * N + key, key < N, 0.0)
+            other = vectors(key, kv_head, Hkv, D)
+            k = tl.load(k_ptr + other)
+            v = tl.load(v_ptr + other)
+            bias = tl.load(bias_ptr + kv_head * N + key)
             visible = key[None, :] >= first[:, None]
             score = scores(
                 q, k, bias[None, :], query[:, None], key[None, :], visible, window, scale, BAND
@@ -130,25 +126,27 @@ def _by_queries(
                 total = dot(p.to(v.dtype), v, total)
                 top = highest
     if BACKWARD:
-        store_rows(dq_ptr, query, head, total * scale, N, Hq, D)
+        tl.store(dq_ptr + own, total * scale)
     else:
-        store_rows(y_ptr, query, head, total / norm[:, None], N, Hq, D)
-        tl.store(lse_ptr + line, top + tl.log2(norm), query < N)
+        tl.store(y_ptr + own, total / norm[:, None])
+        tl.store(lse_ptr + line, top + tl.log2(norm))
 
 
 @triton.jit(do_not_specialize=["N", "window"])
 def _by_keys(
-    q_ptr, k_ptr, v_ptr, bias_ptr, end_ptr, lse_ptr, dy_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr,
     N, window, scale,
+    q_ptr, k_ptr, v_ptr, bias_ptr, end_ptr, lse_ptr, dy_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr,
     Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr):
     """Program (block of keys, KV head): dk, dv and dbias. Here the BAND comes first in the walk."""
     start = tl.program_id(0) * OWN
     kv_head = tl.program_id(1)
     key = start + tl.arange(0, OWN)
-    k = load_rows(k_ptr, key, kv_head, N, Hkv, D)
-    v = load_rows(v_ptr, key, kv_head, N, Hkv, D)
-    bias = tl.load(bias_ptr + kv_head * N + key, key < N, 0.0)
-    end = tl.load(end_ptr + key, key < N, 0)
+    line = kv_head * N + key  # in (Hkv, N)
+    own = vectors(key, kv_head, Hkv, D)
+    k = tl.load(k_ptr + own)
+    v = tl.load(v_ptr + own)
+    bias = tl.load(bias_ptr + line)
+    end = tl.load(end_ptr + key)
     dk = tl.zeros((OWN, D), tl.float32)
     dv = tl.zeros((OWN, D), tl.float32)
     dbias = tl.zeros((OWN,), tl.float32)
@@ -158,10 +156,11 @@ def _by_keys(
         for BAND in tl.static_range(2):
             for block in range(start if BAND else edge, edge if BAND else last, OTHER):
                 query = block + tl.arange(0, OTHER)
-                q = load_rows(q_ptr, query, head, N, Hq, D)
-                dy = load_rows(dy_ptr, query, head, N, Hq, D)
-                lse = tl.load(lse_ptr + head * N + query, query < N, 0.0)
-                delta = tl.load(delta_ptr + head * N + query, query < N, 0.0)
+                other = vectors(query, head, Hq, D)
+                q = tl.load(q_ptr + other)
+                dy = tl.load(dy_ptr + other)
+                lse = tl.load(lse_ptr + head * N + query)
+                delta = tl.load(delta_ptr + head * N + query)
                 visible = query[None, :] < end[:, None]
                 score = scores(
                     k, q, bias[:, None], query[None, :], key[:, None], visible, window, scale, BAND
@@ -174,31 +173,30 @@ def _by_keys(
                 if BAND:
                     dscore = tl.where(query[None, :] > key[:, None] + window, dscore, 0.0)
                 dbias += tl.sum(dscore, 1)
-    store_rows(dk_ptr, key, kv_head, dk * scale, N, Hkv, D)
-    store_rows(dv_ptr, key, kv_head, dv, N, Hkv, D)
-    tl.store(dbias_ptr + kv_head * N + key, dbias, key < N)
+    tl.store(dk_ptr + own, dk * scale)
+    tl.store(dv_ptr + own, dv)
+    tl.store(dbias_ptr + line, dbias)
 
 
 class BiasedAttention(torch.autograd.Function):
     """q: (N, Hq, D), D a power of two; k, v: (N, Hkv, D); bias: (Hkv, N) float32; first: (N,)
-    int32; all contiguous. Returns (N, Hq, D)."""
+    int32; all contiguous. sizes: of blocks, see block_sizes; N is a multiple of the first one.
+    Returns (N, Hq, D)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, first, window, scale):
+    def forward(ctx, q, k, v, bias, first, window, scale, sizes):
         N, Hq, D = q.shape
-        own, other, few = block_sizes(q, D)
-        sizes = dict(Hq=Hq, Hkv=len(bias), D=D, OWN=own, num_warps=8, num_stages=2)
-        ctx.by_queries = dict(sizes, OTHER=other)
-        ctx.by_keys = dict(sizes, OTHER=few)
-        ctx.blocks = triton.cdiv(N, own)
-        ctx.settings = (N, window, scale)
+        Hkv = len(bias)
+        own, other, few = sizes
+        settings = (N, window, scale)
+        options = dict(Hq=Hq, Hkv=Hkv, D=D, OWN=own, num_warps=8, num_stages=2)
+        ctx.by_queries = partial(_by_queries[N // own, Hq], *settings, OTHER=other, **options)
+        ctx.by_keys = partial(_by_keys[N // own, Hkv], *settings, OTHER=few, **options)
         y = torch.empty_like(q)
         lse = bias.new_empty(Hq, N)
-        saved = (q, k, v, bias, first, y, lse)
         unused = (y, lse, y)  # in place of dy, delta and dq
-        _by_queries[ctx.blocks, Hq](
-            *saved, *unused, *ctx.settings, **ctx.by_queries, BACKWARD=False)
-        ctx.save_for_backward(*saved)
+        ctx.by_queries(q, k, v, bias, first, y, lse, *unused, BACKWARD=False)
+        ctx.save_for_backward(q, k, v, bias, first, y, lse)
         return y
 
     @staticmethod
@@ -206,34 +204,36 @@ class BiasedAttention(torch.autograd.Function):
         q, k, v, bias, first, y, lse = ctx.saved_tensors
         dy = dy.contiguous()
         dq, dk, dv, dbias, delta = (torch.empty_like(x) for x in (q, k, v, bias, lse))
-        results = (dy, delta, dq)
-        _by_queries[ctx.blocks, len(lse)](
-            *ctx.saved_tensors, *results, *ctx.settings, **ctx.by_queries, BACKWARD=True)
+        ctx.by_queries(*ctx.saved_tensors, dy, delta, dq, BACKWARD=True)
         # of each token, where its document ends: behind the last token with the same `first`
         end = torch.searchsorted(first, first, right=True, out_int32=True)
-        inputs = (q, k, v, bias, end, lse, dy, delta)
-        _by_keys[ctx.blocks, len(bias)](*inputs, dk, dv, dbias, *ctx.settings, **ctx.by_keys)
-        return dq, dk, dv, dbias, None, None, None
+        ctx.by_keys(q, k, v, bias, end, lse, dy, delta, dk, dv, dbias)
+        return dq, dk, dv, dbias, None, None, None, None
 
 
 def relaxed_attention(q, k, v, bias, first, window):
     """dms.relaxed_attention by Triton: q (B, Hq, T, D); k, v (B, Hkv, T, D); bias (B, Hkv, T)
     float32; first (B, T) int32 -> (B, Hq, T, D). Best where q, k and v are views of
-    (B, T, heads, D): others are copied."""
-    B, Hq, T, D = q.shape
-    dtype = q.dtype
+    (B, T, heads, D), and B * T is a multiple of 128: others are copied."""
+    B, _, T, D = q.shape
+    N = B * T
     width = max(16, triton.next_power_of_2(D))
-    if B * T * Hq * width >= 2**31:
+    sizes = block_sizes(q, width)
+    more = -N % sizes[0]  # fills the last block: one more document, of zeros
+
+    def flat(x):  # (B, heads, T, D) -> (N + more, heads, width)
+        x = x.transpose(1, 2).flatten(0, 1)
+        if more or D < width:
+            x = F.pad(x, (0, width - D, 0, 0, 0, more))
+        return x.contiguous()
+
+    inputs = (flat(q), flat(k), flat(v))
+    if inputs[0].numel() >= 2**31:
         raise ValueError(f"{B} x {T} tokens are too many at a time: offsets are 32 bits wide")
-    if q.is_cpu and dtype == torch.bfloat16:  # the interpreter multiplies it as if it were integers
-        q, k, v = (x.float() for x in (q, k, v))
-    if D < width:
-        q, k, v = (F.pad(x, (0, width - D)) for x in (q, k, v))
-    q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
-    bias = bias.transpose(0, 1).flatten(1).contiguous()
-    starts = torch.arange(0, B * T, T, dtype=torch.int32, device=first.device)
-    first = (first + starts[:, None]).flatten()
-    check_launch(D, q, k, v, bias, first)
-    y = BiasedAttention.apply(q, k, v, bias, first, min(window, T), D**-0.5)
-    y = y.to(dtype).view(B, T, Hq, width)
-    return y[..., :D].transpose(1, 2)
+    bias = F.pad(bias.transpose(0, 1).flatten(1), (0, more)).contiguous()
+    starts = T * torch.arange(B, device=first.device)
+    first = (first + starts[:, None]).int().flatten()
+    first = F.pad(first, (0, more), value=N)
+    check_launch(D, *inputs, bias, first)
+    y = BiasedAttention.apply(*inputs, bias, first, min(window, T), D**-0.5, sizes)
+    return y[:N, :, :D].unflatten(0, (B, T)).transpose(1, 2)

@@ -29,7 +29,7 @@ def test_the_rule_decisions_and_packing_on_small_cases():
     assert packing.first.tolist() == [[0, 0, 0, 3, 4, 4, 6], [0, 0, 0, 0, 4, 4, 4]]
     assert packing.end.tolist() == [[3, 3, 3, 4, 6, 6, 0], [4, 4, 4, 4, 0, 0, 0]]
     assert packing.predicts().int().tolist() == [[1, 1, 0, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0]]
-    assert packing.outlives(1).int().tolist() == [[1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
+    assert packing.expires(1).int().tolist() == [[1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
     s = torch.tensor([[[0.02, 0.08], [0.05, 0.0], [0.1, 0.04]]])  # B 1, T 3, Hkv 2
     close(DMSConfig().logits(s), torch.tensor([[[-3.0, 0.0, 5.0], [3.0, -5.0, -1.0]]]))
     close(DMSConfig(per="layer").logits(s), torch.tensor([[[-3.0, 0.0, 5.0]] * 2]))

@@ -41,6 +41,8 @@ no_launch = pytest.mark.skipif(INTERPRETED, reason="it launches nothing")
 by_numba = pytest.mark.skipif(cpu is None or INTERPRETED, reason="there is no numba, or no need")
 NOWHERE = 2**30  # an index that must never be used
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# the interpreter multiplies bfloat16 as if it were integers
+MULTIPLIED = (*DTYPES[:2], torch.float32 if INTERPRETED else torch.bfloat16)
 SIZES = (8, 64, 96, 128, 256)  # of heads
 
 
@@ -61,13 +63,10 @@ def test_interpreter(names):
 def empty_rows(N, D, window, page_size, columns, dtype=torch.float32, device="cpu"):
     """The rows of a layer, and a pool with pages enough, in random order; all unused is poison."""
     zeros = torch.zeros(N, dtype=torch.int32, device=device)
-    table = torch.full((N, columns), NOWHERE, dtype=torch.int32, device=device)
-    ring = torch.full((N, window + 1), NOWHERE, dtype=torch.int32, device=device)
+    table, ring = (zeros[:, None].repeat(1, n) + NOWHERE for n in (columns, window + 1))
     pool = PagePool(N * columns, page_size, D, dtype, device)
-    pool.keys.fill_(math.nan)
-    pool.values.fill_(math.nan)
-    pool.position.fill_(NOWHERE)
-    pool.evicted.fill_(True)
+    for slots in pool.slots:
+        slots.fill_(math.nan if slots.is_floating_point() else NOWHERE)
     pool.free.copy_(torch.randperm(len(pool)))
     return Rows(zeros.long(), zeros, table, ring), pool
 
@@ -75,17 +74,13 @@ def empty_rows(N, D, window, page_size, columns, dtype=torch.float32, device="cp
 def filled_rows(rng, lengths, D, page_size, window, dtype):
     """Rows on DEVICE that have seen `lengths` tokens, and what they hold of them."""
     N, longest = len(lengths), max(*lengths, 1)
-    rows, pool = empty_rows(N, D, window, page_size, longest // page_size + 2, dtype)
+    rows, pool = empty_rows(N, D, window, page_size, longest // page_size + 2, dtype, DEVICE)
     rows.table.zero_()  # the plain functions look up the page of any entry
-    k, v = torch.randn(2, N, longest, D).to(dtype)
-    evict = torch.rand(N, longest) < rng.choice([0.1, 0.5, 0.9])
-    new = torch.tensor(lengths)
+    k, v = torch.randn(2, N, longest, D).to(DEVICE, dtype)
+    evict = torch.rand(N, longest).to(DEVICE) < rng.choice([0.1, 0.5, 0.9])
+    new = torch.tensor(lengths, device=DEVICE)
     kv_cache.store(k, v, evict, new, rows, pool, window)
     rows.seen += new
-    for thing in (rows, pool):
-        for name, x in vars(thing).items():
-            if isinstance(x, torch.Tensor):
-                setattr(thing, name, x.to(DEVICE))
     return rows, pool
 
 
@@ -114,7 +109,7 @@ def check_attend_one(attend_one, seed, dtype, D):
 def test_attend_one(case):
     """Each dtype with each head size, and two choices of everything else."""
     for seed in (case, case + 15):
-        check_attend_one(attention.attend_one, seed, DTYPES[case % 3], SIZES[case % 5])
+        check_attend_one(attention.attend_one, seed, MULTIPLIED[case % 3], SIZES[case % 5])
 
 
 @launches
@@ -141,7 +136,7 @@ def test_attend_one_by_numba(dtype, threads, monkeypatch, request):
 @pytest.mark.parametrize("case", range(15))
 def test_attend_block(case):
     """As above. Ragged, with rows that rest; every third one dense."""
-    dtype, D = DTYPES[case % 3], SIZES[case % 5]
+    dtype, D = MULTIPLIED[case % 3], SIZES[case % 5]
     for seed in (case, case + 15):
         rng = random.Random(seed)
         torch.manual_seed(seed)
@@ -292,7 +287,7 @@ def test_relaxed_attention(T, D, G, window, documents, scores, monkeypatch):
 @launches
 @pytest.mark.parametrize("case", range(12))
 def test_relaxed_attention_with_the_blocks_of_each_head_size_and_dtype(case):
-    dtype, D = DTYPES[case % 3], SIZES[1 + case % 4]
+    dtype, D = MULTIPLIED[case % 3], SIZES[1 + case % 4]
     inputs, first = training_inputs(case, 40 if INTERPRETED else 300, D, 1 + case % 2)
     inputs = [x.to(dtype) for x in inputs[:3]] + inputs[3:]
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]

@@ -313,12 +313,12 @@ def test_the_masks_of_a_block_are_of_one_row_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", ["", "max", "1000000"])
-def test_free_memory_is_the_containers_limit_if_that_is_lower(limit, monkeypatch, tmp_path):
+def test_usable_memory_is_the_containers_limit_if_that_is_lower(limit, monkeypatch, tmp_path):
     file = tmp_path / "memory.max"
     if limit:
         file.write_text(limit + "\n")
     monkeypatch.setattr(common, "Path", lambda path: file)
-    machine = common.free_memory(torch.device("cpu"))
+    machine = common.usable_memory(torch.device("cpu"))
     assert machine == 1e6 if limit == "1000000" else machine > 1e8
     pool = len(KVCache(small_config(max_position_embeddings=16000), 1, page_size=16).pool)
     assert pool == (4000 if limit != "1000000" else 800_000 // (16 * SLOT))

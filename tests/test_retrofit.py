@@ -131,7 +131,7 @@ def test_a_long_sequence_takes_little_memory(monkeypatch):
     ours = peak_memory(run.backward, 0, ids, [[T]], 4.0)
     assert ours < 3 * 4 * T**2 * 4 / 3  # of 3 layers with 4 heads, float32
     hidden = run.student.hidden
-    for place, name, value in ((dms, "KEEPS_SCORES", T), (dms, "KL_SLICE", T),
+    for place, name, value in ((dms, "KEEP_SCORES_UP_TO", T), (dms, "KL_SLICE", T),
                                (run.student, "hidden", lambda *given, **_: hidden(*given[:3]))):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
