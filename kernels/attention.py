@@ -94,13 +94,13 @@ def _attend(
         seen = tl.load(seen_ptr + row).to(tl.int32)  # the position of token 0
         last = tl.where(tl.min(token, 0) < new, last, first)  # a block of padding sees nothing
     table_ptr += row * table_stride
-    page = tl.load(table_ptr + (first + t) // PAGE, first + t < last, 0)
-    for start in range(first, last, KEYS):
-        slot = start + t
+    slot = first + t
+    page = tl.load(table_ptr + slot // PAGE, slot < last, 0)
+    for _ in range(first, last, KEYS):
         is_held = slot < last
         key = page.to(tl.int64) * PAGE + slot % PAGE  # in the pool
-        later = slot + KEYS
-        page = tl.load(table_ptr + later // PAGE, later < last, 0)
+        slot += KEYS
+        page = tl.load(table_ptr + slot // PAGE, slot < last, 0)  # for the next turn
         sees = is_held[None, :]
         if NEW:
             position = tl.load(position_ptr + key, is_held, 0)
@@ -110,16 +110,15 @@ def _attend(
         top, total, out = attend_to(q, keys_ptr, values_ptr, key, is_held, sees, scale,
                                     top, total, out, D, WIDTH)
     if NEW:
-        k_ptr += row * T * D
-        v_ptr += row * T * D
+        base = row * T  # token 0 in (N, T)
         end = tl.minimum(tl.max(token, 0) + 1, new)
         for start in range(0, end, KEYS):
             key = start + t
             is_key = key < end
-            evicted = tl.load(evict_ptr + row * T + key, is_key, 0)
+            evicted = tl.load(evict_ptr + base + key, is_key, 0)
             until = tl.where(evicted, key + window, FOREVER)
             sees = (key[None, :] <= token[:, None]) & (token[:, None] <= until[None, :])
-            top, total, out = attend_to(q, k_ptr, v_ptr, key, is_key, sees, scale,
+            top, total, out = attend_to(q, k_ptr, v_ptr, base + key, is_key, sees, scale,
                                         top, total, out, D, WIDTH)
     total = tl.maximum(total, 1e-30)  # a query that sees nothing gets zeros
     line = line * parts + part

@@ -16,7 +16,6 @@ functions. Letters: N rows of a layer, G query heads of a row, D head size.
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 
 def arrays(*tensors):
@@ -34,20 +33,19 @@ def store_one(k, v, evict, new, rows, pool, shift):
 
 def attend_one(q, rows, pool):
     """kv_cache.attend_one by numba, in as many threads as PyTorch uses."""
-    D = q.shape[2]
+    N, G, D = q.shape
     threads = torch.get_num_threads()
     query = q.float() * D**-0.5
-    # part (threads, N, G, D + 2): of each share the sum of its weighted values, the sum of its
-    # weights, both relative to its highest score, and that score
-    part = F.pad(query.new_zeros(threads, *q.shape), (0, 2))
+    # of each share the sum of its weighted values, the sum of its weights, both relative to its
+    # highest score, and that score
+    part = query.new_zeros(threads, N, G, D + 2)
     part[..., -1] = -1e30
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     _attend(*arrays(query, pool.keys, pool.values, rows.table, rows.length, part))
     torch.set_num_threads(threads)  # numba's first launch sets them for all of OpenMP
-    out, total, top = part.split((D, 1, 1), dim=3)
-    weight = top.softmax(dim=0)
-    y = (weight * out).sum(0) / (weight * total).sum(0).clamp(min=1e-30)
-    return y.to(q.dtype)
+    weight = part[..., -1:].softmax(dim=0)
+    out, total, _ = (weight * part).sum(0).split((D, 1, 1), dim=2)
+    return (out / total.clamp(min=1e-30)).to(q.dtype)
 
 
 def number(x):
