@@ -28,7 +28,6 @@ import copy
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import compress
 
 import torch
 import torch.nn.functional as F
@@ -121,8 +120,8 @@ class Rows:
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
-        M = self.table.shape[-1]
-        first_slot = torch.arange(M, device=self.table.device) * page_size
+        column = torch.arange(self.table.shape[-1], device=self.table.device)
+        first_slot = column * page_size
         return first_slot < self.length[..., None]
 
     def pages_to_be_written(self, page_size):
@@ -410,8 +409,8 @@ class KVCache:
         # a key, a value, a position and a decision
         slot_bytes = 2 * config.head_dim * dtype.itemsize + 4 + 1
         self.page_bytes = page_size * slot_bytes
+        pages = L * N * -(-config.max_position_embeddings // page_size)  # the whole context
         if memory is None:
-            pages = L * N * -(-config.max_position_embeddings // page_size)  # the whole context
             memory = min(pages * self.page_bytes, 0.8 * usable_memory(self.device))
         pages = max(int(memory / self.page_bytes), 1)
         self.pool = PagePool(pages, page_size, config.head_dim, dtype, self.device)
@@ -475,8 +474,8 @@ class KVCache:
         if lengths is None:
             lengths = [T] * B
         count = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
-        in_range = (count >= 0) & (count <= T)
-        fits = len(count) == B == len(sequences) and bool(in_range.all())
+        in_range = count.clamp(0, T).equal(count)
+        fits = in_range and len(count) == B == len(sequences)
         if not fits:
             raise ValueError(f"ids (B, T) and lengths (B,), at most {T}, must be of {sequences}")
         if T == 1:
@@ -484,8 +483,7 @@ class KVCache:
         try:
             yield self.pieces(ids, count, rows)
         except BaseException:
-            interrupted = (count > 0).tolist()
-            self.release(compress(sequences, interrupted))
+            self.release(b for b, n in zip(sequences, count.tolist()) if n)
             raise
 
     def pieces(self, ids, count, rows=slice(None)):
@@ -567,7 +565,7 @@ class KVCache:
         """From now on sequence i continues what sequences[i] has seen: name one several times to
         fork it, do not name it to drop it. Forks share the pages that they will not write to.
         Raises CacheFull before anything has changed."""
-        dropped = set(range(self.batch_size)) - set(sequences)
+        dropped = set(range(self.batch_size)).difference(sequences)
         dropped = self.rows_of(dropped)
         chosen = fork(self.rows, self.rows_of(sequences), self.pool)
         self.least_free_pages.clamp_(max=self.pool.free_count)
@@ -613,8 +611,8 @@ class KVCache:
         """
         pages = len(self.pool) - int(self.pool.free_count)
         most_pages = len(self.pool) - int(self.least_free_pages)
-        by_sequence = self.rows.length.view(self.layers, -1, self.kv_heads)
-        by_head = by_sequence.sum(1)
+        length = self.rows.length.view(self.layers, -1, self.kv_heads)  # (L, B, Hkv)
+        by_head = length.sum(1)
         return {
             "tokens": int(self.seen.sum()),
             "pairs": int(by_head.sum()),

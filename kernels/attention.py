@@ -94,13 +94,13 @@ def _attend(
         seen = tl.load(seen_ptr + row).to(tl.int32)  # the position of token 0
         last = tl.where(tl.min(token, 0) < new, last, first)  # a block of padding sees nothing
     table_ptr += row * table_stride
-    slot = first + t
-    page = tl.load(table_ptr + slot // PAGE, slot < last, 0)
-    for _ in range(first, last, KEYS):
+    page = tl.load(table_ptr + (first + t) // PAGE, first + t < last, 0)
+    for start in range(first, last, KEYS):
+        slot = start + t
         is_held = slot < last
         key = page.to(tl.int64) * PAGE + slot % PAGE  # in the pool
-        slot += KEYS
-        page = tl.load(table_ptr + slot // PAGE, slot < last, 0)  # for the next turn
+        later = slot + KEYS
+        page = tl.load(table_ptr + later // PAGE, later < last, 0)
         sees = is_held[None, :]
         if NEW:
             position = tl.load(position_ptr + key, is_held, 0)
@@ -133,11 +133,11 @@ def parts_of(rows):
 
 
 def attend(q, block, rows, pool, window, parts):
-    """q (N, G, T, D) to what the rows hold and to a block of new tokens: (k (N, T, D), v, evict
-    (N, T), new (N,)), or () where there are none. Returns (N, G, T, D)."""
+    """q (N, G, T, D) to what the rows hold and to a block of new tokens, (k, v, evict, new) as for
+    attend_block, or () where there are none. Returns (N, G, T, D)."""
     N, G, T, D = q.shape
-    unread = 4 * (q,)
-    tensors = [x.contiguous() for x in (q, *(block or unread))]
+    new = block or 4 * (q,)  # without a block they are not read
+    tensors = [x.contiguous() for x in (q, *new)]
     tensors += [rows.seen, rows.length, rows.table, *pool.slots]
     check_launch(D, *tensors)
     width = max(triton.next_power_of_2(D), 16)
@@ -151,7 +151,7 @@ def attend(q, block, rows, pool, window, parts):
     lse = q.new_empty(N, G, T, parts, dtype=torch.float32)
     _attend[N, parts, triton.cdiv(T * G, queries)](
         *tensors, y, lse, T, window, D**-0.5, rows.table.stride(0),
-        G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=len(block) > 0,
+        G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=bool(block),
         QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=3)
     if parts > 1:
         weight = torch.softmax(lse, dim=3)

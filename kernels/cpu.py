@@ -43,7 +43,8 @@ def attend_one(q, rows, pool):
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     _attend(*arrays(query, pool.keys, pool.values, rows.table, rows.length, part))
     torch.set_num_threads(threads)  # numba's first launch sets them for all of OpenMP
-    weight = part[..., -1:].softmax(dim=0)
+    top = part[..., -1:]
+    weight = (top - top.amax(0)).exp()  # softmax would start threads for these few numbers
     out, total, _ = (weight * part).sum(0).split((D, 1, 1), dim=2)
     return (out / total.clamp(min=1e-30)).to(q.dtype)
 
@@ -71,6 +72,7 @@ fast = {"reassoc", "contract", "nsz", "arcp"}
 
 @numba.njit(**options)
 def locate(pages, slot, page_size):
+    """Where a slot of a row lies: its page, and the place in it."""
     return pages[slot // page_size], slot % page_size
 
 
@@ -127,7 +129,7 @@ def attend_page(q, keys, values, weight, out):
 
 @numba.njit(parallel=True, fastmath=fast, **options)
 def _attend(q, keys, values, table, length, part):
-    """A thread takes its share of every row's pages."""
+    """A thread takes its share of every row's pages, one in so many as there are threads."""
     N, G, _ = q.shape
     page_size = keys.shape[1]
     threads = len(part)
@@ -135,7 +137,7 @@ def _attend(q, keys, values, table, length, part):
         weight = np.empty(page_size, np.float32)
         for row in range(N):
             pages = -(-length[row] // page_size)
-            for ordinal in range((row + share) % threads, pages, threads):
+            for ordinal in range(share, pages, threads):
                 held = min(length[row] - ordinal * page_size, page_size)
                 page = table[row, ordinal]
                 for g in range(G):

@@ -31,8 +31,10 @@ test. In the other, the BAND from the window's edge to the diagonal, each pair i
                                                         no test           BAND
 
 The kernels read q, k, v and y as (N, heads, D), which is how the projections give them. N is B * T:
-a batch is one long sequence with more documents. Scores and lse are to base 2 here, as the
-hardware's exponential is, so they carry the factor log2(e).
+a batch is one long sequence with more documents. One more document, of zeros, fills the last block
+where N is no multiple of it. So every block is whole, and nothing that is read or written needs a
+mask. Scores and lse are to base 2 here, as the hardware's exponential is, so they carry the factor
+log2(e).
 """
 
 import math
@@ -98,7 +100,7 @@ def _by_queries(
     else:
         norm = tl.zeros((OWN,), tl.float32)
         top = norm - 1e30  # the highest score so far, which weights are relative to
-    begin = tl.load(first_ptr + start) // OTHER * OTHER
+    begin = tl.load(first_ptr + start) // OTHER * OTHER  # where a block of keys begins
     edge = tl.maximum(start - window, begin) // OTHER * OTHER
     end = start + OWN
     for BAND in tl.static_range(2):
@@ -219,7 +221,7 @@ def relaxed_attention(q, k, v, bias, first, window):
     N = B * T
     width = max(16, triton.next_power_of_2(D))
     sizes = block_sizes(q, width)
-    more = -N % sizes[0]  # fills the last block: one more document, of zeros
+    more = -N % sizes[0]  # tokens of zeros, which fill the last block
 
     def flat(x):  # (B, heads, T, D) -> (N + more, heads, width)
         x = x.transpose(1, 2).flatten(0, 1)

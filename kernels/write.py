@@ -21,7 +21,7 @@ from kernels import check_launch
 
 @triton.jit
 def place_of(slot, table_ptr, PAGE: tl.constexpr):
-    """Where a slot of the row whose table it is lies in the pool."""
+    """Where a slot lies in the pool. table_ptr: the table of its row."""
     return tl.load(table_ptr + slot // PAGE) * PAGE + slot % PAGE
 
 
@@ -31,8 +31,8 @@ def _store(
     keys_ptr, values_ptr, position_ptr, evicted_ptr, free_ptr, free_count_ptr,
     table_stride, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
     W: tl.constexpr, SHIFT: tl.constexpr):
-    """Program (row,). At a barrier all threads have read what one of them changes next, and see
-    what was changed before."""
+    """Program (row,). At a barrier every thread has read what one of them changes next, and from
+    there on it sees what was changed before."""
     row = tl.program_id(0)
     if tl.load(new_ptr + row) == 0:
         return
@@ -41,8 +41,11 @@ def _store(
     length = tl.load(length_ptr + row)
     table_ptr += row * table_stride
     ring_ptr += row * W
+    d = tl.arange(0, WIDTH)
+    k = tl.load(k_ptr + row * D + d, d < D)
+    v = tl.load(v_ptr + row * D + d, d < D)
 
-    # the token that leaves the window, if there is one: slot 0 will do where there is none
+    # the token that leaves the window; where there is none yet, slot 0 is looked up for nothing
     leaves = t >= W
     oldest = tl.load(ring_ptr + t % W, leaves, 0)
     its_place = place_of(oldest, table_ptr, PAGE)
@@ -59,9 +62,6 @@ def _store(
         tl.store(table_ptr + length // PAGE, tl.load(free_ptr + top))
     tl.debug_barrier()
 
-    d = tl.arange(0, WIDTH)
-    k = tl.load(k_ptr + row * D + d, d < D)
-    v = tl.load(v_ptr + row * D + d, d < D)
     place = place_of(slot, table_ptr, PAGE).to(tl.int64)  # P * PAGE * D may pass 32 bits
     tl.store(keys_ptr + place * D + d, k, d < D)
     tl.store(values_ptr + place * D + d, v, d < D)
