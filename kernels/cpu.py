@@ -50,7 +50,8 @@ def attend_one(q, rows, pool):
 
 
 def number(x):
-    """The float32 that an element stands for."""
+    """The float32 that an element stands for. Python never calls this: numba takes, by x's type,
+    what the function below returns."""
 
 
 @numba.extending.overload(number, inline="always")

@@ -24,11 +24,12 @@ runs give equal bits. A program of _by_queries takes a block of queries and walk
 they see, for y or, in backward, for dq. One of _by_keys takes a block of keys and walks over the
 queries that see them, those of all query heads of its KV head.
 
-A walk has two parts. In one, every key lies in the past and outside the window, so no pair needs a
-test. In the other, the BAND from the window's edge to the diagonal, each pair is tested:
+A walk has two parts. In one, every key lies in the past and outside the window, so pairs are tested
+for being of one document only. In the other, the BAND from the window's edge to the diagonal, they
+are tested for the window and the future, too:
 
     keys that a block of queries walks over        begin ......... edge ......... end
-                                                        no test           BAND
+                                                       documents          BAND
 
 The kernels read q, k, v and y as (N, heads, D), which is how the projections give them. N is B * T:
 a batch is one long sequence with more documents. One more document, of zeros, fills the last block
@@ -101,9 +102,10 @@ def _by_queries(
         norm = tl.zeros((OWN,), tl.float32)
         top = norm - 1e30  # the highest score so far, which weights are relative to
     begin = tl.load(first_ptr + start) // OTHER * OTHER  # where a block of keys begins
+    # up to here, whole blocks of keys are outside the window of every query of this program
     edge = tl.maximum(start - window, begin) // OTHER * OTHER
     end = start + OWN
-    for BAND in tl.static_range(2):
+    for BAND in tl.static_range(2):  # unrolled: first without the tests, then with them
         for block in range(edge if BAND else begin, end if BAND else edge, OTHER):
             key = block + tl.arange(0, OTHER)
             other = vectors(key, kv_head, Hkv, D)
