@@ -375,14 +375,16 @@ class Tokenizer:
 
     def apply_chat_template(self, messages, add_generation_prompt=False, **variables):
         """[{"role": ..., "content": ...}, ...] -> the text the model expects, to be encoded with
-        add_special_tokens=False. The template gets the messages as they are. variables: what else
-        it knows, as tools or enable_thinking. Raises InputError with what it says of them."""
+        add_special_tokens=False. The template gets the messages as they are, but for nulls, which
+        it would write out. variables: what else it knows, as tools or enable_thinking. Raises
+        InputError with what it says of them."""
         require(self.template, "there is no chat template; give a plain prompt instead")
         names = "bos_token eos_token unk_token pad_token".split()
         known = stated({name: self.special(name) for name in names})
-        known |= {"tools": None, "documents": None, **variables, "messages": messages,
+        known |= {"tools": None, "documents": None, **variables,
                   "add_generation_prompt": add_generation_prompt}
         try:
+            known["messages"] = [stated(message) for message in messages]
             return compile_template(self.template).render(known)
         except Exception as e:  # a template may raise anything
             raise InputError(f"the chat template refused these messages: {e}") from e

@@ -84,12 +84,10 @@ def document_of(record):
 
 
 def message(turn):
-    """The message of a turn, which may be in ShareGPT's words. Nulls are left out: tables have all
-    keys in all rows, but templates ask whether a key is there. (Of `content` they ask whether it is
-    null.)"""
-    if "from" in turn:
-        turn = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-    return {key: value for key, value in turn.items() if value is not None or key == "content"}
+    """The message of a turn, which may be in ShareGPT's words."""
+    if "from" not in turn:
+        return turn
+    return {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
 
 
 def conversation(tokenizer, turns):
