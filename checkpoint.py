@@ -89,7 +89,8 @@ def read_rope(raw, where):
     for rope in found:  # one entry, or two that must be equal
         rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
         rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    agree = found[0] == found[-1]
+    rope = found[-1]
+    agree = found[0] == rope
     theta = rope.pop("rope_theta")
     require(agree and theta == raw.get("rope_theta", theta),
             f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other; remove "
@@ -139,8 +140,8 @@ def config_to_dict(config):
     if settings:
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
         raw[SEPARATE] = settings.source == "adapter"
-        # NVIDIA's code refuses a block that is not smaller than the window, and wants 256 on a GPU.
-        # Without a shift it would decide wrongly: a block as large as the window makes it refuse.
+        # NVIDIA's code wants a block of 256 on a GPU, and refuses one not smaller than the window.
+        # It always shifts by one. So a model without a shift is given a block that it refuses.
         block = 256
         while block >= settings.window > 1:
             block //= 2
@@ -169,7 +170,7 @@ def read_settings(folder, raw):
     model: from the dms_* keys there or from dms_metadata.json. Prints what it has to assume."""
     raw = stated(raw)
     metadata = read_optional(folder / "dms_metadata.json")
-    metadata |= metadata.get("config", {})  # as shisa's may have it
+    metadata |= metadata.get("config", {})  # nested in some published folders (shisa-ai's)
     others = {key: metadata[name] for name, key in METADATA_KEYS.items() if name in metadata}
     if metadata:
         others = {**METADATA_DEFAULTS, **others}

@@ -70,8 +70,8 @@ def document_of(record):
     if not others:
         return list(asked)  # a string becomes letters here, which `message` refuses
     told, *more = others
-    if "generations" in names:  # several solutions, and for each of them whether it will do
-        flags = (flag or [] for flag in more)
+    if "generations" in names:  # several solutions; in each further column a flag for each of them
+        flags = (flag or [] for flag in more)  # a null column: none counts as right
         told = next((text for text, *good in zip(told, *flags) if all(good)), None)
         if not told:
             return []
@@ -231,12 +231,13 @@ class TextData:
             for f, name in enumerate(order(self.files)[first:], first):
                 file = self.fetch(name)
                 records = open_file(file)
-                for r, n in enumerate(order(range(len(records)))[begin:], begin + 1):
+                # n: a record's number in the file; after: the place in this order behind it
+                for after, n in enumerate(order(range(len(records)))[begin:], begin + 1):
                     if (n % HELD_OUT == 1) != held_out:
                         continue
                     if ids := self.encode(f"{file}: document {n + 1}", records[n]):
                         found_any = True
-                        yield ids, [epoch, f, r]
+                        yield ids, [epoch, f, after]
                 begin = 0
             first = 0
             epoch += 1

@@ -160,8 +160,8 @@ class Packing:
     """Where each document lies in the packed sequences of a batch. Documents do not see one
     another, and positions begin at 0 in each. What follows a sequence's last one is padding.
 
-    first, end: (B, T) int32, where the document of each token begins, and where the next one does
-    (0 for padding).
+    first, end: (B, T) int32, where the document of each token begins, and where it has ended (its
+    last token + 1). In padding `end` is 0, and `first` is where the padding begins.
     """
 
     def __init__(self, documents, T, device):
@@ -296,7 +296,7 @@ class RelaxedAttention:
         """g1 - g2, a standard logistic. It follows from a sequence's seed and the layer alone: so
         a step's sequences may be computed side by side, one by one, or by several processes."""
         generator = torch.Generator(logits.device)
-        # contiguous, as logits need not be: numbers are generated in the order of memory
+        # not empty_like: logits may be strided, and numbers are generated in the order of memory
         uniform = torch.empty(logits.shape, device=logits.device)
         for sequence, seed in zip(uniform, self.seeds):
             # 4 bytes: a CPU's generator uses no more of its seed

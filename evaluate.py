@@ -76,7 +76,7 @@ def settle_offset(model, data):
         return from_main_process(reached).item()
 
     low = trained - 1  # the lower, the more is evicted
-    high = trained + 127
+    high = trained + 127  # more than scores reach; 14 halvings of 128 leave less than 0.01
     if try_offset(low) < least:
         return try_offset(trained)
     for _ in range(14):

@@ -144,7 +144,8 @@ class DecodeStep:
 
     def run(self, model, cache):
         token, count = self.inputs.T
-        for ids, attend in cache.pieces(token[:, None], count):  # one, counted as the loop ends
+        # a single piece; the loop, run to its end, counts it as seen
+        for ids, attend in cache.pieces(token[:, None], count):
             x = model.hidden(ids, attend, attend.start)
         return model.lm_head(x[:, 0])
 
@@ -216,6 +217,7 @@ class Scheduler:
             return True
         free = int(self.cache.pool.free_count)
         used = len(self.cache.pool) - free
+        # a place that has seen nothing is free
         return 0 in self.cache.seen and free >= used / len(self.running)
 
     def admit(self, last, logits):
@@ -227,8 +229,9 @@ class Scheduler:
             require(0 in seen, "no place is free in the cache; ask for release=True, or for less")
             sequence.index = seen.index(0)
         require(seen[sequence.index] == sequence.fed, "the cache does not hold ids[:fed]")
-        self.running.append(sequence)
-        # (if `last` is over and has given up its place, its fed is 0, and no prompt equals [])
+        self.running.append(sequence)  # already here: if no page is left, put_back takes it off
+        # last.ids[: last.fed] is its prompt, or [], which no prompt equals, if it is over already
+        # and has given up its place
         if last and sequence.fed == 0 and sequence.ids == last.ids[: last.fed]:
             forks = [last.index if i == sequence.index else i for i in range(len(seen))]
             self.cache.select(forks)
@@ -329,9 +332,9 @@ class Stream:
         text = self.decode(self.ids)
         name = str(self.name_of(token))
         is_special = not self.decode([token])  # no part of a text
-        # The first bytes of a character are decoded as U+FFFD. Tokens of one byte, <0x0A>, are
-        # decoded with their neighbours: a wrong byte makes U+FFFD of all that lie side by side,
-        # even if special tokens are between them, which leave the text as it was.
+        # A later token may change the text after a token that adds none (a special one, with bytes
+        # on both sides), after a token of one byte, <0x0A> (a wrong byte makes U+FFFD of all bytes
+        # beside it), and after the first bytes of a character, which are U+FFFD until it is whole.
         may_change = text == before or name.startswith("<0x") or text.endswith("\ufffd")
         if is_special and name in self.stops:
             self.stopped = True
@@ -356,7 +359,7 @@ class Stream:
 
 # the contents of a box, in which braces may be nested three deep: \frac{\sqrt{x_{1}}}{2}
 BOXED = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
-# 12  -4, but not in 3-4  12,345  2.5e3  1/2
+# 12; -4, but not the -4 of 3-4; 12,345; 2.5e3; 1/2
 NUMBER = r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d+)?(?:/\d+)?"
 LINE = r".*\S.*"
 
@@ -556,10 +559,10 @@ def answered_lines(out, requests):
         answers = [json.loads(line)["generated"] for line in lines]
         expected = [line_of(answer, requests[answer["line"]]) for answer in answers]
         begins = BEGINNING.startswith(unfinished[: len(BEGINNING)])
-        require(lines == expected and begins, "or the requests have changed")
+        require(lines == expected and begins, "they are not what is written for these requests")
     except Exception as e:  # as there may be anything
-        raise InputError(f"{out}: holds something else than answers to these requests; give "
-                         f"another --out ({e!r})") from e
+        raise InputError(f"{out}: holds something else than answers to these requests, or they "
+                         f"have changed; give another --out ({e})") from e
     os.truncate(out, out.stat().st_size - len(unfinished))  # lines are written in ASCII
     return {answer["line"] for answer in answers}
 

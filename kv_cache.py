@@ -28,6 +28,7 @@ import copy
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -126,9 +127,10 @@ class Rows:
 
     def pages_to_be_written(self, page_size):
         """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window.
-        The newest pair has one of them, so a last page with room is among them. A row that has not
-        yet filled its ring marks pages by stale entries, too. That does no harm: all that it holds
-        is in its window, so all its pages are among them anyway."""
+        The row's last slot is always one: when its token leaves the window and is kept, a newer one
+        is appended behind it. So a last page with room is among them. A row that has not yet filled
+        its ring marks pages by stale entries, too. That does no harm: all that it holds is in its
+        window, so all its pages are among them anyway."""
         column = self.ring // page_size
         written = torch.zeros_like(self.table, dtype=torch.bool)
         written.scatter_(2, column.long(), True)
@@ -389,9 +391,9 @@ class KVCache:
     def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None,
                  chunk=None, memory=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page. chunk: the
-        most tokens computed at a time, at least 3. memory: bytes of the pool. None: room for the
-        whole context without eviction, but at most 80% of the memory, on a GPU of what is free. (On
-        a CPU a page takes memory once it is written to.)"""
+        most tokens computed at a time, at least 3. memory: bytes of the pool. By default it has
+        room for the whole context without eviction, but takes at most 80% of a machine's memory, or
+        of what a GPU has free. (On a CPU a page takes memory only once it is written to.)"""
         self.device = torch.device(device)
         page_size = page_size or (64 if config.head_dim >= 64 else 32)
         default = 2048 if self.device.type == "cuda" else 512
@@ -415,7 +417,7 @@ class KVCache:
         pages = max(int(memory / self.page_bytes), 1)
         self.pool = PagePool(pages, page_size, config.head_dim, dtype, self.device)
         seen = torch.zeros(N, dtype=torch.int64, device=self.device)
-        zeros = seen.int().new_zeros
+        zeros = partial(torch.zeros, dtype=torch.int32, device=self.device)
         self.rows = Rows(
             seen,
             length=zeros(L, N),
@@ -477,7 +479,8 @@ class KVCache:
         in_range = count.clamp(0, T).equal(count)
         fits = in_range and len(count) == B == len(sequences)
         if not fits:
-            raise ValueError(f"ids (B, T) and lengths (B,), at most {T}, must be of {sequences}")
+            raise ValueError(f"ids and lengths must be of {len(sequences)} sequences, and each "
+                             f"length from 0 to {T}")
         if T == 1:
             self.reserve(count, rows)
         try:
@@ -491,8 +494,9 @@ class KVCache:
         counts as seen when the next one is asked for, so the caller must run the loop to its end.
         For a single token nothing here waits for a GPU, and the caller has called `reserve`.
 
-        Lengths differ by one at most, so with a chunk of 3 or more no piece of a longer input is a
-        single token, which would need `reserve`. (3 tokens in chunks of 2 would be 2 + 1.)
+        tensor_split makes pieces whose sizes differ by one at most. So with a chunk of 3 or more no
+        piece of a longer input is a single token, which would need `reserve`. (3 tokens in chunks
+        of 2 would be 2 + 1.)
         """
         number = -(-ids.shape[1] // self.chunk)
         for piece in ids.tensor_split(number, dim=1):
@@ -518,8 +522,8 @@ class KVCache:
         part = self.rows.select(rows)
         new = count.repeat_interleave(self.kv_heads)
         # The slot of the token that leaves the window is reused if that was evicted. (With shift 1
-        # and window 0 this step itself decides about it. It is taken for kept, so a page too many
-        # may be asked for.)
+        # and window 0 the token that leaves is the newest, which only this step decides about. Here
+        # it counts as kept: so at worst a page too many is asked for.)
         W = self.window + 1
         layer = torch.arange(self.layers, device=self.device)[:, None]
         row = torch.arange(len(new), device=self.device)

@@ -326,6 +326,7 @@ class Model(nn.Module):
             return self.hidden(ids, dms.masked_attention(self.config))
         cache.check_model(self)
         with torch.inference_mode(), cache.append(ids, lengths, sequence) as pieces:
+            # a long input comes in pieces; each is in the cache before the next one is asked for
             states = [self.hidden(x, attend, attend.start) for x, attend in pieces]
             return torch.cat(states, dim=1)
 

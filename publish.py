@@ -59,7 +59,8 @@ def write_release(options, out):
     model = load_model(options.model, dtype=None, adapter=options.adapter)  # as it is stored
     folder = resolve(options.model)
     raw = read_json(folder / "config.json")
-    # what the adapters belong to; None where the folder has weights of its own for everything
+    # adapted: what the adapters belong to, None where the folder has all weights itself
+    # is_alone: only adapters are written; is_here: the base is a folder, which nobody else has
     adapted = raw.get("dms_base_model") or (options.model if options.adapter else None)
     base = options.base or adapted
     is_alone = adapted and not options.merge
@@ -76,7 +77,7 @@ def write_release(options, out):
     weights = "the adapters alone, to be laid over the base" if is_alone else "all weights"
     text = card(model.config, None if is_here else base, weights, options.license, run)
     write_text(out / "README.md", text)
-    # "": not known, so save_model must not look it up
+    # of --base another commit than the loaded one may be meant: "" leaves it open
     revision = raw.get("dms_base_revision") if base == adapted else ""
     save_model(model, out, None, base if is_alone else None, revision)
 

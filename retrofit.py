@@ -42,12 +42,13 @@ from data import DEFAULT, TextData, ahead, settling_sequences
 from evaluate import evaluate, settle_offset
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
-# Defaults: of the toy data; of text on a GPU, 65 million tokens, as NVIDIA's recipe takes to 8x;
-# of text on a CPU, 1.2 million tokens: some hours for a model of 135 million weights.
+# Defaults, where the command line says nothing: for the toy data,
 TOY_DEFAULTS = dict(data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4,
                     seq_len=512, eval_sequences=32)
+# for text on a GPU (65 million tokens, what NVIDIA's recipe takes to reach 8x),
 GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=1000, batch_size=8, seq_len=8192,
                     eval_sequences=32)
+# and for text on a CPU (1.2 million tokens: some hours for a model of 135 million weights)
 CPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=300, batch_size=4, seq_len=1024,
                     eval_sequences=8)
 TOKENS_AT_A_TIME = 4096  # of a step; its sequences are taken one by one, or a few if short
@@ -95,9 +96,10 @@ class Options:
 
 
 def load_pair(options):
-    """(student, ready to be trained; teacher). "all": two models. "adapters": one model, which is
-    its own teacher where attention ignores the decisions. Weights are sharded before adapters are
-    added: these are small, so every process has all of them."""
+    """(student, ready to be trained; teacher). "all": two models, the student in float32, and what
+    start_retrofit changes is sharded with the rest. "adapters": one model, its own teacher where
+    attention ignores the decisions; it is sharded first, so that every process has the adapters,
+    which are small, in whole."""
     train_all = options.train == "all"
     device = "cpu" if options.shard else options.device  # shard() moves it, piece by piece
     teacher = load_model(options.model, device, getattr(torch, options.dtype))
@@ -154,8 +156,8 @@ class Distillation:
                 all_reduce(parameter.grad)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)).item()
         require(math.isfinite(kl + norm) and kl <= MAX_KL,
-                f"step {step + 1} diverged (KL {kl:.3g}, gradient {norm:.3g}); its state before is "
-                "saved; begin anew with a lower --lr")
+                f"step {step + 1} diverged (KL {kl:.3g}, gradient {norm:.3g}); begin anew with a "
+                "lower --lr and another --out")
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, options.steps, options.lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -396,7 +398,7 @@ def main(argv=None):
             options.data += f"@{data.revision}"  # settings.json keeps the commit for --resume
         if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
             check_data(options, data)
-            # the fastest products: on a GPU TF32, on most CPUs float32 by oneDNN
+            # "medium" allows less than float32 inside products: a GPU takes TF32, a CPU oneDNN
             torch.set_float32_matmul_precision("medium")
             train(options, data, out)
             torch.set_float32_matmul_precision("highest")

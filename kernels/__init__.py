@@ -38,8 +38,10 @@ def block_sizes(x, width):
     if x.element_size() == 4:
         few = 32 if width <= 64 else 16
         return 32, few, few
+    # most: vectors of 256 bytes (128 channels in 16 bits) that a program can hold
     most = {7: 32, 9: 128}.get(capability(x), 64)
-    return min(most, most * 256 // size), min(64, 16384 // size), 32
+    other = min(64, 16384 // size)  # 16 KiB at a time
+    return min(most, most * 256 // size), other, 32
 
 
 def check_launch(head_dim, *tensors):

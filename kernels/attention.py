@@ -136,8 +136,8 @@ def attend(q, block, rows, pool, window, parts):
     """q (N, G, T, D) to what the rows hold and to a block of new tokens, (k, v, evict, new) as for
     attend_block, or () where there are none. Returns (N, G, T, D)."""
     N, G, T, D = q.shape
-    new = block or 4 * (q,)  # without a block they are not read
-    tensors = [x.contiguous() for x in (q, *new)]
+    given = block or 4 * (q,)  # where there is no block: anything, it is not read
+    tensors = [x.contiguous() for x in (q, *given)]
     tensors += [rows.seen, rows.length, rows.table, *pool.slots]
     check_launch(D, *tensors)
     width = max(triton.next_power_of_2(D), 16)

@@ -155,6 +155,7 @@ def _by_keys(
     dv = tl.zeros((OWN, D), tl.float32)
     dbias = tl.zeros((OWN,), tl.float32)
     last = tl.max(end, 0)
+    # from here on, every query has all keys of this program outside its window
     edge = tl.minimum(start + tl.cdiv(OWN + window, OTHER) * OTHER, last)
     for head in range(kv_head * (Hq // Hkv), (kv_head + 1) * (Hq // Hkv)):
         for BAND in tl.static_range(2):

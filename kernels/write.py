@@ -31,8 +31,8 @@ def _store(
     keys_ptr, values_ptr, position_ptr, evicted_ptr, free_ptr, free_count_ptr,
     table_stride, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
     W: tl.constexpr, SHIFT: tl.constexpr):
-    """Program (row,). At a barrier every thread has read what one of them changes next, and from
-    there on it sees what was changed before."""
+    """Program (row,). Its threads wait for one another at a barrier: all have read what is changed
+    behind it, and behind it all see what was changed before."""
     row = tl.program_id(0)
     if tl.load(new_ptr + row) == 0:
         return

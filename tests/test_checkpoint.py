@@ -322,8 +322,8 @@ def test_ids_text_and_special_tokens_equal_transformers(style, tmp_path):
     edit(tmp_path / "tokenizer.json", lambda raw: raw.update(truncation=cut))  # nobody obeys it
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
-    # behind an added token Llama 2's text gets its space in tokenizers, and in transformers 5.2, but
-    # not in 5.24: there is nothing to compare
+    # behind an added token Llama 2's text gets its space in tokenizers, and in transformers 5.2,
+    # but not in 5.24: there is nothing to compare
     for text in [text for text in TEXTS if style != "llama2" or "<think>" not in text]:
         for special in (True, False):
             ids = ours.encode(text, add_special_tokens=special)
