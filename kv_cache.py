@@ -242,7 +242,8 @@ def store(k, v, evict, new, rows, pool, window):
     W = window + 1
     # a kept token may be older than the window, and the ring has no entry for it
     recent = i >= new[row] - W
-    row, i = row[recent], i[recent]
+    row = row[recent]
+    i = i[recent]
     entry = token[row, i] % W
     rows.ring[row, entry] = target[recent].int()
 
@@ -289,14 +290,15 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
         if n == 0:
             continue
         keys, values, position, evicted = held(pool.slots, rows, row)
-        query = rows.seen[row] + torch.arange(n, device=k.device)
-        position = torch.cat((position, query))  # (S + n,): held keys, then the new ones
+        token = rows.seen[row] + torch.arange(n, device=k.device)
+        position = torch.cat((position, token))  # (S + n,): held keys, then the new ones
         evicted = torch.cat((evicted, evict[row, :n]))
-        mask = visible(query[:, None], position, evicted, window)  # (n, S + n)
+        mask = visible(token[:, None], position, evicted, window)  # (n, S + n)
         keys = torch.cat((keys, k[row, :n]))  # (S + n, D)
         values = torch.cat((values, v[row, :n]))
         # as a batch of one, and of one KV head
-        out = attention(q[None, row, :, :n], keys[None, None], values[None, None], mask)
+        query = q[None, row, :, :n]
+        out = attention(query, keys[None, None], values[None, None], mask)
         y[row, :, :n] = out[0]
     return y
 
@@ -343,6 +345,7 @@ class PieceAttention:
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D)."""
         cache = self.cache
+        pool = cache.pool
         rows = self.rows.layer(layer)
         N = len(self.new)
         T, D = k.shape[2:]
@@ -355,13 +358,13 @@ class PieceAttention:
         if T == 1:  # store, then attend: the token sees all that its rows hold, itself included
             decided = logits[:, 0] > 0  # about the token `shift` before
             new_pairs = (k[:, 0], v[:, 0], decided, self.new)
-            cache.kernels.store_one(*new_pairs, rows, cache.pool, cache.shift)
-            y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, cache.pool)
+            cache.kernels.store_one(*new_pairs, rows, pool, cache.shift)
+            y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, pool)
         else:  # attend, then store: the first tokens still see what expires within the block
             evict = self.settle(logits, rows)
             new_pairs = (k, v, evict, self.new)
-            y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, cache.pool, cache.window)
-            store(*new_pairs, rows, cache.pool, cache.window)
+            y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, pool, cache.window)
+            store(*new_pairs, rows, pool, cache.window)
         return y.view(q.shape)
 
     def settle(self, logits, rows):
@@ -388,8 +391,8 @@ class KVCache:
         cache.release([1])                         # its pages are free again
     """
 
-    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32, page_size=None,
-                 chunk=None, memory=None):
+    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32,
+                 page_size=None, chunk=None, memory=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page. chunk: the
         most tokens computed at a time, at least 3. memory: bytes of the pool. By default it has
         room for the whole context without eviction, but takes at most 80% of a machine's memory, or
@@ -534,12 +537,10 @@ class KVCache:
         is_full = part.length % self.page_size == 0  # the row's last page
         needs_page = is_full & ~reused & (new > 0)
         # one transfer from the GPU for all three
-        numbers = torch.stack((
-            needs_page.sum(),
-            self.pool.free_count[0].long(),
-            self.rows.length.max().long(),
-        ))
-        needed, free, longest = numbers.tolist()
+        needed = needs_page.sum()
+        free = self.pool.free_count[0].long()
+        longest = self.rows.length.max().long()
+        needed, free, longest = torch.stack((needed, free, longest)).tolist()
         self.pool.check(needed, free)
         self.widen_tables(1, longest)
 
@@ -593,9 +594,10 @@ class KVCache:
 
     def count_ended(self, rows):
         """Note what sequences hold that end now. rows: the numbers of their rows."""
-        tokens = self.rows.seen[rows].sum()  # each Hkv times
-        self.ended_tokens += int(tokens) // self.kv_heads
-        self.ended_pairs += int(self.rows.length[:, rows].sum())
+        tokens = self.rows.seen[rows].sum()
+        self.ended_tokens += int(tokens) // self.kv_heads  # each was counted Hkv times
+        pairs = self.rows.length[:, rows].sum()
+        self.ended_pairs += int(pairs)
 
     def compression_ratio(self):
         """Tokens seen so far x L x Hkv / the pairs held at their ends, None before any token."""

@@ -220,7 +220,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, C, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -238,7 +239,8 @@ class Block(nn.Module):
 
     def after(self, x, y):
         """x: (B, T, C), the residual; y: (B, Hq, T, D), what attention gave."""
-        x = x + self.self_attn.o_proj(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)  # (B, T, Hq * D)
+        x = x + self.self_attn.o_proj(y)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, rope, attend, recompute=False):
