@@ -294,6 +294,8 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
         position = torch.cat((position, token))  # (S + n,): held keys, then the new ones
         evicted = torch.cat((evicted, evict[row, :n]))
         mask = visible(token[:, None], position, evicted, window)  # (n, S + n)
+        if len(position) == n and not evicted.any():
+            mask = None  # nothing but causal, which is faster said so
         keys = torch.cat((keys, k[row, :n]))  # (S + n, D)
         values = torch.cat((values, v[row, :n]))
         # as a batch of one, and of one KV head
