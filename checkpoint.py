@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from common import InputError, read_json, read_text, require, torchrun_place, whole, write_json
 from dms import DMSConfig
-from model import ROPE_KINDS, Model, ModelConfig, original_context, rope_frequencies
+from model import ROPE_KINDS, Model, ModelConfig, rope_frequencies
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -116,16 +116,6 @@ def check_supported(raw, rope, where):
     }
     for what, is_there in refused.items():
         require(not is_there, f"{where}: not supported: {what}; give a plain Llama, Qwen2 or Qwen3")
-
-
-def context_of(config):
-    """The tokens that a model can take: as its RoPE is scaled, which may be more than config.json
-    states. Qwen's instructions for YaRN leave max_position_embeddings as it was."""
-    context = config.max_position_embeddings
-    rope = config.rope_scaling
-    if rope["rope_type"] in ("linear", "yarn"):
-        context = max(context, int(original_context(config) * rope.get("factor", 1)))
-    return context
 
 
 def config_to_dict(config):

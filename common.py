@@ -33,18 +33,16 @@ def require(condition, problem):
 def read_text(file):
     try:
         return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as e:
+    except UnicodeError as e:
         raise InputError(f"{file}: not readable as text ({e})") from e
 
 
 def read_json(file):
     """The JSON object in a file, a dict."""
     try:
-        value = json.loads(read_text(file))
-    except ValueError as e:
-        raise InputError(f"{file}: not a readable JSON file ({e})") from e
-    require(isinstance(value, dict), f"{file}: holds no JSON object")
-    return value
+        return dict(json.loads(read_text(file)))
+    except (TypeError, ValueError) as e:
+        raise InputError(f"{file}: holds no JSON object that can be read ({e})") from e
 
 
 def write_atomic(file, write):
@@ -76,12 +74,12 @@ def parse_options(options, argv=None):
     source = inspect.getsource(options).replace("%", "%%")  # argparse reads % as a format
     comments = dict(re.findall(r"^    (\w+): .*# (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    special = {bool: dict(action="store_true"), list: dict(action="append")}
     for field in fields(options):
-        choices = get_args(field.type)  # of a Literal
-        how = dict(type=type(choices[0]), choices=choices) if choices else dict(type=field.type)
-        if field.type in (bool, list):
-            how = dict(action="store_true" if field.type is bool else "append")
-        elif field.default == "":
+        how = special.get(field.type, dict(type=field.type))
+        if choices := get_args(field.type):  # of a Literal
+            how = dict(type=type(choices[0]), choices=choices)
+        if field.default == "":
             how = dict(nargs="?", const="-")
         dashes = "-" if len(field.name) == 1 else "--"
         flag = dashes + field.name.replace("_", "-")
@@ -113,25 +111,10 @@ def run_script(main, when_stopped="stopped", when_out_of_memory="ask for less"):
     except KeyboardInterrupt:
         print(f"\n{when_stopped}", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
-        problem = str(e).splitlines()[0]
-        print(f"error: out of memory; {when_out_of_memory} ({problem})", file=sys.stderr)
+    except (InputError, OSError, torch.OutOfMemoryError) as e:
+        hint = f"{when_out_of_memory}: " if isinstance(e, torch.OutOfMemoryError) else ""
+        print("error:", hint + " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
-    except (InputError, OSError) as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-
-
-def usable_memory(device):
-    """Bytes that a GPU has free, or that this machine, or the container around us, has in all."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    container = limit.read_text().strip() if limit.exists() else "max"
-    return machine if container == "max" else min(machine, int(container))
 
 
 # ------------------------------------------------------------------------------- Several processes
@@ -157,14 +140,6 @@ def all_reduce(tensor):
     """The sum over all processes, in place."""
     if distributed.is_initialized():
         distributed.all_reduce(tensor)
-    return tensor
-
-
-def from_main_process(tensor):
-    """The main process's numbers, in place. What decides how a loop goes on must be the same
-    everywhere: where one process leaves it alone, the others wait for ever."""
-    if distributed.is_initialized():
-        distributed.broadcast(tensor, src=0)
     return tensor
 
 

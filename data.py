@@ -3,7 +3,7 @@ Where the retrofit's text comes from: the documents of a file, a folder or a hub
 into full sequences.
 
     data = TextData("open-r1/OpenR1-Math-220k", tokenizer, vocab_size, 8192, 8, seed=0)
-    for ids, documents, place in ahead(data.batches(0)):  # endless
+    for ids, documents, place in data.batches(0):  # endless
         ...  # ids (B, T); documents: each sequence's lengths; place: where to go on after this
 
     sequence 0   | document | document      | docum    what does not fit is cut off and dropped, so
@@ -21,7 +21,6 @@ This file knows nothing of models, steps or devices.
 import json
 import random
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -262,14 +261,3 @@ class TextData:
         except Exception as e:  # one bad record ends no run, whatever is wrong with it
             say(f"{where} is skipped: {e}")
             return []
-
-
-def ahead(iterator):
-    """What an endless iterator yields, each item made by a thread while the one before it is in
-    use: so text is made into tokens while a GPU is at work."""
-    with ThreadPoolExecutor(1) as thread:  # leaving it waits for the item that is being made
-        coming = thread.submit(next, iterator)
-        while True:
-            item = coming.result()
-            coming = thread.submit(next, iterator)
-            yield item

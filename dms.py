@@ -92,16 +92,14 @@ def masked_attention(config):
 
     config: a ModelConfig. Returns attend(layer, q, k, v, logits) for Model.hidden.
     """
-    group = config.num_attention_heads // config.num_key_value_heads
-
     def attend(layer, q, k, v, logits):
         if logits is None:
             return attention(q, k, v)
         t = torch.arange(q.shape[2], device=q.device)
         evict = decisions(logits, config.dms.shift)  # (B, Hkv, T)
         mask = visible(t[:, None], t, evict[:, :, None], config.dms.window)
-        mask = mask.repeat_interleave(group, dim=1)  # (B, Hq, T, T)
-        return attention(q, k, v, mask)
+        group = q.shape[1] // k.shape[1]
+        return attention(q, k, v, mask.repeat_interleave(group, dim=1))
 
     return attend
 
@@ -167,18 +165,16 @@ class Packing:
     def __init__(self, documents, T, device):
         """documents: for each sequence the lengths of its documents, in order, T tokens at most."""
         self.documents = documents
-        B = len(documents)
-        self.first = torch.zeros(B, T, dtype=torch.int32)
-        self.end = torch.zeros(B, T, dtype=torch.int32)
-        for first, end, lengths in zip(self.first, self.end, documents):
-            begin = 0
-            for length in lengths:
-                end[begin : begin + length] = begin + length
-                first[begin:] = begin
-                begin += length
-            first[begin:] = begin  # padding counts as one more document
-        self.first = self.first.to(device)
-        self.end = self.end.to(device)
+        first = []
+        end = []
+        for lengths in documents:
+            lengths = torch.tensor([*lengths, T - sum(lengths)])  # padding as one more document
+            ends = lengths.cumsum(0, dtype=torch.int32)
+            first.append((ends - lengths.int()).repeat_interleave(lengths))
+            ends[-1] = 0
+            end.append(ends.repeat_interleave(lengths))
+        self.first = torch.stack(first).to(device)
+        self.end = torch.stack(end).to(device)
         self.token = torch.arange(T, device=device)
 
     def predicts(self):
@@ -337,25 +333,20 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
     Logits of 150,000 words by 32,768 tokens take 20 GB, so they exist for KL_SLICE tokens at a
     time. A slice's gradients are computed while its logits are there.
     """
-    teacher_slices = teacher.flatten(0, 1).split(KL_SLICE)
-    count_slices = counts.flatten().split(KL_SLICE)
+    student, teacher, counts = (x.flatten(0, 1) for x in (student, teacher, counts))
     # leaves of their own: each slice's graph ends here, and is freed before the next one
-    head = student_head.detach().requires_grad_(student_head.requires_grad)
-    student_slices = [states.detach().requires_grad_(student.requires_grad)
-                      for states in student.flatten(0, 1).split(KL_SLICE)]
+    states, head = (x.detach().requires_grad_(x.requires_grad) for x in (student, student_head))
     total = torch.zeros((), device=student.device)
-    for s, t, c in zip(student_slices, teacher_slices, count_slices):
-        kl = slice_kl(s, t, head, teacher_head, c, reverse)
+    for begin in range(0, len(counts), KL_SLICE):
+        part = slice(begin, begin + KL_SLICE)
+        kl = slice_kl(states[part], teacher[part], head, teacher_head, counts[part], reverse)
         if kl.requires_grad:
             kl.backward()
         total = total + kl.detach()
-    # The gradients are computed already: total.backward() only hands them on. (They are None where
-    # nobody asked for them.)
-    if student_slices[0].grad is not None:
-        gradient = torch.cat([s.grad for s in student_slices])
-        total = total + zero_with_gradient(student, gradient.view_as(student))
-    if head.grad is not None:
-        total = total + zero_with_gradient(student_head, head.grad)
+    # The gradients are computed already: total.backward() only hands them on, by a 0 that has them.
+    for x, leaf in ((student, states), (student_head, head)):
+        if leaf.grad is not None:  # somebody asked for it
+            total = total + ((x - x.detach()) * leaf.grad).sum()
     return total
 
 
@@ -370,11 +361,6 @@ def slice_kl(student, teacher, student_head, teacher_head, counts, reverse):
         log_p, log_q = log_q, log_p
     nats = F.kl_div(log_q, log_p, log_target=True, reduction="none")  # p (log p - log q)
     return (nats.sum(-1) * counts).sum()
-
-
-def zero_with_gradient(x, gradient):
-    """A scalar 0 that gives x this gradient in backward."""
-    return ((x - x.detach()) * gradient).sum()
 
 
 def compression_loss(evicted_fraction, cr):

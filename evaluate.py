@@ -10,10 +10,11 @@ import platform
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 
 import dms
 from checkpoint import load_model
-from common import from_main_process, write_json
+from common import write_json
 from data import settling_sequences
 from kv_cache import KVCache
 
@@ -58,37 +59,35 @@ def settle_offset(model, data):
     """Set the decisions' offset so that the cache compresses held-out text by 2 to 4% more than the
     target, since other text may be compressed by less. The one-sided loss overshoots by much more,
     which costs quality. The offset may fall by 1 at most, which is less than the noise in training.
-    If that is not enough, it stays as it was trained. Returns the compression ratio."""
+    Returns the compression ratio."""
     settings = model.config.dms
-    trained = settings.offset
     least = 1.02 * settings.target_cr
     ids, documents = data.held_out(settling_sequences(data.seq_len))
 
-    @torch.inference_mode()
     def try_offset(offset):
         """Set it, and return the compression ratio."""
         settings.offset = offset
         cache = KVCache(model.config, 1, model.device, model.dtype)
         for _ in read_through(cache, model, ids, documents):
             pass
-        reached = torch.tensor(cache.compression_ratio(), device=model.device)
-        # one process decides for all: if each went by its own last bits, they would part
-        return from_main_process(reached).item()
+        ratio = torch.tensor(cache.compression_ratio(), device=model.device)
+        if distributed.is_initialized():
+            # one process decides for all: if each went by its own last bits, they would part
+            distributed.broadcast(ratio, src=0)
+        return ratio.item()
 
-    low = trained - 1  # the lower, the more is evicted
-    high = trained + 127  # more than scores reach; 14 halvings of 128 leave less than 0.01
-    if try_offset(low) < least:
-        return try_offset(trained)
+    low = settings.offset - 1  # the lower, the more is evicted
+    high = low + 128  # more than scores reach; 14 halvings leave less than 0.01
     for _ in range(14):
         middle = (low + high) / 2
-        reached = try_offset(middle)
-        if least <= reached <= 1.02 * least:
-            return reached
-        if reached < least:
+        ratio = try_offset(middle)
+        if least <= ratio <= 1.02 * least:
+            return ratio
+        if ratio < least:
             high = middle
         else:
             low = middle
-    return try_offset(low)  # few texts: no offset lies between
+    return try_offset(low)  # few texts, of which none lies between; or it is out of reach
 
 
 def sliding_window(model, pairs):

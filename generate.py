@@ -37,8 +37,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from checkpoint import (context_of, end_ids, generation_defaults, load_model, load_tokenizer,
-                        resolve, say)
+from checkpoint import end_ids, generation_defaults, load_model, load_tokenizer, resolve, say
 from common import (InputError, choose_device, parse_options, read_text, require, run_script,
                     torchrun_place)
 from kv_cache import PLAIN, CacheFull, KVCache
@@ -163,11 +162,14 @@ class Sequence:
     stop: object = None  # (token id) -> bool, asked about every new token but an end token
     sampling: Sampling = Sampling()
     new: list = field(default_factory=list)  # its own so far, an end token included
-    over: bool = False
-    finish_reason: str = None  # once it is over: "stop", or "length" at max_new_tokens
+    finish_reason: str = None  # "stop", or "length" at max_new_tokens
     error: str = None  # why it could not be finished
     index: int = None  # in the cache's batch, while the cache holds ids[:fed]
     fed: int = 0
+
+    @property
+    def over(self):
+        return bool(self.finish_reason or self.error)
 
     def uniform(self):
         """The random number in [0, 1), exact in float32, for its next token. It follows from the
@@ -194,18 +196,15 @@ class Scheduler:
         last = logits = None  # who started last, and the logits after its prompt: for its forks
         try:
             if self.running:
-                new |= self.decode()
+                tokens = {sequence.index: sequence.ids[-1] for sequence in self.running}
+                logits = self.cache.decode_step(self.model, self.cache, tokens)
+                new = self.record(self.running, logits[list(tokens)])
             while self.may_start():
                 last, logits = self.admit(last, logits)
                 new |= self.record([last], logits)
         except CacheFull as problem:
             new |= self.put_back(problem)
         return new
-
-    def decode(self):
-        tokens = {sequence.index: sequence.ids[-1] for sequence in self.running}
-        logits = self.cache.decode_step(self.model, self.cache, tokens)
-        return self.record(self.running, logits[list(tokens)])
 
     def may_start(self):
         """May the first that waits start? One that the cache does not hold yet needs a place, and
@@ -216,24 +215,21 @@ class Scheduler:
         if not self.running or self.waiting[0].index is not None:
             return True
         free = int(self.cache.pool.free_count)
-        used = len(self.cache.pool) - free
-        # a place that has seen nothing is free
-        return 0 in self.cache.seen and free >= used / len(self.running)
+        average = (len(self.cache.pool) - free) / len(self.running)
+        return free >= average and 0 in self.cache.seen  # a place that has seen nothing is free
 
     def admit(self, last, logits):
         """Start the first that waits: append its prompt, or fork the sequence that started last, if
         it had the same prompt. Returns it, and the logits (1, V) that follow its prompt."""
         sequence = self.waiting.pop(0)
-        seen = self.cache.seen.tolist()
         if sequence.index is None:
-            require(0 in seen, "no place is free in the cache; ask for release=True, or for less")
-            sequence.index = seen.index(0)
-        require(seen[sequence.index] == sequence.fed, "the cache does not hold ids[:fed]")
+            sequence.index = self.cache.seen.tolist().index(0)
         self.running.append(sequence)  # already here: if no page is left, put_back takes it off
         # last.ids[: last.fed] is its prompt, or [], which no prompt equals, if it is over already
         # and has given up its place
         if last and sequence.fed == 0 and sequence.ids == last.ids[: last.fed]:
-            forks = [last.index if i == sequence.index else i for i in range(len(seen))]
+            forks = list(range(self.cache.batch_size))
+            forks[sequence.index] = last.index
             self.cache.select(forks)
         else:
             ids = torch.tensor([sequence.ids[sequence.fed :]], device=self.cache.device)
@@ -247,14 +243,16 @@ class Scheduler:
             sequence.fed = len(sequence.ids)  # the cache holds all but the new token
             sequence.ids.append(token)
             sequence.new.append(token)
-            stops = token in self.end_ids or sequence.stop and sequence.stop(token)
-            if stops or len(sequence.new) >= sequence.max_new_tokens:
-                sequence.over = True
-                sequence.finish_reason = "stop" if stops else "length"
-                self.running.remove(sequence)
-                self.blocked = False
-                if self.release:
-                    self.give_up_place(sequence)
+            if token in self.end_ids or sequence.stop and sequence.stop(token):
+                sequence.finish_reason = "stop"
+            elif len(sequence.new) == sequence.max_new_tokens:
+                sequence.finish_reason = "length"
+            else:
+                continue
+            self.running.remove(sequence)
+            self.blocked = False
+            if self.release:
+                self.give_up_place(sequence)
         return new
 
     def put_back(self, problem):
@@ -267,7 +265,6 @@ class Scheduler:
         if self.blocked:
             self.waiting.insert(0, sequence)
             return {}
-        sequence.over = True
         sequence.error = str(problem)
         return {sequence: None}
 
@@ -278,20 +275,20 @@ class Scheduler:
 
 
 @torch.inference_mode()
-def generate(model, cache, sequences, end_ids=(), sampling=None, release=True):
+def generate(model, cache, sequences, end_ids=(), release=True):
     """Continue sequences, a list of any length, in the cache's batch: continuous batching.
 
     Yields after each step the list of (sequence, new token id), None for the token of one that has
     failed. A sequence ends on an id of end_ids, when its stop(token) is true, after max_new_tokens,
     or because it does not fit by itself. When pages run out the youngest gives its own back and is
-    appended again later: nothing is lost, and nothing is sampled twice. sampling: {field of
-    Sampling: value}, for all of them. release=False: ended sequences keep their places, where the
-    cache holds all but their last token. To go on with one, add to its ids, reset `new` and `over`,
-    and hand it in again. One that is left in the middle gives up its place.
+    appended again later: nothing is lost, and nothing is sampled twice.
+
+    release=False: ended sequences keep their places, where the cache holds all but their last
+    token. To go on with one, add to its ids, reset `new` and `finish_reason`, and hand it in
+    again. One that is left in the middle gives up its place.
     """
     for sequence in sequences:
         sequence.ids = list(sequence.ids)  # which continuations of one prompt may share until now
-        sequence.sampling = sequence.sampling._replace(**sampling or {})
     # those that are in the cache go first: others may have to wait for their places
     waiting = sorted(sequences, key=lambda sequence: sequence.index is None)
     scheduler = Scheduler(model, cache, waiting, end_ids, release)
@@ -409,7 +406,7 @@ class Options:
 
 # what a request may set for itself, and what else is known there
 OWN_OPTIONS = "n max_new_tokens seed stop temperature top_k top_p min_p repetition_penalty".split()
-KNOWN = {*OWN_OPTIONS, "prompt", "messages", "tools", "enable_thinking", "chat_template_kwargs"}
+OF_PROMPT = "prompt messages tools enable_thinking chat_template_kwargs".split()
 ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 
 
@@ -423,13 +420,10 @@ class Session:
         dtype = getattr(torch, options.dtype)
         self.model = load_model(options.model, options.device, dtype, options.adapter)
         self.cache = None
-        config = self.model.config
         if options.compile:
             self.model.compile()
-        if options.dense and config.dms:
-            config.dms.disable_eviction = True
-        self.stated_context = config.max_position_embeddings
-        config.max_position_embeddings = context_of(config)  # the cache must have room for it
+        if options.dense and self.model.config.dms:
+            self.model.config.dms.disable_eviction = True
 
     def encode(self, request):
         """The ids of a request's "messages" or "prompt", through the chat template, with what the
@@ -446,19 +440,19 @@ class Session:
         """-n sequences that continue ids, by the options that the request states for itself, each
         with a Stream as its `stop`."""
         own = {ALIASES.get(key, key): x for key, x in request.items() if x is not None}
-        for key in own.keys() - KNOWN:
+        for key in own.keys() - {*OWN_OPTIONS, *OF_PROMPT}:
             say(f"what requests say about {key} has no effect")
         if isinstance(own.get("stop"), str):
             own["stop"] = [own["stop"]]
         kinds = Options.__annotations__  # JSON may have "5" or 5.0 for 5
         stated = {key: kinds[key](own[key]) for key in OWN_OPTIONS if key in own}
-        options = replace(self.options, **{"seed": seed} | stated)
+        options = replace(self.options, **{"seed": seed, **stated})
         length = len(ids) + options.max_new_tokens
-        context = self.model.config.max_position_embeddings
-        fits = options.n > 0 and 0 < len(ids) < length <= context
-        require(fits, f"{options.n} times {len(ids)} tokens and {options.max_new_tokens} new ones "
-                f"do not fit the model's context, {context} tokens; shorten it or ask for less")
-        if length > self.stated_context:
+        config = self.model.config
+        require(options.n > 0 and 0 < len(ids) < length <= config.context,
+                f"{options.n} times {len(ids)} tokens and {options.max_new_tokens} new ones do not "
+                f"fit the model's context, {config.context} tokens; shorten it or ask for less")
+        if length > config.max_position_embeddings:
             say("warning: longer than the context that config.json states, as its RoPE allows")
         sampling = Sampling(*[getattr(options, name) for name in Sampling._fields])
         return [Sequence(ids, options.max_new_tokens, f"{options.seed} {i}",
@@ -475,7 +469,7 @@ class Session:
             places = min(self.options.batch, len(key_of) or 1)
             self.cache = KVCache(model.config, places, model.device, model.dtype, memory=memory)
         begin = time.perf_counter()
-        for new in generate(model, self.cache, list(key_of), self.end_ids, release=release):
+        for new in generate(model, self.cache, list(key_of), self.end_ids, release):
             for key in {key_of[chain] for chain, _ in new if chain.over}:
                 if all(chain.over for chain in requests[key]):
                     yield key
@@ -513,17 +507,15 @@ def chat(session):
         print()
 
 
-def one_prompt(session, prompt, check):
-    """Answer a prompt in -n chains, and say what they voted for, or what check(texts) says."""
+def one_prompt(session):
+    """Answer --prompt in -n chains, and say what they voted for."""
     options = session.options
-    ids = session.encode({"prompt": prompt})
+    ids = session.encode({"prompt": options.prompt})
     chains = session.chains(ids, {}, options.seed, show=options.n == 1)
     list(session.run({0: chains}, release=not options.show_evictions))
     answer = answer_of(chains)
     print("\n---\n".join(answer["texts"]) if options.n > 1 else "", flush=True)
-    verdict = f"answer {answer['answer']}; {answer['votes']} of {options.n} agree"
-    if options.n > 1 or check:
-        print(f"[{check(answer['texts']) if check else verdict}]", file=sys.stderr)
+    print(f"[answer {answer['answer']}; {answer['votes']} of {options.n} agree]", file=sys.stderr)
     if options.show_evictions:
         stream = Stream(session.tokenizer, skip_special_tokens=False)
         show_evictions(options.show_evictions, session.cache, chains[0], stream)
@@ -558,11 +550,11 @@ def answered_lines(out, requests):
     try:
         answers = [json.loads(line)["generated"] for line in lines]
         expected = [line_of(answer, requests[answer["line"]]) for answer in answers]
-        begins = BEGINNING.startswith(unfinished[: len(BEGINNING)])
-        require(lines == expected and begins, "they are not what is written for these requests")
-    except Exception as e:  # as there may be anything
-        raise InputError(f"{out}: holds something else than answers to these requests, or they "
-                         f"have changed; give another --out ({e})") from e
+    except (LookupError, TypeError, ValueError):
+        expected = None
+    require(lines == expected and BEGINNING.startswith(unfinished[: len(BEGINNING)]),
+            f"{out}: holds something else than answers to these requests, or they have changed; "
+            "give another --out")
     os.truncate(out, out.stat().st_size - len(unfinished))  # lines are written in ASCII
     return {answer["line"] for answer in answers}
 
@@ -608,23 +600,17 @@ def main(argv=None):
     options = Options(**generation_defaults(folder) | stated | {"model": folder})
     require(options.out or not options.requests, "--requests needs --out, a file for the answers")
     choose_device(options)
-    check = None
     if options.prompt == "-":
         options.prompt = sys.stdin.read()
     elif not {"prompt", "chat", "requests"} & stated.keys():
         from toy.tasks import question
 
-        options.prompt, check = question(options.task, options.seed)
-        print(f"{options.prompt}\n", file=sys.stderr)
+        options.prompt, expected = question(options.task, options.seed)
+        print(f"{options.prompt}\n[expected: {expected}]\n", file=sys.stderr)
         if options.n == 1 and "temperature" not in stated:
             options.temperature = 0.0
-    session = Session(options)
-    if options.chat:
-        chat(session)
-    elif options.requests:
-        serve(session)
-    else:
-        one_prompt(session, options.prompt, check)
+    mode = chat if options.chat else serve if options.requests else one_prompt
+    mode(Session(options))
 
 
 if __name__ == "__main__":

@@ -24,16 +24,16 @@ Letters: those of dms.py, and N = B * Hkv rows of a layer, where row b * Hkv + h
 sequence b; P pages in the pool; M columns of the page table; W = window + 1 entries of the ring.
 """
 
-import copy
+import os
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import usable_memory
 from dms import attention, decisions, visible
 
 
@@ -58,12 +58,7 @@ class PagePool:
             # the free pages are free[:free_count]; the last of them is the top of the stack
             self.free = torch.arange(pages, dtype=torch.int32).flip(0)  # (P,), page 0 on top
             self.free_count = torch.tensor([pages], dtype=torch.int32)
-        self.slots = (
-            self.keys,
-            self.values,
-            self.position,
-            self.evicted,
-        )
+        self.slots = (self.keys, self.values, self.position, self.evicted)
 
     def __len__(self):
         return len(self.free)
@@ -103,21 +98,12 @@ class Rows:
     ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W
 
     def layer(self, layer):
-        return Rows(
-            self.seen,
-            self.length[layer],
-            self.table[layer],
-            self.ring[layer],
-        )
+        return Rows(self.seen, self.length[layer], self.table[layer], self.ring[layer])
 
     def select(self, index):
         """The rows of an index: views for a slice, copies for a tensor of numbers."""
-        return Rows(
-            self.seen[index],
-            self.length[:, index],
-            self.table[:, index],
-            self.ring[:, index],
-        )
+        by_layer = (self.length, self.table, self.ring)
+        return Rows(self.seen[index], *(x[:, index] for x in by_layer))
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
@@ -382,6 +368,16 @@ class PieceAttention:
         return evict
 
 
+def usable_memory(device):
+    """Bytes that a GPU has free, or that this machine, or the container around us, has in all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    container = limit.read_text().strip() if limit.exists() else "max"
+    return machine if container == "max" else min(machine, int(container))
+
+
 class KVCache:
     """The per-head paged cache of a batch of sequences, each of its own length.
 
@@ -400,11 +396,9 @@ class KVCache:
         room for the whole context without eviction, but takes at most 80% of a machine's memory, or
         of what a GPU has free. (On a CPU a page takes memory only once it is written to.)"""
         self.device = torch.device(device)
-        page_size = page_size or (64 if config.head_dim >= 64 else 32)
+        self.page_size = page_size = page_size or (64 if config.head_dim >= 64 else 32)
         default = 2048 if self.device.type == "cuda" else 512
         self.chunk = max(chunk or default, 3)  # see `pieces`
-        # a copy, by which check_model notices a later change
-        self.config = replace(config, dms=copy.copy(config.dms))
         self.layers = L = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
         self.window = config.eviction.window if config.eviction else 0
@@ -416,7 +410,7 @@ class KVCache:
         # a key, a value, a position and a decision
         slot_bytes = 2 * config.head_dim * dtype.itemsize + 4 + 1
         self.page_bytes = page_size * slot_bytes
-        pages = L * N * -(-config.max_position_embeddings // page_size)  # the whole context
+        pages = L * N * -(-config.context // page_size)  # the whole context
         if memory is None:
             memory = min(pages * self.page_bytes, 0.8 * usable_memory(self.device))
         pages = max(int(memory / self.page_bytes), 1)
@@ -424,11 +418,7 @@ class KVCache:
         seen = torch.zeros(N, dtype=torch.int64, device=self.device)
         zeros = partial(torch.zeros, dtype=torch.int32, device=self.device)
         self.rows = Rows(
-            seen,
-            length=zeros(L, N),
-            table=zeros(L, N, 1),
-            ring=zeros(L, N, self.window + 1),
-        )
+            seen, length=zeros(L, N), table=zeros(L, N, 1), ring=zeros(L, N, self.window + 1))
 
         # counted on the device, since a replayed CUDA graph adds to them; see stats
         self.reads = seen.new_zeros(1)
@@ -442,26 +432,14 @@ class KVCache:
         return len(self.rows.seen) // self.kv_heads
 
     @property
-    def page_size(self):
-        return self.pool.page_size
-
-    @property
     def seen(self):
         """Tokens appended to each sequence, (B,) int64."""
         return self.rows.seen[:: self.kv_heads]
 
-    def check_model(self, model):
-        """Raise ValueError unless the cache was made for this model, as it is configured now."""
-        if self.config != model.config or self.pool.keys.dtype != model.dtype:
-            raise ValueError("the cache was made for another config or dtype; make a new one")
-
     def rows_of(self, sequences):
         """The numbers of the rows of sequences, in order, (n * Hkv,) int64."""
-        if not set(sequences) <= set(range(self.batch_size)):
-            raise ValueError(f"the cache has sequences 0 to {self.batch_size - 1}, not {sequences}")
-        heads = range(self.kv_heads)
-        rows = [b * self.kv_heads + head for b in sequences for head in heads]
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+        rows = torch.arange(self.rows.seen.numel(), device=self.device).view(-1, self.kv_heads)
+        return rows[list(sequences)].flatten()
 
     # ----------------------------------------------------------------------------------- Appending
 
@@ -474,18 +452,17 @@ class KVCache:
         later comes when one layer has stored a piece and the next has not: so the sequences that
         the ids belong to are released, with all that they held.
         """
-        sequences = range(self.batch_size) if sequence is None else [sequence]
-        rows = self.rows_of(sequences).tolist()
-        rows = slice(rows[0], rows[-1] + 1)  # by which Rows.select gives views
+        sequences = range(self.batch_size)
+        if sequence is not None:
+            sequences = sequences[sequence : sequence + 1]
         B, T = ids.shape
-        if lengths is None:
-            lengths = [T] * B
+        lengths = [T] * B if lengths is None else lengths
         count = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
-        in_range = count.clamp(0, T).equal(count)
-        fits = in_range and len(count) == B == len(sequences)
-        if not fits:
+        if not (len(count) == B == len(sequences) and count.clamp(0, T).equal(count)):
             raise ValueError(f"ids and lengths must be of {len(sequences)} sequences, and each "
                              f"length from 0 to {T}")
+        # a slice, by which Rows.select gives views
+        rows = slice(sequences[0] * self.kv_heads, (sequences[-1] + 1) * self.kv_heads)
         if T == 1:
             self.reserve(count, rows)
         try:

@@ -58,6 +58,16 @@ class ModelConfig:
             return None
         return self.dms
 
+    @property
+    def context(self):
+        """The tokens that the model can take: as its RoPE is scaled, which may be more than
+        config.json states. Qwen's instructions for YaRN leave max_position_embeddings as it was."""
+        rope = self.rope_scaling or {}
+        if rope.get("rope_type") not in ("linear", "yarn"):
+            return self.max_position_embeddings
+        scaled = original_context(self) * rope.get("factor", 1)
+        return max(self.max_position_embeddings, int(scaled))
+
 
 # -------------------------------------------------------------------------------------------- RoPE
 
@@ -67,16 +77,16 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 def rope_frequencies(config):
     """Inverse frequencies (D/2,) float32, and the factor by which cos and sin are multiplied."""
     rope = config.rope_scaling or {}
-    kind = rope.get("rope_type", "default")
+    kind = rope.get("rope_type")
     # on the CPU even where load_model builds the rest on "meta": no file holds these
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     freq = 1 / config.rope_theta ** (exponent / config.head_dim)
-    if kind == "linear":
-        return freq / float(rope["factor"]), 1.0
-    if kind == "llama3":
-        return llama3_frequencies(config, freq), 1.0
     if kind == "yarn":
         return yarn_frequencies(config, freq)
+    if kind == "llama3":
+        freq = llama3_frequencies(config, freq)
+    if kind == "linear":
+        freq = freq / float(rope["factor"])
     return freq, 1.0
 
 
@@ -109,23 +119,24 @@ def yarn_frequencies(config, freq):
         tokens_per_radian = original / (rotations * 2 * math.pi)
         return D * math.log(tokens_per_radian) / (2 * math.log(config.rope_theta))
 
-    low = max(channel_with(rope.get("beta_fast", 32)), 0)
-    high = min(channel_with(rope.get("beta_slow", 1)), D - 1)
+    low = channel_with(rope.get("beta_fast", 32))
+    high = channel_with(rope.get("beta_slow", 1))
     if rope.get("truncate", True):
         low = math.floor(low)
         high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, D - 1)
     channel = torch.arange(D // 2, dtype=torch.float32, device="cpu")
     divide = ((channel - low) / max(high - low, 0.001)).clamp(0, 1)
     freq = freq * (1 - divide + divide / factor)
 
     def mscale(m):
-        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+        return 0.1 * m * math.log(max(factor, 1)) + 1.0
 
-    if rope.get("attention_factor") is not None:
-        return freq, float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return freq, mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
-    return freq, mscale(1)
+    scale = mscale(1)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
+        scale = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
+    return freq, float(rope.get("attention_factor", scale))
 
 
 def apply_rope(x, cos, sin):
@@ -326,7 +337,6 @@ class Model(nn.Module):
             raise ValueError(f"ids must be (B, T), at least one, from 0 to {V - 1}")
         if cache is None:
             return self.hidden(ids, dms.masked_attention(self.config))
-        cache.check_model(self)
         with torch.inference_mode(), cache.append(ids, lengths, sequence) as pieces:
             # a long input comes in pieces; each is in the cache before the next one is asked for
             states = [self.hidden(x, attend, attend.start) for x, attend in pieces]

@@ -20,7 +20,7 @@ the sequences of a step sum to the same gradients, up to the order of sums.
 import json
 import math
 import time
-from contextlib import closing, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,12 +33,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import dms
-from checkpoint import (context_of, copy_tokenizer, load_model, load_tokenizer, parse_config,
-                        read_settings, resolve, save_model)
+from checkpoint import (copy_tokenizer, load_model, load_tokenizer, parse_config, read_settings,
+                        resolve, save_model)
 from common import (all_reduce, choose_device, is_sharded, parse_options, read_json, require,
                     run_script, shard, sharded_like, torchrun_place, whole, write_atomic,
                     write_json)
-from data import DEFAULT, TextData, ahead, settling_sequences
+from data import DEFAULT, TextData, settling_sequences
 from evaluate import evaluate, settle_offset
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
@@ -256,23 +256,23 @@ def train(options, data, out):
     done, place = run.load(state) if state.exists() else (0, None)
     if is_main:
         begin_folder(options, out, done)
+    batches = data.batches(done, place)
     bar = tqdm(range(done, options.steps), "retrofit", disable=not is_main,
                initial=done, total=options.steps)
-    with closing(ahead(data.batches(done, place))) as batches:  # a thread, which closing ends
-        for step in bar:
-            begin = time.time()
-            ids, documents, place = next(batches)
-            metrics = run.step(step, ids, documents)
-            if is_main:
-                with open(out / "metrics.jsonl", "a") as log:
-                    print(json.dumps(metrics), file=log)
-            speed = sum(map(sum, documents)) / (time.time() - begin)
-            peak = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
-            memory = f", {peak:.1f} GB" if peak else ""
-            bar.set_postfix_str(f"KL {metrics['kl']:.4f}, target {metrics['target_cr']:.2f}x, "
-                                f"actual {metrics['cr']:.2f}x, {speed:,.0f} tokens/s{memory}")
-            if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-                run.save(state, step + 1, place)
+    for step in bar:
+        begin = time.time()
+        ids, documents, place = next(batches)
+        metrics = run.step(step, ids, documents)
+        if is_main:
+            with open(out / "metrics.jsonl", "a") as log:
+                print(json.dumps(metrics), file=log)
+        speed = sum(map(sum, documents)) / (time.time() - begin)
+        peak = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
+        bar.set_postfix_str(f"KL {metrics['kl']:.4f}, target {metrics['target_cr']:.2f}x, "
+                            f"actual {metrics['cr']:.2f}x, {speed:,.0f} tokens/s"
+                            + f", {peak:.1f} GB" * bool(peak))
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            run.save(state, step + 1, place)
     # sets the decisions' offset, so that the cache reaches the target on held-out text
     ratio = settle_offset(run.student, data)
     if is_main:
@@ -319,7 +319,7 @@ def complete(options):
     else:
         config = config_of(options.model)
         defaults = CPU_DEFAULTS if options.device == "cpu" else GPU_DEFAULTS
-        seq_len = options.seq_len or min(defaults["seq_len"], context_of(config))
+        seq_len = options.seq_len or min(defaults["seq_len"], config.context)
         # the widest window that leaves room for the target, (window + 1) * cr <= seq_len, rounded
         # down to a power of two
         fits = max(int(seq_len / options.target_cr) - 1, 1)
@@ -354,7 +354,7 @@ def check(options):
     folder = resolve(options.model)
     require(read_settings(folder, read_json(folder / "config.json")) is None,
             f"{folder}: is already a DMS checkpoint; give the model that it came from")
-    context = context_of(config_of(options.model))
+    context = config_of(options.model).context
     require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
     require((options.window + 1) * options.target_cr <= options.seq_len,
             f"the window alone holds {options.window + 1} of {options.seq_len} tokens; use a "

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 
 import shared
-from shared import KVCache, Sequence, generate, tasks
+from shared import KVCache, Sampling, Sequence, generate, tasks
 
 BUDGETS = ("reads", "peak_pairs", "peak_page_bytes")
 MEANS = ("accuracy", "tied", "unanswered", *BUDGETS)  # of a point
@@ -58,11 +58,11 @@ def sample_chains(model, tokenizer, problem, count, limits, temperature, seed):
     """Sample `count` chains for a problem, to the largest of the limits."""
     cache = KVCache(model.config, count, model.device, model.dtype)
     prompt = shared.prompt_ids(tokenizer, problem)
-    chains = [Sequence(prompt, max(limits), f"{seed} {i}") for i in range(count)]
+    hot = Sampling(temperature)
+    chains = [Sequence(prompt, max(limits), f"{seed} {i}", sampling=hot) for i in range(count)]
     held = torch.zeros(count, max(limits), dtype=torch.int64)
     pages = torch.zeros_like(held)
-    sampling = {"temperature": temperature}
-    steps = generate(model, cache, chains, {tokenizer.end_id}, sampling, release=False)
+    steps = generate(model, cache, chains, {tokenizer.end_id}, release=False)
     for k, new in enumerate(steps):
         if k == 0:
             prompt_reads = cache.stats()["reads"]

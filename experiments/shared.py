@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import load_model, load_tokenizer  # noqa: E402
 from common import read_json, write_json  # noqa: E402
 from evaluate import kl_on_text, sliding_window  # noqa: E402
-from generate import Sequence, generate  # noqa: E402
+from generate import Sampling, Sequence, generate  # noqa: E402, F401
 from kv_cache import KVCache  # noqa: E402
 from toy import tasks  # noqa: E402
 from toy.data import ToyData  # noqa: E402

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import shared  # noqa: E402
-from shared import SHIPPED, TEACHER, KVCache, Sequence, generate, tasks  # noqa: E402
+from shared import SHIPPED, TEACHER, KVCache, Sampling, Sequence, generate, tasks  # noqa: E402
 import retrofit  # noqa: E402
 from dms import Packing  # noqa: E402
 
@@ -92,8 +92,8 @@ def test_hyperscaling(rows_of):
     chains = script.sample_chains(model, TOKENIZER, problem, 3, (20, 60), 2.0, "seed")
     for limit, width in ((20, 3), (60, 1), (60, 3)):
         cache = KVCache(model.config, width)
-        alone = [Sequence(prompt, limit, f"seed {i}") for i in range(width)]
-        list(generate(model, cache, alone, {TOKENIZER.end_id}, {"temperature": 2.0}))
+        alone = [Sequence(prompt, limit, f"seed {i}", sampling=Sampling(2.0)) for i in range(width)]
+        list(generate(model, cache, alone, {TOKENIZER.end_id}))
         taken = script.cost(chains, slice(0, width), limit)
         assert taken == {budget: cache.stats()[budget] for budget in script.BUDGETS}
     # over the halves of the logarithmic axis ours is better by 0.1 and by 0.3

@@ -9,7 +9,7 @@ from test_retrofit import arguments, metrics_in, random_teacher, results_in, tex
 
 import retrofit
 from dms import DMSConfig
-from generate import Sequence, generate
+from generate import Sampling, Sequence, generate
 from kv_cache import KVCache
 
 
@@ -29,10 +29,11 @@ def test_generation_without_triton(settings):
     """Continuous batching, forks, put-backs, sampling."""
 
     def texts(model):
-        chains = [Sequence([1, 2, 3] * (i // 2 + 2), 8, seed=i) for i in range(6)]
+        sampling = Sampling(1.3, top_k=20, top_p=0.9)
+        chains = [Sequence([1, 2, 3] * (i // 2 + 2), 8, i, sampling=sampling) for i in range(6)]
         memory = 30 * KVCache(model.config, 1, page_size=4).page_bytes
         cache = KVCache(model.config, 3, model.device, page_size=4, chunk=8, memory=memory)
-        for _ in generate(model, cache, chains, {3, 5}, dict(temperature=1.3, top_k=20, top_p=0.9)):
+        for _ in generate(model, cache, chains, {3, 5}):
             pass
         return [(chain.new, chain.error) for chain in chains]
 

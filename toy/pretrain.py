@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from checkpoint import load_model, load_tokenizer, save_model  # noqa: E402
 from common import torchrun_place, write_atomic, write_json  # noqa: E402
-from generate import Sequence, generate  # noqa: E402
+from generate import Sampling, Sequence, generate  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 from toy.tasks import LETTERS, NAMES, TASKS, evaluate, is_correct, make_problem  # noqa: E402
@@ -200,9 +200,11 @@ def free_running(model, tokenizer, problems, temperature=0.0, batch=50):
     if unsure:
         cache = KVCache(model.config, min(batch, len(unsure)), model.device)
         prompts = [chat_ids(tokenizer, problem)[0] for problem in unsure]
-        replies = [Sequence(prompt, 280, seed) for seed, prompt in enumerate(prompts)]
+        sampling = Sampling(temperature)
+        replies = [Sequence(prompt, 280, seed, sampling=sampling)
+                   for seed, prompt in enumerate(prompts)]
         end_ids = {tokenizer.token_to_id("<|im_end|>")}
-        for _ in generate(model, cache, replies, end_ids, {"temperature": temperature}):
+        for _ in generate(model, cache, replies, end_ids):
             pass
         texts = [tokenizer.decode(reply.new) for reply in replies]
         right += sum(map(is_correct, unsure, texts))

@@ -26,7 +26,6 @@ import random
 import re
 import sys
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 
 TASKS = ("needles", "variables", "arithmetic")
@@ -199,17 +198,9 @@ def is_correct(problem, text):
 
 
 def question(task, seed):
-    """A test problem's text, and a function that says what a list of replies votes for."""
+    """The text of a test problem, and the answer that is expected."""
     problem = make_problem(task, random.Random(f"generate {seed}"), "test")
-    expected = final_answer(problem, problem.answer)
-
-    def check(texts):
-        answers = [final_answer(problem, text) for text in texts]
-        answer = Counter(answers).most_common(1)[0][0]
-        right = answers.count(expected)
-        return f"answer {answer}, expected {expected}; {right} of {len(answers)} right"
-
-    return problem.prompt, check
+    return problem.prompt, final_answer(problem, problem.answer)
 
 
 def messages(problem, with_answer=True):
