@@ -223,6 +223,7 @@ class Scheduler:
         it had the same prompt. Returns it, and the logits (1, V) that follow its prompt."""
         sequence = self.waiting.pop(0)
         if sequence.index is None:
+            require(0 in self.cache.seen, "no place is free in the cache; ask for release=True")
             sequence.index = self.cache.seen.tolist().index(0)
         self.running.append(sequence)  # already here: if no page is left, put_back takes it off
         # last.ids[: last.fed] is its prompt, or [], which no prompt equals, if it is over already

@@ -12,13 +12,13 @@ keys are stored, since RoPE is already inside them. Hence the whole trick:
 Nothing is ever moved. Each slot says whose pair it holds, by position, and what was decided about
 it. A row's ring has window + 1 entries: entry t mod (window + 1) is the slot of token t.
 
-A single token is stored first and then attends, since it sees all that its row holds. A block of
-tokens attends first and is stored afterwards, since its first tokens still see what expires within
-it. The tests append the same tokens both ways. A dense model's cache just evicts nothing.
+New tokens attend first and are stored afterwards, since the first of them still see what expires
+within the block. A dense model's cache just evicts nothing.
 
-All of it is plain PyTorch. kernels/ has faster versions of three functions (store_one, attend_one,
-attend_block); without that folder everything still runs. This file knows nothing of training, of
-tokenizers, or of how a decision was made.
+All of it is plain PyTorch. kernels/ has a faster attend_block, and for a single token two functions
+that store it first: then it sees all that its rows hold, itself included. Without that folder
+everything still runs. This file knows nothing of training, of tokenizers, or of how a decision was
+made.
 
 Letters: those of dms.py, and N = B * Hkv rows of a layer, where row b * Hkv + h is KV head h of
 sequence b; P pages in the pool; M columns of the page table; W = window + 1 entries of the ring.
@@ -234,34 +234,7 @@ def store(k, v, evict, new, rows, pool, window):
     rows.ring[row, entry] = target[recent].int()
 
 
-def store_one(k, v, evict, new, rows, pool, shift):
-    """Store one token in every row that gets one.
-
-    k, v: (N, D), the pool's dtype; evict: (N,) bool, decided at this token about the one `shift`, 0
-    or 1, before it; new: (N,) int64, 1 for a row that gets a token, 0 for one that rests.
-    """
-    if shift == 1:
-        decide_newest(evict, new, rows, pool)
-        evict = torch.zeros_like(evict)  # the new token itself is not decided yet
-    window = rows.ring.shape[1] - 1
-    k, v, evict = (x[:, None] for x in (k, v, evict))  # a block of T = 1
-    store(k, v, evict, new, rows, pool, window)
-
-
 # ------------------------------------------------------------------- Attention, of one layer's rows
-
-
-def attend_one(q, rows, pool):
-    """Softmax attention, in float32, of each row's queries q (N, G, D) to all that it holds. A row
-    that holds nothing gives 0. Returns (N, G, D)."""
-    y = torch.zeros_like(q)
-    for row in rows.length.nonzero()[:, 0].tolist():
-        k, v = held((pool.keys, pool.values), rows, row)  # (n, D)
-        query = q[row].float() * q.shape[2] ** -0.5
-        # keys first: with the long side in front, a CPU is up to 7 times faster
-        score = k.float() @ query.T  # (n, G)
-        y[row] = score.softmax(dim=0).T @ v.float()
-    return y
 
 
 def attend_block(q, k, v, evict, new, rows, pool, window):
@@ -291,9 +264,13 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
     return y
 
 
-# The functions that kernels may replace, each with the signature of its plain version above
+# What kernels/ may do. attend_block is as above. For one token of each row,
+#   store_one(k, v, evict, new, rows, pool, shift): k, v (N, D); evict (N,) bool, decided at this
+#     token about the one `shift` before it; new (N,) int64, 0 for a row that rests. As `settle`
+#     and `store` do it.
+#   attend_one(q, rows, pool): q (N, G, D) to all that its row holds; 0 for an empty row.
 Kernels = namedtuple("Kernels", "store_one attend_one attend_block")
-PLAIN = Kernels(store_one, attend_one, attend_block)
+PLAIN = Kernels(None, None, attend_block)
 
 
 def choose_kernels(device, dtype):
@@ -343,12 +320,12 @@ class PieceAttention:
         if logits is None:
             logits = k.new_full((N, T), -1.0)  # keep everything
         logits = logits.reshape(N, T)
-        if T == 1:  # store, then attend: the token sees all that its rows hold, itself included
+        if T == 1 and cache.kernels.store_one:
             decided = logits[:, 0] > 0  # about the token `shift` before
             new_pairs = (k[:, 0], v[:, 0], decided, self.new)
             cache.kernels.store_one(*new_pairs, rows, pool, cache.shift)
             y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, pool)
-        else:  # attend, then store: the first tokens still see what expires within the block
+        else:
             evict = self.settle(logits, rows)
             new_pairs = (k, v, evict, self.new)
             y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, pool, cache.window)

@@ -6,7 +6,8 @@ Attention over pages, by Triton: one query a head (decode), or a block of new to
 In decode a query sees everything that its row holds. In prefill the new tokens are not stored yet:
 a query sees what is held and the new tokens up to its own, but what was evicted only up to position
 j + window. So each key gets `until`, the last token that sees it, and one comparison decides.
-It equals attend_one and attend_block in kv_cache.py. A KVCache on a GPU calls it once a layer.
+It equals attend_block in kv_cache.py, or for a stored token a softmax over all that its row holds.
+A KVCache on a GPU calls it once a layer.
 
 The grid is (rows, parts of a row, blocks of queries). In decode there is one block, so a row is cut
 into parts to keep the GPU busy, and each part gets its share of the row's own length. The number of
@@ -160,7 +161,7 @@ def attend(q, block, rows, pool, window, parts):
 
 
 def attend_one(q, rows, pool):
-    """kv_cache.attend_one by Triton."""
+    """See Kernels in kv_cache.py."""
     return attend(q[:, :, None], (), rows, pool, 0, parts_of(len(q)))[:, :, 0]
 
 

@@ -1,9 +1,10 @@
 """
 A decode step on a CPU: the cache write and the attention, compiled by numba.
 
-They equal store_one and attend_one in kv_cache.py, in float32 and bfloat16, and a KVCache on a CPU
-calls them once for each layer of a step. The time of a step is that of reading the pages. So each
-number is read once, where it lies, and a bfloat16 is converted on the way.
+They equal `store` and a softmax over all that a row holds (see Kernels in kv_cache.py), in float32
+and bfloat16. A KVCache on a CPU calls them once for each layer of a step. The time of a step is
+that of reading the pages. So each number is read once, where it lies, and a bfloat16 is converted
+on the way.
 
 The write visits one row after another: it is a few numbers a row. The attention cuts every row's
 pages into as many shares as there are threads, so that a row much longer than the others does not
@@ -25,14 +26,14 @@ def arrays(*tensors):
 
 
 def store_one(k, v, evict, new, rows, pool, shift):
-    """kv_cache.store_one by numba. The free stack must hold a page for every row that needs one."""
+    """By numba. The free stack must hold a page for every row that needs one."""
     state = (rows.seen, rows.length, rows.table, rows.ring)
     free = (pool.free, pool.free_count)
     _store(shift, *arrays(k, v, evict, new, *state, *pool.slots, *free))
 
 
 def attend_one(q, rows, pool):
-    """kv_cache.attend_one by numba, in as many threads as PyTorch uses."""
+    """By numba, in as many threads as PyTorch uses."""
     N, G, D = q.shape
     threads = torch.get_num_threads()
     query = q.float() * D**-0.5

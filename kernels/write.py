@@ -1,7 +1,7 @@
 """
 The cache write of a decode step: one token into every row, by Triton.
 
-It equals store_one in kv_cache.py, which is the rule in memory for one token. As token t arrives,
+It equals `store` in kv_cache.py, the rule in memory, for one token. As token t arrives,
 token t - W (W = window + 1) leaves the window, and
 
     slot = that of token t - W  if it was evicted,  else the row's next one
@@ -72,8 +72,8 @@ def _store(
 
 
 def store_one(k, v, evict, new, rows, pool, shift):
-    """kv_cache.store_one by Triton. The free stack must hold a page for every row that needs one:
-    KVCache.reserve sees to it, since a program could not say that there is none."""
+    """By Triton, see Kernels in kv_cache.py. The free stack must hold a page for every row that
+    needs one: KVCache.reserve sees to it, since a program could not say that there is none."""
     state = (rows.seen, rows.length, rows.table, rows.ring)
     free = (pool.free, pool.free_count)
     tensors = (k.contiguous(), v.contiguous(), evict, new, *state, *pool.slots, *free)

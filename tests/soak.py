@@ -45,7 +45,7 @@ class Talks:
         talks = [talk for talk in self.talks if rng.random() < 0.7]
         for talk in talks:
             talk.ids += self.ids(12)
-            talk.new, talk.over, talk.error = [], False, None
+            talk.new, talk.finish_reason, talk.error = [], None, None
         beginning = self.ids(20)
         for _ in range(rng.randint(0, 5)):
             self.made += 1

@@ -15,7 +15,7 @@ from oracle import (FAMILIES, TEXTS, YARN, edit, make_tokenizer, plain_forward, 
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import (ADAPTER_FILE, BLOCK_SIZE, INDEX, config_to_dict, context_of, end_ids,
+from checkpoint import (ADAPTER_FILE, BLOCK_SIZE, INDEX, config_to_dict, end_ids,
                         generation_defaults, load_model, load_tokenizer, parse_config,
                         read_settings, resolve, save_model)
 from common import InputError, read_json, write_json
@@ -83,7 +83,7 @@ LLAMA32 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_f
     (4096, dict(type="linear", factor=4.0), 16384), (131072, LLAMA32, 131072)])
 def test_the_context_is_what_the_scaling_makes_of_it(context, rope, tokens):
     raw = {**BASE, "max_position_embeddings": context, "rope_scaling": rope}
-    assert context_of(parse_config(raw)) == tokens
+    assert parse_config(raw).context == tokens
 
 
 MAY_BE_ABSENT = ("num_key_value_heads", "attention_bias", "tie_word_embeddings", "layer_types",

@@ -3,7 +3,6 @@ import copy
 import itertools
 import json
 import re
-import time
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -16,7 +15,7 @@ import dms
 import evaluate
 from checkpoint import load_tokenizer
 from common import InputError
-from data import TextData, ahead, conversation, settling_sequences
+from data import TextData, conversation, settling_sequences
 
 TOKENIZER = load_tokenizer(REPOSITORY / "toy" / "teacher")
 SENTENCE = "There was a number on the door of the old house by the river."
@@ -272,17 +271,6 @@ def test_a_hub_dataset_s_files_are_fetched_when_they_are_reached(
     assert numbers(text_data("owner/name@commit").batches(0), 58) == found
 
 
-def test_items_are_made_ahead_in_their_order_and_errors_come_in_their_turn():
-    made = []
-    items = ahead(made.append(i) or 6 // (6 - i) for i in range(9))
-    for i in range(6):
-        assert next(items) == 6 // (6 - i)
-        time.sleep(0.02)
-        assert len(made) == i + 2
-    with pytest.raises(ZeroDivisionError):
-        next(items)
-
-
 def held_out(count):
     ids = torch.randint(67, (count, 60), generator=torch.Generator().manual_seed(0))
     return ids, [[25 + i, 30 - i] for i in range(count)]
@@ -317,5 +305,4 @@ def test_the_offset_is_settled_on_a_little_more_than_the_target():
     assert 1.02 * 3 <= evaluate.settle_offset(model, DATA) < 3.2
     model.config.dms.target_cr = 9.0
     model.config.dms.offset = 3.0
-    assert evaluate.settle_offset(model, DATA) < 9  # out of reach
-    assert model.config.dms.offset == 3.0
+    assert evaluate.settle_offset(model, DATA) < 9 and model.config.dms.offset == 2  # the least

@@ -83,7 +83,7 @@ def test_published_frequencies_hold_at_far_positions(kind, rope, tmp_path):
 
 
 IMPORTS = {  # module: what of ours it may import. Nothing imports upwards, and there are no circles
-    "dms": "", "model": "dms", "common": "", "kv_cache": "common dms kernels",
+    "dms": "", "model": "dms", "common": "", "kv_cache": "dms kernels",
     "checkpoint": "common dms model kernels", "data": "common checkpoint",
     "evaluate": "checkpoint common data dms kv_cache", "publish": "checkpoint common evaluate",
     "show": "common", "generate": "checkpoint common kv_cache model show kernels toy",

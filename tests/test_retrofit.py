@@ -300,7 +300,7 @@ def test_compression_is_learned(toy_run):
 
 
 def test_the_offset_is_settled_just_above_the_target(toy_run):
-    """Where that was not learned the offset stays as it was trained."""
+    """Where that was not learned the offset falls by 1, no more."""
     out, data = toy_run
     model = load_model(out)
     for target in (6, 2):
@@ -310,7 +310,7 @@ def test_the_offset_is_settled_just_above_the_target(toy_run):
         cache = evaluate.kl_on_text(model, model, data, 8)[2]
         assert cache.compression_ratio() == pytest.approx(ratio, rel=0.2)
     model = dms.start_retrofit(load_model(TEACHER), dms.DMSConfig(window=4))
-    assert evaluate.settle_offset(model, data) == 1 and model.config.dms.offset == 5.0
+    assert evaluate.settle_offset(model, data) == 1 and model.config.dms.offset == 4.0
 
 
 def settle_apart(out, data, found):
@@ -402,9 +402,10 @@ def test_a_run_that_diverges_ends_and_keeps_its_state(random_teacher, text, tmp_
 
 def test_out_of_memory_names_the_sequence_length(
         random_teacher, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dms, "distillation_loss", lambda *given: torch.empty(2**60))
+    full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr(dms, "distillation_loss", full)
     monkeypatch.setattr(sys, "argv", ["", *arguments(random_teacher, text, tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(REPOSITORY / "retrofit.py"), run_name="__main__")
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: out of memory; a shorter --seq-len") and "memory" in last
+    assert last.startswith("error: a shorter --seq-len") and "out of memory" in last
