@@ -6,9 +6,8 @@ and bfloat16. A KVCache on a CPU calls them once for each layer of a step. The t
 that of reading the pages. So each number is read once, where it lies, and a bfloat16 is converted
 on the way.
 
-The write visits one row after another: it is a few numbers a row. The attention cuts every row's
-pages into as many shares as there are threads, so that a row much longer than the others does not
-keep one thread busy while the rest wait. The shares of a row are merged by PyTorch.
+The write visits one row after another: it is a few numbers a row. The attention takes rows side by
+side, one in each thread.
 
 numba is an extra: without it importing this file raises ImportError, and the cache takes the plain
 functions. Letters: N rows of a layer, G query heads of a row, D head size.
@@ -34,20 +33,14 @@ def store_one(k, v, evict, new, rows, pool, shift):
 
 def attend_one(q, rows, pool):
     """By numba, in as many threads as PyTorch uses."""
-    N, G, D = q.shape
+    query = q.float() * q.shape[2] ** -0.5
+    y = torch.empty_like(query)
     threads = torch.get_num_threads()
-    query = q.float() * D**-0.5
-    # of each share the sum of its weighted values, the sum of its weights, both relative to its
-    # highest score, and that score
-    part = query.new_zeros(threads, N, G, D + 2)
-    part[..., -1] = -1e30
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    _attend(*arrays(query, pool.keys, pool.values, rows.table, rows.length, part))
+    with numba.parallel_chunksize(1):  # a thread that is done takes the next row
+        _attend(*arrays(query, pool.keys, pool.values, rows.table, rows.length, y))
     torch.set_num_threads(threads)  # numba's first launch sets them for all of OpenMP
-    top = part[..., -1:]
-    weight = (top - top.amax(0)).exp()  # softmax would start threads for these few numbers
-    out, total, _ = (weight * part).sum(0).split((D, 1, 1), dim=2)
-    return (out / total.clamp(min=1e-30)).to(q.dtype)
+    return y.to(q.dtype)
 
 
 def number(x):
@@ -111,7 +104,8 @@ def _store(shift, k, v, evict, new, seen, length, table, ring,
 
 @numba.njit(fastmath=fast, **options)
 def attend_page(q, keys, values, weight, out):
-    """Add one page's part to out (D + 2,), see attend_one. weight: room for one number a slot."""
+    """Add one page's part to out (D + 2,): the weighted values, the sum of the weights, both
+    relative to the highest score so far, and that score. weight: room for one number a slot."""
     D = len(q)
     top = out[D + 1]
     for t in range(len(keys)):
@@ -130,18 +124,18 @@ def attend_page(q, keys, values, weight, out):
 
 
 @numba.njit(parallel=True, fastmath=fast, **options)
-def _attend(q, keys, values, table, length, part):
-    """A thread takes its share of every row's pages, one in so many as there are threads."""
-    N, G, _ = q.shape
+def _attend(q, keys, values, table, length, y):
+    N, G, D = q.shape
     page_size = keys.shape[1]
-    threads = len(part)
-    for share in numba.prange(threads):
+    for row in numba.prange(N):
         weight = np.empty(page_size, np.float32)
-        for row in range(N):
-            pages = -(-length[row] // page_size)
-            for ordinal in range(share, pages, threads):
-                held = min(length[row] - ordinal * page_size, page_size)
-                page = table[row, ordinal]
-                for g in range(G):
-                    one = part[share, row, g]
-                    attend_page(q[row, g], keys[page, :held], values[page, :held], weight, one)
+        out = np.zeros((G, D + 2), np.float32)
+        out[:, D] = 1e-30  # a row that holds nothing gives 0
+        out[:, D + 1] = -1e30
+        for begin in range(0, length[row], page_size):
+            page = table[row, begin // page_size]
+            held = min(length[row] - begin, page_size)
+            for g in range(G):  # while the page is in the processor's cache
+                attend_page(q[row, g], keys[page, :held], values[page, :held], weight, out[g])
+        for g in range(G):
+            y[row, g] = out[g, :D] / out[g, D]
