@@ -96,6 +96,8 @@ def choose_device(options):
     if options.device.startswith("cuda"):
         require(torch.cuda.is_available(), f"--device {options.device}: PyTorch finds no GPU here")
         torch.cuda.set_device(options.device)
+        # cuDNN's attention plans for each new shape, which takes up to half a second
+        torch.backends.cuda.enable_cudnn_sdp(False)
         default = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
     options.dtype = options.dtype or default
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -76,15 +75,9 @@ def decisions(logits, shift):
     return F.pad(evict[..., 1:], (0, 1), value=False)
 
 
-# cuDNN is left out: it plans for each new shape, which takes up to half a second.
-BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 def attention(q, k, v, mask=None):
     """Softmax attention, causal unless there is a mask: q (B, Hq, T, D), k and v (B, Hkv, S, D)."""
-    with sdpa_kernel(BACKENDS):
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
 
 
 def masked_attention(config):
@@ -266,7 +259,7 @@ class RelaxedAttention:
     dms: DMSConfig
     packing: Packing
     biased_attention: Callable  # relaxed_attention, or the kernel that equals it
-    seeds: list | None  # a text for each sequence, which seeds its noise; None: hard (for tests)
+    seeds: list  # a text for each sequence, which seeds its noise
     evicted_by_layer: list = field(default_factory=list)  # (Hkv,) pairs of this batch
 
     def __call__(self, layer, q, k, v, logits):
@@ -280,10 +273,7 @@ class RelaxedAttention:
 
     def noisy_logits(self, layer, logits):
         """(z + g1 - g2) / tau by the token that the decision is about, (B, Hkv, T)."""
-        if self.seeds is None:
-            noisy = logits * 1e6  # so large that the sigmoid is a step
-        else:
-            noisy = (logits + self.noise(layer, logits)) / self.dms.tau
+        noisy = (logits + self.noise(layer, logits)) / self.dms.tau
         if self.dms.shift == 0:
             return noisy
         return F.pad(noisy[..., 1:], (0, 1), value=UNDECIDED)

@@ -127,22 +127,21 @@ def evaluate(data, options, out):
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if options.device.startswith("cuda"):
         hardware = torch.cuda.get_device_name()
-    write_json(out / "results.json", {
-        "settings": options.settings() | {"model": Path(options.model).name},
-        "hardware": hardware,
-        "torch": torch.__version__,
-        "window_tokens": budget,
-        "results": results,
-    })
-    titles = ("dense", f"DMS {options.target_cr:g}x", f"window of {budget}")
-    print_table(dict(zip(titles, results.values())))
+    # names, not where these lie here
+    names = {key: Path(getattr(options, key)).name for key in ("model", "data")}
+    run = {"settings": options.settings() | names, "hardware": hardware,
+           "torch": torch.__version__, "window_tokens": budget, "results": results}
+    write_json(out / "results.json", run)
+    print(table_of(run))
 
 
-def print_table(columns):
-    """columns: {title: what measure gives}."""
-    measured = list(columns.values())
-    print(f"{'':26}" + "".join(f"{title:>18}" for title in columns))
-    for task in measured[0]["accuracy"]:
-        print(f"{task:26}" + "".join(f"{column['accuracy'][task]:18.1%}" for column in measured))
+def table_of(run):
+    """The table, as text, of what results.json holds."""
+    columns = run["results"].values()
+    lines = [f"{'':26}" + "".join(f"{name:>18}" for name in run["results"])]
+    for task in run["results"]["dense"]["accuracy"]:
+        lines.append(f"{task:26}" + "".join(f"{x['accuracy'][task]:18.1%}" for x in columns))
     for key, (title, form) in PRINTED.items():
-        print(f"{title:26}" + "".join(f"{column[key]:{form}}" for column in measured))
+        lines.append(f"{title:26}" + "".join(f"{x[key]:{form}}" for x in columns))
+    lines.append(f"The window holds {run['window_tokens']} pairs. Measured on {run['hardware']}.")
+    return "\n".join(lines)

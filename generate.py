@@ -7,7 +7,6 @@ Generate from a dense or DMS checkpoint with the compacting cache, and see what 
     python generate.py --chat                             # several turns over one cache
     python generate.py -n 8 --temperature 1.0             # 8 chains that share one prompt, and vote
     python generate.py --requests in.jsonl --out out.jsonl   # many; goes on where it was stopped
-    torchrun --nproc-per-node 8 generate.py --requests ...   # over GPUs: out.0-of-8.jsonl, ...
     python generate.py --show-evictions                   # each token by how many heads hold it
     python generate.py --show-evictions page.html         # and what each of them holds
     python generate.py --dense                            # the same, nothing evicted
@@ -38,8 +37,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from checkpoint import end_ids, generation_defaults, load_model, load_tokenizer, resolve, say
-from common import (InputError, choose_device, parse_options, read_text, require, run_script,
-                    torchrun_place)
+from common import InputError, choose_device, parse_options, read_text, require, run_script
 from kv_cache import PLAIN, CacheFull, KVCache
 from show import show_evictions
 
@@ -565,12 +563,9 @@ def serve(session):
     are finished. What is there already is not made again. A line that cannot be answered does not
     stop the others."""
     options = session.options
-    rank, world = torchrun_place()
     out = Path(options.out)
-    if world > 1:
-        out = out.with_suffix(f".{rank}-of-{world}.jsonl")
     lines = enumerate(read_text(options.requests).split("\n"), 1)
-    requests = {n: line for n, line in lines if line.strip() and n % world == rank}
+    requests = {n: line for n, line in lines if line.strip()}
     chains = {}
     failed = {}
     with FileLock(f"{out}.lock", blocking=False), open(out, "a") as file:

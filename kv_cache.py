@@ -165,12 +165,10 @@ def held(slots, rows, row):
 def decide_newest(evict, new, rows, pool):
     """With a shift of 1, the first new token decides about the one before it, the newest that is
     held: note evict (N,) at its slot, in rows that get tokens (new > 0) and hold any."""
-    decides = (new > 0) & (rows.seen > 0)
-    row = decides.nonzero()[:, 0]
+    row = ((new > 0) & (rows.seen > 0)).nonzero()[:, 0]
     newest = rows.seen[row] - 1
     slot = rows.ring[row, newest % rows.ring.shape[1]]
-    where = locate(rows, row, slot, pool)
-    pool.evicted[where] = evict[row]
+    pool.evicted[locate(rows, row, slot, pool)] = evict[row]
 
 
 def add_pages(rows, pool, length):
@@ -484,30 +482,26 @@ class KVCache:
         # and window 0 the token that leaves is the newest, which only this step decides about. Here
         # it counts as kept: so at worst a page too many is asked for.)
         W = self.window + 1
-        layer = torch.arange(self.layers, device=self.device)[:, None]
-        row = torch.arange(len(new), device=self.device)
-        leaving = part.ring[layer, row, part.seen % W]  # (L, N)
-        page = part.table[layer, row, leaving // self.page_size]
-        was_evicted = self.pool.evicted[page, leaving % self.page_size]
+        entry = (part.seen % W).expand(self.layers, -1)  # of the ring, (L, N)
+        leaving = part.ring.gather(2, entry[..., None]).long()  # slots, (L, N, 1)
+        page = part.table.gather(2, leaving // self.page_size)
+        was_evicted = self.pool.evicted[page, leaving % self.page_size][..., 0]
         reused = was_evicted & (part.seen >= W)
         is_full = part.length % self.page_size == 0  # the row's last page
-        needs_page = is_full & ~reused & (new > 0)
+        needed = (is_full & ~reused & (new > 0)).sum()
         # one transfer from the GPU for all three
-        needed = needs_page.sum()
-        free = self.pool.free_count[0].long()
-        longest = self.rows.length.max().long()
-        needed, free, longest = torch.stack((needed, free, longest)).tolist()
+        counts = torch.stack((needed, self.pool.free_count[0], self.rows.length.max()))
+        needed, free, longest = counts.tolist()
         self.pool.check(needed, free)
         self.widen_tables(1, longest)
 
     def widen_tables(self, tokens, longest):
         """Make room in the page tables for the longest row and `tokens` more. A table that must
         grow is replaced, by one with room to spare."""
-        columns = -(-(longest + tokens) // self.page_size)
         present = self.rows.table.shape[2]
-        if columns > present:
-            more = columns - present + present // 2
-            self.rows.table = F.pad(self.rows.table, (0, more))
+        missing = -(-(longest + tokens) // self.page_size) - present
+        if missing > 0:
+            self.rows.table = F.pad(self.rows.table, (0, missing + present // 2))
 
     # -------------------------------------------------------------------------- Ending and forking
 
@@ -550,10 +544,8 @@ class KVCache:
 
     def count_ended(self, rows):
         """Note what sequences hold that end now. rows: the numbers of their rows."""
-        tokens = self.rows.seen[rows].sum()
-        self.ended_tokens += int(tokens) // self.kv_heads  # each was counted Hkv times
-        pairs = self.rows.length[:, rows].sum()
-        self.ended_pairs += int(pairs)
+        self.ended_tokens += int(self.rows.seen[rows].sum()) // self.kv_heads  # one for each head
+        self.ended_pairs += int(self.rows.length[:, rows].sum())
 
     def compression_ratio(self):
         """Tokens seen so far x L x Hkv / the pairs held at their ends, None before any token."""

@@ -11,14 +11,12 @@ A model whose weights were all trained is one whole folder anyway. The release i
 
 import tempfile
 import textwrap
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 from checkpoint import copy_tokenizer, find_adapters, load_model, read_optional, resolve, save_model
 from common import parse_options, read_json, read_text, require, run_script, write_json, write_text
-from evaluate import print_table
+from evaluate import table_of
 
 
 @dataclass
@@ -33,16 +31,6 @@ class Options:
     license: str = "unknown"  # for the card, such as apache-2.0
 
 
-def results_of(run):
-    """The results of a run as code in Markdown. run: what results.json holds, perhaps nothing."""
-    if not run:
-        return "It has not been measured."
-    with redirect_stdout(StringIO()) as printed:
-        print_table(run["results"])
-    table = textwrap.indent(printed.getvalue(), "    ")
-    return f"{table}\nThe window holds {run['window_tokens']} pairs. On `{run['hardware']}`."
-
-
 def card(config, base, weights, license, run):
     """README.md of a release. base: hub id or None; run: what results.json holds, or nothing."""
     recipe = [f"- `{key}`: `{value}`" for key, value in run.get("settings", {}).items()]
@@ -50,7 +38,8 @@ def card(config, base, weights, license, run):
         base_model=f"base_model: {base}\n" if base else "",
         base=base or f"a {config.model_type} model", family=config.model_type,
         weights=weights, license=license, **vars(config.dms),
-        results=results_of(run), recipe="\n".join(recipe) or "Not known.")
+        results=textwrap.indent(table_of(run), "    ") if run else "It has not been measured.",
+        recipe="\n".join(recipe) or "Not known.")
     return read_text(Path(__file__).with_name("model_card.md")).format(**facts)
 
 
@@ -72,7 +61,6 @@ def write_release(options, out):
     run_folder = find_adapters(options.adapter).parent if options.adapter else folder
     run = read_optional(run_folder / "results.json")
     if run:
-        run["settings"]["data"] = Path(run["settings"]["data"]).name  # not where it lies here
         write_json(out / "results.json", run)
     weights = "the adapters alone, to be laid over the base" if is_alone else "all weights"
     text = card(model.config, None if is_here else base, weights, options.license, run)

@@ -249,7 +249,8 @@ def make_data(options):
 
 
 def train(options, data, out):
-    """Run the steps that are still to do, and write the checkpoint into `out`."""
+    """Run the steps that are still to do, and write the checkpoint into `out`: adapters with the
+    name of their base, or all weights."""
     is_main = torchrun_place()[0] == 0
     run = Distillation(*load_pair(options), options)
     state = out / "state.safetensors"
@@ -278,7 +279,9 @@ def train(options, data, out):
     if is_main:
         hint = "" if ratio >= options.target_cr else "; more --steps, or a higher --lr, may help"
         print(f"{ratio:.2f}x on held-out text, by hard decisions{hint}")
-    write_checkpoint(run.student, options, out)
+    base = options.model if options.train == "adapters" else None
+    # what was trained is float32; whole models are published in half precision
+    save_model(run.student, out, torch.float32 if base else torch.bfloat16, base)
 
 
 def begin_folder(options, out, done):
@@ -290,16 +293,6 @@ def begin_folder(options, out, done):
     metrics.write_text("".join(lines))  # what comes after the saved state will come again
     if done:
         print(f"{out}: goes on after step {done}")
-
-
-def write_checkpoint(model, options, out):
-    """Adapters with the name of their base, or all weights. To be called in all processes."""
-    if options.train == "adapters":
-        save_model(model, out, torch.float32, base=options.model)
-    else:
-        # half precision, as published models have it; what was trained is float32
-        dtype = torch.float16 if options.dtype == "float16" else torch.bfloat16
-        save_model(model, out, dtype)
 
 
 # -------------------------------------------------------------------------------------- The script
@@ -394,7 +387,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock", timeout=0) if rank == 0 else nullcontext():
         data = make_data(options)
-        if options.data != "toy" and data.revision and "@" not in options.data:
+        if data.revision and "@" not in options.data:
             options.data += f"@{data.revision}"  # settings.json keeps the commit for --resume
         if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
             check_data(options, data)

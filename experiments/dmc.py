@@ -64,6 +64,10 @@ def merge(k, v, merging, importance):
 class MergingAttention(RelaxedAttention):
     """attend() for training, or for seeds = None by hard decisions. One document a sequence."""
 
+    def noise(self, layer, logits):
+        """For hard decisions none, but a sigmoid so steep that it is a step."""
+        return logits * 1e6 if self.seeds is None else super().noise(layer, logits)
+
     def __call__(self, layer, q, k, v, logits):
         gate, importance = gate_and_importance(logits, self.dms)
         # about token t: does t + 1 take its place?

@@ -33,7 +33,7 @@ def make_run(root, dtype=torch.float32, **settings):
     retrofitted(root / "base", root / "adapters", **settings)
     copy_tokenizer(root / "base", root / "adapters")
     results = read_json(TOY / "retrofitted" / "results.json")
-    results["settings"].update(train="adapters", data=str(root / "private" / "data.jsonl"), lr=3e-5)
+    results["settings"].update(train="adapters", data="data.jsonl", lr=3e-5)
     write_json(root / "adapters" / "results.json", results)
     write_json(root / "adapters" / "settings.json", {"model": str(root / "base")})
     return root

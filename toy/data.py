@@ -18,6 +18,8 @@ class ToyData:
     """The toy world: chat-formatted problems, one to a sequence, padded; test problems and a
     checker for each task."""
 
+    revision = None  # it is made here, not fetched
+
     def __init__(self, tokenizer, seq_len, batch_size, seed):
         self.tokenizer = tokenizer
         self.seq_len = seq_len
