@@ -66,6 +66,7 @@ def parse_config(raw, where="config.json"):
     what this engine would compute wrongly."""
     raw = stated(raw)
     try:
+        raw["model_type"] = raw.get("dms_engine", raw)["model_type"]  # see publish.py
         rope, theta = read_rope(raw, where)
         check_supported(raw, rope, where)
         heads = raw["num_attention_heads"]

@@ -9,9 +9,10 @@ A model whose weights were all trained is one whole folder anyway. The release i
 --out and renamed when it is complete. Nothing is uploaded. The card's text is model_card.md.
 """
 
+import re
 import tempfile
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoint import copy_tokenizer, find_adapters, load_model, read_optional, resolve, save_model
@@ -43,6 +44,21 @@ def card(config, base, weights, license, run):
     return read_text(Path(__file__).with_name("model_card.md")).format(**facts)
 
 
+def add_remote_code(config, out):
+    """What transformers needs to load the folder with trust_remote_code=True, and only so: a
+    model_type of our own, and our code, whose files import one another as parts of a package."""
+    for name in ("dms", "model", "kv_cache", "modeling_dms"):
+        text = read_text(Path(__file__).with_name(f"{name}.py"))
+        text = re.sub(r"^from (dms|model|kv_cache) import", r"from .\1 import", text, flags=re.M)
+        text = re.sub(r"^import dms$", "from . import dms", text, flags=re.M)
+        write_text(out / f"{name}.py", text)
+    classes = dict(AutoConfig="DMSEngineConfig", AutoModelForCausalLM="DMSForCausalLM")
+    raw = read_json(out / "config.json")
+    raw |= {"model_type": "dms", "dms_engine": asdict(config),
+            "auto_map": {auto: f"modeling_dms.{ours}" for auto, ours in classes.items()}}
+    write_json(out / "config.json", raw)
+
+
 def write_release(options, out):
     """Write the release into an empty folder."""
     model = load_model(options.model, dtype=None, adapter=options.adapter)  # as it is stored
@@ -68,6 +84,8 @@ def write_release(options, out):
     # of --base another commit than the loaded one may be meant: "" leaves it open
     revision = raw.get("dms_base_revision") if base == adapted else ""
     save_model(model, out, None, base if is_alone else None, revision)
+    if not is_alone:
+        add_remote_code(model.config, out)
 
 
 def main(argv=None):

@@ -1,13 +1,17 @@
 """What publish.py writes can be loaded by others, says what it is and tells nothing of this
 machine."""
 
+import functools
 import os
+import random
 import shutil
+import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import transformers
 from conftest import small_model
 from huggingface_hub import ModelCard
 from oracle import edit, make_tokenizer, retrofitted
@@ -17,11 +21,14 @@ import publish
 from checkpoint import ADAPTER_FILE, copy_tokenizer, load_model, load_tokenizer, save_model
 from common import InputError, read_json, write_json
 from dms import DMSConfig
+from generate import Sequence, generate
+from kv_cache import KVCache
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 IDS = torch.arange(60)[None]
 OF_A_RUN = {"README.md", "config.json", "results.json", "tokenizer.json", "tokenizer_config.json",
             "generation_config.json"}
+CODE = {"dms.py", "kv_cache.py", "model.py", "modeling_dms.py"}
 
 
 def make_run(root, dtype=torch.float32, **settings):
@@ -62,16 +69,16 @@ def test_a_merged_release_is_base_and_adapters_bit_for_bit_and_needs_no_base(sto
     originals = load_file(base / "model.safetensors") | load_file(adapters / ADAPTER_FILE)
     shutil.rmtree(base)
     for name in ("release", "other"):
-        assert set(os.listdir(tmp_path / name)) == {*OF_A_RUN, "model.safetensors"}
+        assert set(os.listdir(tmp_path / name)) == {*OF_A_RUN, *CODE, "model.safetensors"}
         merged = load_file(tmp_path / name / "model.safetensors")
         assert merged.keys() == originals.keys()
         for key, tensor in merged.items():  # so that float32 adapters are not rounded
             assert tensor.dtype == originals[key].dtype and torch.equal(tensor, originals[key])
         torch.testing.assert_close(load_model(tmp_path / name)(IDS), expected)
         raw = read_json(tmp_path / name / "config.json")
-        assert not [key for key in raw if "base" in key]
+        assert "base" not in str(raw)
         assert raw["torch_dtype"] == str(stored).removeprefix("torch.")
-        assert raw["architectures"] == ["Qwen3ForCausalLMDMS"]
+        assert raw["architectures"] == ["Qwen3ForCausalLMDMS"] and raw["model_type"] == "dms"
         assert load_tokenizer(tmp_path / name).encode("a")
 
 
@@ -94,7 +101,7 @@ def test_a_model_that_is_whole_is_released_whole(settings, tmp_path):
     released = load_model(tmp_path / "release")
     assert torch.equal(released(IDS), model(IDS))
     assert released.config.dms == settings
-    files = {"config.json", "model.safetensors", "README.md"}
+    files = {"config.json", "model.safetensors", "README.md", *CODE}
     assert set(os.listdir(tmp_path / "release")) == files
     text = card_in(tmp_path / "release")
     for line in (f"| window | {settings.window} |", f"| shift | {settings.shift} |",
@@ -121,6 +128,54 @@ def test_the_card_says_what_it_is_what_came_out_and_how_it_was_made(run, capsys)
         for file in (run / name).iterdir():  # no path of this machine
             for part in (run.name, "private", "../base"):
                 assert part.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("family, shift", [("qwen3", 1), ("llama", 0)])
+def test_a_merged_release_works_and_compresses_in_transformers(family, shift, tmp_path, monkeypatch):
+    """From its folder alone, without our modules: greedy texts equal ours, one by one, in padded
+    batches and in a pipeline, and the cache holds what ours does."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "hf")])
+    run, folder = tmp_path / "run", tmp_path / "release"
+    model = small_model(3, DMSConfig(4, shift=shift), model_type=family, vocab_size=360)
+    save_model(model, run, torch.float32)
+    make_tokenizer(run, "qwen")
+    call(run, folder)
+    shutil.rmtree(run)
+    loaded = dict(trust_remote_code=True, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, **loaded)
+    assert type(theirs).__module__.startswith("transformers_modules")
+    rng = random.Random(0)
+    prompts = [rng.choices(range(3, 67), k=rng.randint(1, 40)) for _ in range(20)]
+    ours = [Sequence(ids, 30) for ids in prompts]
+    cache = KVCache(model.config, 20)
+    list(generate(load_model(folder), cache, ours))
+    greedy = dict(do_sample=False, max_new_tokens=30, eos_token_id=None, pad_token_id=0)
+    for ids, sequence in zip(prompts, ours):
+        assert theirs.generate(torch.tensor([ids]), **greedy)[0].tolist() == sequence.ids
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    batch = theirs.generate(
+        padded, attention_mask=mask, return_dict_in_generate=True, **greedy)
+    assert [row[longest:].tolist() for row in batch.sequences] == [s.new for s in ours]
+    ratio = batch.cache.cache.compression_ratio()
+    assert ratio == pytest.approx(cache.compression_ratio()) and ratio > 1.4
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    ids = padded.flip(1)[:, :9]  # behind the tokens padding does no harm either
+    logits = theirs(ids, attention_mask=(ids > 0).long(), logits_to_keep=9).logits
+    close(logits[ids > 0], model(ids)[ids > 0])
+    beams = theirs.generate(torch.tensor(prompts[:1]), num_beams=3, **greedy)
+    chosen, likeliest = (model(x[None])[0].log_softmax(-1)[-31:-1].gather(1, x[-30:, None]).sum()
+                         for x in (beams[0], torch.tensor(ours[0].ids)))
+    assert chosen >= likeliest  # than the greedy text
+    pipe = transformers.pipeline("text-generation", str(folder), **loaded)
+    [said] = pipe("hello", return_tensors=True, **greedy)
+    alone = Sequence(load_tokenizer(folder).encode("hello"), 30)
+    list(generate(model, KVCache(model.config, 1), [alone]))
+    assert said["generated_token_ids"] == alone.ids
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 
 
 def test_what_cannot_be_released_is_refused_and_a_failure_leaves_nothing(run, monkeypatch):
