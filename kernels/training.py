@@ -24,13 +24,6 @@ runs give equal bits. A program of _by_queries takes a block of queries and walk
 they see, for y or, in backward, for dq. One of _by_keys takes a block of keys and walks over the
 queries that see them, those of all query heads of its KV head.
 
-A walk has two parts. In one, every key lies in the past and outside the window, so pairs are tested
-for being of one document only. In the other, the BAND from the window's edge to the diagonal, they
-are tested for the window and the future, too:
-
-    keys that a block of queries walks over        begin ......... edge ......... end
-                                                       documents          BAND
-
 The kernels read q, k, v and y as (N, heads, D), which is how the projections give them. N is B * T:
 a batch is one long sequence with more documents. One more document, of zeros, fills the last block
 where N is no multiple of it. So every block is whole, and nothing that is read or written needs a
@@ -64,15 +57,12 @@ def vectors(token, head, HEADS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def scores(x, y, bias, query, key, visible, window, scale, BAND: tl.constexpr):
+def scores(x, y, bias, query, key, together, window, scale):
     """Scores of queries x and keys y, or of keys x and queries y. The positions of x are a column,
-    (n, 1), those of y a line, (1, n). visible: whether key and query are in one document."""
-    bias *= LOG2E
-    if BAND:
-        bias = tl.where(query > key + window, bias, 0.0)
-        visible = visible & (query >= key)
-    score = dot(x, tl.trans(y)) * (scale * LOG2E) + bias
-    return tl.where(visible, score, float("-inf"))
+    (n, 1), those of y a line, (1, n). together: whether key and query are in one document."""
+    added = tl.where(query > key + window, bias * LOG2E, 0.0)
+    score = dot(x, tl.trans(y)) * (scale * LOG2E) + added
+    return tl.where(together & (query >= key), score, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["N", "window"])
@@ -102,33 +92,27 @@ def _by_queries(
         norm = tl.zeros((OWN,), tl.float32)
         top = norm - 1e30  # the highest score so far, which weights are relative to
     begin = tl.load(first_ptr + start) // OTHER * OTHER  # where a block of keys begins
-    # up to here, whole blocks of keys are outside the window of every query of this program
-    edge = tl.maximum(start - window, begin) // OTHER * OTHER
-    end = start + OWN
-    for BAND in tl.static_range(2):  # unrolled: first without the tests, then with them
-        for block in range(edge if BAND else begin, end if BAND else edge, OTHER):
-            key = block + tl.arange(0, OTHER)
-            other = vectors(key, kv_head, Hkv, D)
-            k = tl.load(k_ptr + other)
-            v = tl.load(v_ptr + other)
-            bias = tl.load(bias_ptr + kv_head * N + key)
-            visible = key[None, :] >= first[:, None]
-            score = scores(
-                q, k, bias[None, :], query[:, None], key[None, :], visible, window, scale, BAND
-            )
-            if BACKWARD:
-                dp = dot(dy, tl.trans(v))
-                p = tl.exp2(score - lse[:, None])
-                dscore = p * (dp - delta[:, None])
-                total = dot(dscore.to(k.dtype), k, total)
-            else:
-                highest = tl.maximum(top, tl.max(score, 1))
-                p = tl.exp2(score - highest[:, None])
-                fade = tl.exp2(top - highest)
-                norm = norm * fade + tl.sum(p, 1)
-                total *= fade[:, None]
-                total = dot(p.to(v.dtype), v, total)
-                top = highest
+    for block in range(begin, start + OWN, OTHER):
+        key = block + tl.arange(0, OTHER)
+        other = vectors(key, kv_head, Hkv, D)
+        k = tl.load(k_ptr + other)
+        v = tl.load(v_ptr + other)
+        bias = tl.load(bias_ptr + kv_head * N + key)
+        together = key[None, :] >= first[:, None]
+        score = scores(q, k, bias[None, :], query[:, None], key[None, :], together, window, scale)
+        if BACKWARD:
+            dp = dot(dy, tl.trans(v))
+            p = tl.exp2(score - lse[:, None])
+            dscore = p * (dp - delta[:, None])
+            total = dot(dscore.to(k.dtype), k, total)
+        else:
+            highest = tl.maximum(top, tl.max(score, 1))
+            p = tl.exp2(score - highest[:, None])
+            fade = tl.exp2(top - highest)
+            norm = norm * fade + tl.sum(p, 1)
+            total *= fade[:, None]
+            total = dot(p.to(v.dtype), v, total)
+            top = highest
     if BACKWARD:
         tl.store(dq_ptr + own, total * scale)
     else:
@@ -141,7 +125,7 @@ def _by_keys(
     N, window, scale,
     q_ptr, k_ptr, v_ptr, bias_ptr, end_ptr, lse_ptr, dy_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr,
     Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr):
-    """Program (block of keys, KV head): dk, dv and dbias. Here the BAND comes first in the walk."""
+    """Program (block of keys, KV head): dk, dv and dbias."""
     start = tl.program_id(0) * OWN
     kv_head = tl.program_id(1)
     key = start + tl.arange(0, OWN)
@@ -154,30 +138,24 @@ def _by_keys(
     dk = tl.zeros((OWN, D), tl.float32)
     dv = tl.zeros((OWN, D), tl.float32)
     dbias = tl.zeros((OWN,), tl.float32)
-    last = tl.max(end, 0)
-    # from here on, every query has all keys of this program outside its window
-    edge = tl.minimum(start + tl.cdiv(OWN + window, OTHER) * OTHER, last)
     for head in range(kv_head * (Hq // Hkv), (kv_head + 1) * (Hq // Hkv)):
-        for BAND in tl.static_range(2):
-            for block in range(start if BAND else edge, edge if BAND else last, OTHER):
-                query = block + tl.arange(0, OTHER)
-                other = vectors(query, head, Hq, D)
-                q = tl.load(q_ptr + other)
-                dy = tl.load(dy_ptr + other)
-                lse = tl.load(lse_ptr + head * N + query)
-                delta = tl.load(delta_ptr + head * N + query)
-                visible = query[None, :] < end[:, None]
-                score = scores(
-                    k, q, bias[:, None], query[None, :], key[:, None], visible, window, scale, BAND
-                )
-                p = tl.exp2(score - lse[None, :])
-                dv = dot(p.to(dy.dtype), dy, dv)
-                dp = dot(v, tl.trans(dy))
-                dscore = p * (dp - delta[None, :])
-                dk = dot(dscore.to(q.dtype), q, dk)
-                if BAND:
-                    dscore = tl.where(query[None, :] > key[:, None] + window, dscore, 0.0)
-                dbias += tl.sum(dscore, 1)
+        for block in range(start, tl.max(end, 0), OTHER):
+            query = block + tl.arange(0, OTHER)
+            other = vectors(query, head, Hq, D)
+            q = tl.load(q_ptr + other)
+            dy = tl.load(dy_ptr + other)
+            lse = tl.load(lse_ptr + head * N + query)
+            delta = tl.load(delta_ptr + head * N + query)
+            together = query[None, :] < end[:, None]
+            score = scores(
+                k, q, bias[:, None], query[None, :], key[:, None], together, window, scale)
+            p = tl.exp2(score - lse[None, :])
+            dv = dot(p.to(dy.dtype), dy, dv)
+            dp = dot(v, tl.trans(dy))
+            dscore = p * (dp - delta[None, :])
+            dk = dot(dscore.to(q.dtype), q, dk)
+            is_outside = query[None, :] > key[:, None] + window
+            dbias += tl.sum(tl.where(is_outside, dscore, 0.0), 1)
     tl.store(dk_ptr + own, dk * scale)
     tl.store(dv_ptr + own, dv)
     tl.store(dbias_ptr + line, dbias)
