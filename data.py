@@ -189,7 +189,6 @@ class TextData:
     seq_len: int
     batch_size: int
     seed: int
-    pack_across: bool = False  # a sequence counts as one document
 
     def __post_init__(self):
         self.files, self.fetch, self.revision = find_files(self.source)
@@ -218,7 +217,7 @@ class TextData:
                 document, place = next(documents)
                 ids += document[:room]
                 cut.append(len(document[:room]))
-            lengths.append([self.seq_len] if self.pack_across else cut)
+            lengths.append(cut)
         return torch.tensor(ids).view(count, -1), lengths, place
 
     def documents(self, epoch=0, first=0, begin=0, held_out=False):

@@ -16,14 +16,12 @@ Letters, the same in all files: B batch, T tokens, L layers, Hq query heads, Hkv
 G = Hq / Hkv query heads to a KV head, D head size, C hidden size, V vocabulary, w window.
 """
 
-import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -201,7 +199,6 @@ def document_attention(packing):
 # --------------------------------------------------------- Training: relaxed decisions, section 3.3
 
 UNDECIDED = -1e4  # a logit that no noise turns into an eviction
-KEEP_SCORES_UP_TO = 1024  # tokens; longer sequences compute the scores again in backward
 
 
 def relaxed_attention(q, k, v, bias, first, window, block=128):
@@ -214,35 +211,23 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
     (B, Hq, T, D) in q's dtype; in between all is float32. It takes `block` queries at a time,
     against all keys up to the last of them. kernels/training.py computes the same on a GPU.
     """
-    T = q.shape[2]
-    by_group = q.float().unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, T, D)
-    context = (k.float(), v.float(), bias)
-    attend = relaxed_block
-    if T > KEEP_SCORES_UP_TO:
-        attend = functools.partial(checkpoint, relaxed_block, use_reentrant=False)
+    T, D = q.shape[2:]
+    q_by_group = q.float().unflatten(1, (k.shape[1], -1)) * D**-0.5  # (B, Hkv, G, T, D)
+    k = k.float()
+    v = v.float()
     outputs = []
     for start in range(0, T, block):
         end = min(start + block, T)  # all keys from there on lie in the future
-        past = [x[:, :, :end] for x in context]
-        queries = by_group[:, :, :, start:end]
-        y = attend(queries, *past, first[:, start:end], start, window)
-        outputs.append(y.flatten(1, 2))  # (B, Hq, block, D)
+        query = torch.arange(start, end, device=q.device)[:, None]
+        key = torch.arange(end, device=q.device)
+        added = torch.where(query - key > window, bias[:, :, None, :end], 0)  # (B, Hkv, n, end)
+        unseen = (key > query) | (key < first[:, start:end, None])  # (B, n, end)
+        added = added.masked_fill(unseen[:, None], float("-inf"))
+        score = torch.einsum("bhgid,bhjd->bhgij", q_by_group[:, :, :, start:end], k[:, :, :end])
+        weight = (score + added[:, :, None]).softmax(dim=-1)
+        y = torch.einsum("bhgij,bhjd->bhgid", weight, v[:, :, :end])
+        outputs.append(y.flatten(1, 2))  # (B, Hq, n, D)
     return torch.cat(outputs, dim=2).to(q.dtype)
-
-
-def relaxed_block(q, k, v, bias, first, start, window):
-    """The queries from position `start` on: q (B, Hkv, G, n, D), first (B, n), against k, v
-    (B, Hkv, S, D) with bias (B, Hkv, S) -> (B, Hkv, G, n, D), all float32."""
-    n, D = q.shape[3:]
-    query = start + torch.arange(n, device=q.device)[:, None]
-    key = torch.arange(k.shape[2], device=q.device)
-    added = torch.where(query - key > window, bias[:, :, None], 0)  # (B, Hkv, n, S)
-    is_future = key > query
-    unseen = is_future | (key < first[:, :, None])  # (B, n, S)
-    added = added.masked_fill(unseen[:, None], float("-inf"))
-    score = torch.einsum("bhgid,bhjd->bhgij", q * D**-0.5, k)
-    weight = (score + added[:, :, None]).softmax(dim=-1)
-    return torch.einsum("bhgij,bhjd->bhgid", weight, v)
 
 
 @dataclass

@@ -92,12 +92,11 @@ def next_tokens(sequences, logits):
     """{Sequence: its next token id}, by logits (n, V). Those of equal settings are sampled
     together; what runs beside a sequence changes nothing for it."""
     tokens = {}
-    for sampling in {sequence.sampling for sequence in sequences}:
-        places = [i for i, s in enumerate(sequences) if s.sampling == sampling]
-        group = [sequences[i] for i in places]
-        rows = torch.stack([penalized(logits[i], sequences[i]) for i in places])
-        uniform = torch.tensor([s.uniform() for s in group], device=logits.device)
-        tokens.update(zip(group, sample(rows, uniform, *sampling[:4]).tolist()))
+    for sampling in {s.sampling for s in sequences}:
+        rows = {s: penalized(row, s) for s, row in zip(sequences, logits) if s.sampling == sampling}
+        uniform = torch.tensor([s.uniform() for s in rows], device=logits.device)
+        new = sample(torch.stack([*rows.values()]), uniform, *sampling[:4])
+        tokens |= zip(rows, new.tolist())
     return tokens
 
 
@@ -312,7 +311,7 @@ class Stream:
     def __init__(self, tokenizer, stops=(), show=False, skip_special_tokens=True):
         self.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens)
         self.name_of = tokenizer.fast.id_to_token
-        self.stops = [stop for stop in stops if stop]
+        self.stops = list(filter(None, stops))
         self.stop_beginnings = tuple(stop[:n] for stop in self.stops for n in range(1, len(stop)))
         self.show = show
         self.text = ""

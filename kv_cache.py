@@ -279,7 +279,7 @@ def choose_kernels(device, dtype):
             from kernels import write
 
             return Kernels(write.store_one, paged.attend_one, paged.attend_block)
-        if dtype in (torch.float32, torch.bfloat16):
+        if dtype == torch.float32:
             from kernels import cpu
 
             return Kernels(cpu.store_one, cpu.attend_one, attend_block)
@@ -298,12 +298,8 @@ class PieceAttention:
 
     cache: "KVCache"
     rows: Rows  # those that the piece belongs to, of all layers
-    count: torch.Tensor  # (B,) int64: the real tokens of each sequence, the rest being padding
-
-    def __post_init__(self):
-        self.new = self.count.repeat_interleave(self.cache.kv_heads)  # (N,): the same by row
-        # (B, 1), each sequence's first position: a view, to be read before the next piece
-        self.start = self.rows.seen[:: self.cache.kv_heads, None]
+    new: torch.Tensor  # (N,) int64: the real tokens of each row, the rest being padding
+    start: torch.Tensor  # (B, 1) int64: the position of each sequence's first token
 
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D)."""
@@ -460,15 +456,15 @@ class KVCache:
             T = piece.shape[1]
             if T > 1:
                 self.widen_tables(T, int(self.rows.length.max()))
-            new = count.clamp(max=T)
-            attend = PieceAttention(self, self.rows.select(rows), new)
-            before = attend.rows.length.clone()
-            yield piece, attend
-            count = count - new
-            attend.rows.seen += attend.new  # a view of the cache's own
+            part = self.rows.select(rows)
+            new = count.clamp(max=T).repeat_interleave(self.kv_heads)  # (N,)
+            before = part.length.clone()
+            yield piece, PieceAttention(self, part, new, part.seen[:: self.kv_heads, None])
+            count = (count - T).clamp(min=0)
+            part.seen += new  # a view of the cache's own
             # a token attends to what is held now, a block to what was held and to itself
-            attended = attend.rows.length if T == 1 else before + attend.new
-            self.reads += (attended * (attend.new > 0)).sum()  # of (L, N)
+            attended = part.length if T == 1 else before + new
+            self.reads += (attended * (new > 0)).sum()  # of (L, N)
             self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
             self.least_free_pages.clamp_(max=self.pool.free_count)
 

@@ -49,8 +49,7 @@ TOY_DEFAULTS = dict(data="toy", window=16, train="all", steps=500, lr=1e-3, batc
 GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=1000, batch_size=8, seq_len=8192,
                     eval_sequences=32)
 # and for text on a CPU (1.2 million tokens: some hours for a model of 135 million weights)
-CPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=300, batch_size=4, seq_len=1024,
-                    eval_sequences=8)
+CPU_DEFAULTS = dict(GPU_DEFAULTS, steps=300, batch_size=4, seq_len=1024, eval_sequences=8)
 TOKENS_AT_A_TIME = 4096  # of a step; its sequences are taken one by one, or a few if short
 RECOMPUTES = 2048  # tokens; for longer sequences blocks are computed again in backward
 MAX_KL = 10.0  # nats; a step beyond it ends the run
@@ -74,7 +73,6 @@ class Options:
     lr: float = None  # (default: 1e-3 for toy data, else 0.12 / hidden size, 3e-5 for 8B)
     batch_size: int = None  # sequences per step (default: 8, for toy data or on a CPU 4)
     seq_len: int = None  # tokens per sequence (default: 512 for toy, else 8192, on a CPU 1024)
-    pack_across: bool = False  # attention crosses the borders of documents in a sequence
     compression_weight: float = 1.0  # of the compression loss
     reverse_kl: bool = False  # weigh the KL by the student's probabilities
     compile: bool = False  # let torch.compile fuse each half of every block
@@ -245,7 +243,7 @@ def make_data(options):
 
         return ToyData(tokenizer, *sizes)
     vocab_size = config_of(options.model).vocab_size
-    return TextData(options.data, tokenizer, vocab_size, *sizes, options.pack_across)
+    return TextData(options.data, tokenizer, vocab_size, *sizes)
 
 
 def train(options, data, out):
@@ -269,9 +267,8 @@ def train(options, data, out):
                 print(json.dumps(metrics), file=log)
         speed = sum(map(sum, documents)) / (time.time() - begin)
         peak = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
-        bar.set_postfix_str(f"KL {metrics['kl']:.4f}, target {metrics['target_cr']:.2f}x, "
-                            f"actual {metrics['cr']:.2f}x, {speed:,.0f} tokens/s"
-                            + f", {peak:.1f} GB" * bool(peak))
+        bar.set_postfix_str(f"KL {metrics['kl']:.4f}, target {metrics['target_cr']:.2f}x, actual "
+                            f"{metrics['cr']:.2f}x, {speed:,.0f} tokens/s, GPU {peak:.1f} GB")
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             run.save(state, step + 1, place)
     # sets the decisions' offset, so that the cache reaches the target on held-out text
@@ -330,12 +327,10 @@ def parse(argv=None):
     options = Options(**stated)  # enough to know the folder
     out = options.out or f"out/{Path(options.model).name}-dms-{options.target_cr:g}x"
     if options.resume:
-        file = Path(out) / "settings.json"
-        require(file.exists(), f"{out}: holds no run to resume; name its folder with --out")
-        saved = read_json(file)
-        for name in stated.keys() & saved.keys():
-            require(name.startswith("eval_") or stated[name] == saved[name],
-                    f"{out}: was started with --{name.replace('_', '-')} {saved[name]}; keep it")
+        saved = read_json(Path(out) / "settings.json")
+        changed = [f"{name} = {saved[name]}" for name in stated.keys() & saved.keys()
+                   if stated[name] != saved[name]]
+        require(not changed, f"{out}: was started with {', '.join(changed)}; keep that")
         options = Options(**{**saved, **stated})
     options.out = out
     complete(options)
@@ -372,7 +367,7 @@ def check_data(options, data):
     reachable = sum(lengths) / windows  # if nothing were kept
     require(reachable >= options.target_cr,
             f"documents are so short that the window alone holds 1/{reachable:.1f} of them; use "
-            "longer ones, a smaller --window or --target-cr, or --pack-across")
+            "longer ones, or a smaller --window or --target-cr")
 
 
 def main(argv=None):

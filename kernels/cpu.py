@@ -1,10 +1,9 @@
 """
 A decode step on a CPU: the cache write and the attention, compiled by numba.
 
-They equal `store` and a softmax over all that a row holds (see Kernels in kv_cache.py), in float32
-and bfloat16. A KVCache on a CPU calls them once for each layer of a step. The time of a step is
-that of reading the pages. So each number is read once, where it lies, and a bfloat16 is converted
-on the way.
+They equal `store` and a softmax over all that a row holds (see Kernels in kv_cache.py), in float32.
+A KVCache on a CPU calls them once for each layer of a step. The time of a step is that of reading
+the pages. So each number is read once, where it lies.
 
 The write visits one row after another: it is a few numbers a row. The attention takes rows side by
 side, one in each thread.
@@ -18,47 +17,29 @@ import numpy as np
 import torch
 
 
-def arrays(*tensors):
-    """Tensors as numpy sees them, bfloat16 as 16-bit integers."""
-    tensors = [x.view(torch.uint16) if x.dtype == torch.bfloat16 else x for x in tensors]
-    return [x.detach().numpy() for x in tensors]
-
-
 def store_one(k, v, evict, new, rows, pool, shift):
     """By numba. The free stack must hold a page for every row that needs one."""
     state = (rows.seen, rows.length, rows.table, rows.ring)
-    free = (pool.free, pool.free_count)
-    _store(shift, *arrays(k, v, evict, new, *state, *pool.slots, *free))
+    tensors = (k, v, evict, new, *state, *pool.slots, pool.free, pool.free_count)
+    _store(shift, *(x.numpy() for x in tensors))
 
 
 def attend_one(q, rows, pool):
     """By numba, in as many threads as PyTorch uses."""
-    query = q.float() * q.shape[2] ** -0.5
+    query = q * q.shape[2] ** -0.5
     y = torch.empty_like(query)
     threads = torch.get_num_threads()
+    tensors = (query, pool.keys, pool.values, rows.table, rows.length, y)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     with numba.parallel_chunksize(1):  # a thread that is done takes the next row
-        _attend(*arrays(query, pool.keys, pool.values, rows.table, rows.length, y))
+        _attend(*(x.numpy() for x in tensors))
     torch.set_num_threads(threads)  # numba's first launch sets them for all of OpenMP
-    return y.to(q.dtype)
-
-
-def number(x):
-    """The float32 that an element stands for. Python never calls this: numba takes, by x's type,
-    what the function below returns."""
-
-
-@numba.extending.overload(number, inline="always")
-def _(x):
-    if isinstance(x, numba.types.Float):
-        return lambda x: x
-    # the 16 bits of a bfloat16 are the upper half of a float32
-    return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return y
 
 
 try:
     options = dict(cache=True)  # keep what is compiled for the next process
-    numba.njit(number, **options)  # compiles nothing: it only looks for a folder to keep it in
+    numba.njit(store_one, **options)  # compiles nothing: it only looks for a folder to keep it in
 except RuntimeError:  # none can be written to, as in some containers
     options = {}
 # sums in any order, so that they are made side by side; NaN and infinity stay what they are
@@ -111,7 +92,7 @@ def attend_page(q, keys, values, weight, out):
     for t in range(len(keys)):
         score = np.float32(0)
         for d in range(D):
-            score += q[d] * number(keys[t, d])
+            score += q[d] * keys[t, d]
         weight[t] = score
         top = max(top, score)
     out[: D + 1] *= np.exp(out[D + 1] - top)
@@ -120,7 +101,7 @@ def attend_page(q, keys, values, weight, out):
         w = np.exp(weight[t] - top)
         out[D] += w
         for d in range(D):
-            out[d] += w * number(values[t, d])
+            out[d] += w * values[t, d]
 
 
 @numba.njit(parallel=True, fastmath=fast, **options)

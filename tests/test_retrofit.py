@@ -123,15 +123,14 @@ def peak_memory(function, *given):
 
 
 def test_a_long_sequence_takes_little_memory(monkeypatch):
-    """Less than a third of the scores that a naive step keeps. Scores and halves of blocks are
-    computed again, and logits exist for a slice: each of the three saves something."""
+    """Beside attention: halves of blocks are computed again, and logits exist for a slice."""
     T = 2100
     run = run_of(0, vocab_size=2000, intermediate_size=1024, num_hidden_layers=3)
+    run.attention = lambda q, k, v, bias, *_: q * bias.mean()
     ids = torch.randint(0, 67, (1, T))
     ours = peak_memory(run.backward, 0, ids, [[T]], 4.0)
-    assert ours < 3 * 4 * T**2 * 4 / 3  # of 3 layers with 4 heads, float32
     hidden = run.student.hidden
-    for place, name, value in ((dms, "KEEP_SCORES_UP_TO", T), (dms, "KL_SLICE", T),
+    for place, name, value in ((dms, "KL_SLICE", T),
                                (run.student, "hidden", lambda *given, **_: hidden(*given[:3]))):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
@@ -352,12 +351,12 @@ def test_a_resumed_run_keeps_its_own_options_and_refuses_others(random_teacher, 
     shortly = ["--resume", "--out", str(tmp_path), "--device", "cpu"]
     for argv in (shortly, [*given, "--resume"]):
         assert retrofit.parse(argv).settings() == options.settings()
-        assert retrofit.parse([*argv, "--eval-problems", "7"]).eval_problems == 7
     for flag in ("--model toy/teacher", "--data toy", "--target-cr 4", "--window 5", "--train all",
                  "--decision neuron", "--shift 0", "--per layer", "--steps 31", "--lr 0.02",
                  "--batch-size 3", "--seq-len 63", "--compression-weight 2", "--reverse-kl",
-                 "--seed 1", "--save-every 4", "--dtype bfloat16"):
-        with pytest.raises(InputError, match=f"was started with {flag.split()[0]} "):
+                 "--seed 1", "--save-every 4", "--dtype bfloat16", "--eval-problems 7"):
+        name = flag.split()[0][2:].replace("-", "_")
+        with pytest.raises(InputError, match=f"was started with {name} = "):
             retrofit.parse([*shortly, *flag.split()])
 
 
@@ -368,7 +367,7 @@ def test_a_resumed_run_keeps_its_own_options_and_refuses_others(random_teacher, 
     ("--shard", "--shard needs several processes"),
     ("--model /no/such", "/no/such"),
     ("--data /no/such.txt", "/no/such.txt"),
-    ("--resume", "holds no run"),
+    ("--resume", "No such file.*settings.json"),
     (f"--model {REPOSITORY}/toy/retrofitted", "already a DMS checkpoint"),
     ("--data short.txt", "so short that the window alone holds 1/[23].[0-9] of them"),
     ("--save-every 2", "out.lock"),  # as another process writes there
