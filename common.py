@@ -107,9 +107,6 @@ def run_script(main, when_stopped="stopped", when_out_of_memory="ask for less"):
     interruption ends it with exit code 130."""
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the output has enough; Python must not flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print(f"\n{when_stopped}", file=sys.stderr)
         sys.exit(130)

@@ -18,13 +18,7 @@ from common import write_json
 from data import settling_sequences
 from kv_cache import KVCache
 
-PRINTED = {  # a measurement's key, and its title and format in the table
-    "kl": ("KL to the teacher, nats", "18.4f"),
-    "compression_ratio": ("compression ratio", "18.2f"),
-    "peak_pairs": ("peak pairs held", "18,"),
-    "reads": ("KV reads, pairs", "18,"),
-    "peak_page_bytes": ("peak bytes in pages", "18,"),
-}
+PRINTED = "kl compression_ratio peak_pairs reads peak_page_bytes".split()  # of a measurement
 
 
 def read_through(cache, model, ids, documents):
@@ -141,7 +135,7 @@ def table_of(run):
     lines = [f"{'':26}" + "".join(f"{name:>18}" for name in run["results"])]
     for task in run["results"]["dense"]["accuracy"]:
         lines.append(f"{task:26}" + "".join(f"{x['accuracy'][task]:18.1%}" for x in columns))
-    for key, (title, form) in PRINTED.items():
-        lines.append(f"{title:26}" + "".join(f"{x[key]:{form}}" for x in columns))
+    for key in PRINTED:
+        lines.append(f"{key:26}" + "".join(f"{round(x[key], 4):18,}" for x in columns))
     lines.append(f"The window holds {run['window_tokens']} pairs. Measured on {run['hardware']}.")
     return "\n".join(lines)

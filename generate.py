@@ -312,7 +312,6 @@ class Stream:
         self.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens)
         self.name_of = tokenizer.fast.id_to_token
         self.stops = list(filter(None, stops))
-        self.stop_beginnings = tuple(stop[:n] for stop in self.stops for n in range(1, len(stop)))
         self.show = show
         self.text = ""
         self.stopped = False
@@ -326,12 +325,11 @@ class Stream:
         self.ids.append(token)
         text = self.decode(self.ids)
         name = str(self.name_of(token))
-        is_special = not self.decode([token])  # no part of a text
         # A later token may change the text after a token that adds none (a special one, with bytes
         # on both sides), after a token of one byte, <0x0A> (a wrong byte makes U+FFFD of all bytes
         # beside it), and after the first bytes of a character, which are U+FFFD until it is whole.
         may_change = text == before or name.startswith("<0x") or text.endswith("\ufffd")
-        if is_special and name in self.stops:
+        if name in self.stops and not self.decode([token]):  # a special token, no part of a text
             self.stopped = True
         elif not may_change:
             self.let_out()
@@ -341,7 +339,8 @@ class Stream:
         """Let out the text held back, unless it ends like the beginning of a stop string."""
         text = self.decode(self.ids)[self.out :]
         ends = [text.find(stop) for stop in self.stops if stop in text]
-        if text.endswith(self.stop_beginnings) and not (ends or is_last):
+        beginnings = tuple(stop[:n] for stop in self.stops for n in range(1, len(stop)))
+        if text.endswith(beginnings) and not (ends or is_last):
             return
         self.stopped |= bool(ends)
         text = text[: min(ends, default=None)]  # up to the first stop string, if there is one
@@ -423,20 +422,10 @@ class Session:
         if options.dense and self.model.config.dms:
             self.model.config.dms.disable_eviction = True
 
-    def encode(self, request):
-        """The ids of a request's "messages" or "prompt", through the chat template, with what the
-        request has for it, unless there is none or --raw."""
-        prompt = request.get("messages") or request.get("prompt")
-        require(prompt, 'a request needs "prompt" or "messages"')
-        if isinstance(prompt, str) and self.tokenizer.template and not self.options.raw:
-            prompt = [{"role": "user", "content": prompt}]
-        variables = {key: request[key] for key in ("tools", "enable_thinking") if key in request}
-        variables |= request.get("chat_template_kwargs") or {}
-        return self.tokenizer.encode(prompt, add_generation_prompt=True, **variables)
-
-    def chains(self, ids, request, seed, show=False):
-        """-n sequences that continue ids, by the options that the request states for itself, each
-        with a Stream as its `stop`."""
+    def chains(self, request, seed, ids=None, show=False):
+        """-n sequences that continue a request's "messages" or "prompt", by the options that it
+        states for itself, each with a Stream as its `stop`. A prompt goes through the chat
+        template, unless there is none or --raw. ids: the prompt's, where they are known already."""
         own = {ALIASES.get(key, key): x for key, x in request.items() if x is not None}
         for key in own.keys() - {*OWN_OPTIONS, *OF_PROMPT}:
             say(f"what requests say about {key} has no effect")
@@ -445,6 +434,14 @@ class Session:
         kinds = Options.__annotations__  # JSON may have "5" or 5.0 for 5
         stated = {key: kinds[key](own[key]) for key in OWN_OPTIONS if key in own}
         options = replace(self.options, **{"seed": seed, **stated})
+        if ids is None:
+            prompt = own.get("messages") or own.get("prompt")
+            require(prompt, 'a request needs "prompt" or "messages"')
+            if isinstance(prompt, str) and self.tokenizer.template and not options.raw:
+                prompt = [{"role": "user", "content": prompt}]
+            variables = {key: own[key] for key in ("tools", "enable_thinking") if key in own}
+            variables |= own.get("chat_template_kwargs", {})
+            ids = self.tokenizer.encode(prompt, add_generation_prompt=True, **variables)
         length = len(ids) + options.max_new_tokens
         config = self.model.config
         require(options.n > 0 and 0 < len(ids) < length <= config.context,
@@ -497,7 +494,7 @@ def chat(session):
         if chain.ids and chain.ids[-1] in session.end_ids:
             chain.ids.pop()  # the cache does not hold it yet, and the text has it
         ids = chain.ids + session.tokenizer.encode(text, add_special_tokens=False)
-        [turn] = session.chains(ids, {}, session.options.seed, show=True)
+        [turn] = session.chains({}, session.options.seed, ids, show=True)
         chain = replace(turn, index=chain.index, fed=chain.fed)
         list(session.run({0: [chain]}, release=False))  # to its end
         answer_of([chain])
@@ -508,8 +505,7 @@ def chat(session):
 def one_prompt(session):
     """Answer --prompt in -n chains, and say what they voted for."""
     options = session.options
-    ids = session.encode({"prompt": options.prompt})
-    chains = session.chains(ids, {}, options.seed, show=options.n == 1)
+    chains = session.chains({"prompt": options.prompt}, options.seed, show=options.n == 1)
     list(session.run({0: chains}, release=not options.show_evictions))
     answer = answer_of(chains)
     print("\n---\n".join(answer["texts"]) if options.n > 1 else "", flush=True)
@@ -572,8 +568,7 @@ def serve(session):
             try:
                 request = json.loads(requests[number])
                 require("generated" not in request, 'a request must not have a key "generated"')
-                ids = session.encode(request)
-                chains[number] = session.chains(ids, request, f"{options.seed} {number}")
+                chains[number] = session.chains(request, f"{options.seed} {number}")
             except Exception as e:  # as there may be anything
                 failed[number] = e
         for number in tqdm(session.run(chains), total=len(chains)):

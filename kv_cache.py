@@ -283,7 +283,7 @@ def choose_kernels(device, dtype):
             from kernels import cpu
 
             return Kernels(cpu.store_one, cpu.attend_one, attend_block)
-    except ImportError:  # no Triton, no numba, or no kernels/
+    except (ImportError, RuntimeError):  # no Triton, no kernels/, no numba or no folder for it
         pass
     return PLAIN
 
@@ -516,18 +516,14 @@ class KVCache:
         """From now on sequence i continues what sequences[i] has seen: name one several times to
         fork it, do not name it to drop it. Forks share the pages that they will not write to.
         Raises CacheFull before anything has changed."""
-        dropped = set(range(self.batch_size)).difference(sequences)
-        dropped = self.rows_of(dropped)
         chosen = fork(self.rows, self.rows_of(sequences), self.pool)
         self.least_free_pages.clamp_(max=self.pool.free_count)
-        self.count_ended(dropped)
+        self.count_ended(self.rows_of(set(range(self.batch_size)).difference(sequences)))
         if len(sequences) != self.batch_size:
-            self.rows = chosen
+            self.rows = chosen  # of another batch size a step is captured anew
             return
-        # in place, since a captured step goes on reading these tensors (of another batch size the
-        # step is captured anew)
         for name, mine in vars(self.rows).items():
-            mine.copy_(getattr(chosen, name))
+            mine.copy_(getattr(chosen, name))  # since a captured step goes on reading these
 
     # ------------------------------------------------------------------------------------ Counting
 
@@ -561,8 +557,7 @@ class KVCache:
         """
         pages = len(self.pool) - int(self.pool.free_count)
         most_pages = len(self.pool) - int(self.least_free_pages)
-        length = self.rows.length.view(self.layers, -1, self.kv_heads)  # (L, B, Hkv)
-        by_head = length.sum(1)
+        by_head = self.rows.length.view(self.layers, -1, self.kv_heads).sum(1)  # (L, Hkv)
         return {
             "tokens": int(self.seen.sum()),
             "pairs": int(by_head.sum()),

@@ -173,14 +173,12 @@ class Attention(nn.Module):
     def add_adapter(self):
         """The decision's own weights, which decide nothing yet (s = 0), in float32."""
         config = self.config
-        with self.q_proj.weight.device:
-            norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-            projection = nn.Linear(
+        with self.q_proj.weight.device:  # the names are NVIDIA's
+            self.dms_proj_alpha_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.dms_proj_alpha = nn.Linear(
                 config.hidden_size, config.num_key_value_heads, bias=config.attention_bias)
-        for parameter in projection.parameters():
+        for parameter in self.dms_proj_alpha.parameters():
             nn.init.zeros_(parameter)
-        self.dms_proj_alpha_norm = norm  # NVIDIA's names
-        self.dms_proj_alpha = projection
 
     def project(self, residual, x, rope):
         """What `attend` takes: q (B, Hq, T, D), k and v (B, Hkv, T, D), rotated, and the decision
@@ -189,9 +187,9 @@ class Attention(nn.Module):
         residual, x: (B, T, C) before and after the input norm; rope: cos, sin.
         """
         config = self.config
-        q = self.q_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hq, D)
-        k = self.k_proj(x).unflatten(2, (-1, config.head_dim))  # (B, T, Hkv, D)
-        v = self.v_proj(x).unflatten(2, (-1, config.head_dim))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        # q (B, T, Hq, D), k and v (B, T, Hkv, D)
+        q, k, v = (proj(x).unflatten(2, (-1, config.head_dim)) for proj in projections)
         if config.model_type == "qwen3":
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -201,7 +199,7 @@ class Attention(nn.Module):
         q = apply_rope(self.without_borrowed(q), *rope)
         q = self.without_borrowed(q)
         k = apply_rope(k, *rope)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits
+        return *(heads.transpose(1, 2) for heads in (q, k, v)), logits
 
     def decide(self, residual, q):
         """The decision logits (B, Hkv, T), None where nothing is evicted. q: (B, T, Hq, D)."""
@@ -333,7 +331,7 @@ class Model(nn.Module):
         Raises ValueError for ids or lengths that do not fit, CacheFull where pages run out.
         """
         V = self.config.vocab_size
-        if ids.dim() != 2 or ids.numel() == 0 or ids.min() < 0 or ids.max() >= V:
+        if ids.dim() != 2 or not ids.numel() or not 0 <= ids.min() <= ids.max() < V:
             raise ValueError(f"ids must be (B, T), at least one, from 0 to {V - 1}")
         if cache is None:
             return self.hidden(ids, dms.masked_attention(self.config))

@@ -3,7 +3,6 @@ A release: a folder of a retrofitted model that others can load, with a card tha
 
     python publish.py --model out/qwen3-8b-dms-8x --out release            # its adapters alone
     python publish.py --model out/qwen3-8b-dms-8x --out release --merge    # with the base's weights
-    python publish.py --model Qwen/Qwen3-8B --adapter owner/adapters --merge --out merged
 
 A model whose weights were all trained is one whole folder anyway. The release is written beside
 --out and renamed when it is complete. Nothing is uploaded. The card's text is model_card.md.
@@ -15,7 +14,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpoint import copy_tokenizer, find_adapters, load_model, read_optional, resolve, save_model
+from checkpoint import copy_tokenizer, load_model, read_optional, resolve, save_model
 from common import parse_options, read_json, read_text, require, run_script, write_json, write_text
 from evaluate import table_of
 
@@ -24,21 +23,19 @@ from evaluate import table_of
 class Options:
     """Of the command line."""
 
-    model: str = None  # what retrofit.py wrote, or with --adapter the base: folder or hub id
+    model: str = None  # what retrofit.py wrote: folder or hub id
     out: str = None  # folder for the release, a new one
-    adapter: str = None  # DMS adapters that belong to --model: a file, a folder or a hub id
     merge: bool = False  # one whole folder: the base's weights and the adapters
     base: str = None  # the base by its hub id, where it is a folder here
-    license: str = "unknown"  # for the card, such as apache-2.0
 
 
-def card(config, base, weights, license, run):
+def card(config, base, weights, run):
     """README.md of a release. base: hub id or None; run: what results.json holds, or nothing."""
     recipe = [f"- `{key}`: `{value}`" for key, value in run.get("settings", {}).items()]
     facts = dict(
         base_model=f"base_model: {base}\n" if base else "",
         base=base or f"a {config.model_type} model", family=config.model_type,
-        weights=weights, license=license, **vars(config.dms),
+        weights=weights, **vars(config.dms),
         results=textwrap.indent(table_of(run), "    ") if run else "It has not been measured.",
         recipe="\n".join(recipe) or "Not known.")
     return read_text(Path(__file__).with_name("model_card.md")).format(**facts)
@@ -61,28 +58,25 @@ def add_remote_code(config, out):
 
 def write_release(options, out):
     """Write the release into an empty folder."""
-    model = load_model(options.model, dtype=None, adapter=options.adapter)  # as it is stored
+    model = load_model(options.model, dtype=None)  # as it is stored
     folder = resolve(options.model)
     raw = read_json(folder / "config.json")
-    # adapted: what the adapters belong to, None where the folder has all weights itself
-    # is_alone: only adapters are written; is_here: the base is a folder, which nobody else has
-    adapted = raw.get("dms_base_model") or (options.model if options.adapter else None)
-    base = options.base or adapted
-    is_alone = adapted and not options.merge
+    base = options.base or raw.get("dms_base_model")
+    is_alone = "dms_base_model" in raw and not options.merge  # only adapters are written
+    # a folder, which nobody else has
     is_here = base and ((folder / base).is_dir() or Path(base).is_dir())
-    require(model.config.dms, f"{options.model}: is a dense model; retrofit it, or give --adapter")
+    require(model.config.dms, f"{options.model}: is a dense model; retrofit it")
     require(not (is_alone and is_here), f"{base}: is a folder here; give its hub id with --base")
 
     copy_tokenizer(folder, out)
-    run_folder = find_adapters(options.adapter).parent if options.adapter else folder
-    run = read_optional(run_folder / "results.json")
+    run = read_optional(folder / "results.json")
     if run:
         write_json(out / "results.json", run)
     weights = "the adapters alone, to be laid over the base" if is_alone else "all weights"
-    text = card(model.config, None if is_here else base, weights, options.license, run)
+    text = card(model.config, None if is_here else base, weights, run)
     write_text(out / "README.md", text)
     # of --base another commit than the loaded one may be meant: "" leaves it open
-    revision = raw.get("dms_base_revision") if base == adapted else ""
+    revision = "" if options.base else raw.get("dms_base_revision")
     save_model(model, out, None, base if is_alone else None, revision)
     if not is_alone:
         add_remote_code(model.config, out)

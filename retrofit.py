@@ -274,8 +274,8 @@ def train(options, data, out):
     # sets the decisions' offset, so that the cache reaches the target on held-out text
     ratio = settle_offset(run.student, data)
     if is_main:
-        hint = "" if ratio >= options.target_cr else "; more --steps, or a higher --lr, may help"
-        print(f"{ratio:.2f}x on held-out text, by hard decisions{hint}")
+        print(f"{ratio:.2f}x on held-out text, by hard decisions (less than --target-cr: take more "
+              "--steps, or a higher --lr)")
     base = options.model if options.train == "adapters" else None
     # what was trained is float32; whole models are published in half precision
     save_model(run.student, out, torch.float32 if base else torch.bfloat16, base)

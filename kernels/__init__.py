@@ -52,5 +52,3 @@ def check_launch(head_dim, *tensors):
         raise ValueError(f"head size {head_dim} in {dtype}: kernels cover 256 in 32 bits at most")
     if any(x.device != device or not x.is_contiguous() for x in tensors):
         raise ValueError("a kernel's tensors must be contiguous, and all on one device")
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        raise ValueError(f"{device} is not the current one: torch.cuda.set_device comes first")

@@ -9,7 +9,8 @@ The write visits one row after another: it is a few numbers a row. The attention
 side, one in each thread.
 
 numba is an extra: without it importing this file raises ImportError, and the cache takes the plain
-functions. Letters: N rows of a layer, G query heads of a row, D head size.
+functions. What is compiled is kept for the next process. Letters: N rows of a layer, G query heads
+of a row, D head size.
 """
 
 import numba
@@ -37,22 +38,17 @@ def attend_one(q, rows, pool):
     return y
 
 
-try:
-    options = dict(cache=True)  # keep what is compiled for the next process
-    numba.njit(store_one, **options)  # compiles nothing: it only looks for a folder to keep it in
-except RuntimeError:  # none can be written to, as in some containers
-    options = {}
 # sums in any order, so that they are made side by side; NaN and infinity stay what they are
 fast = {"reassoc", "contract", "nsz", "arcp"}
 
 
-@numba.njit(**options)
+@numba.njit(cache=True)
 def locate(pages, slot, page_size):
     """Where a slot of a row lies: its page, and the place in it."""
     return pages[slot // page_size], slot % page_size
 
 
-@numba.njit(**options)
+@numba.njit(cache=True)
 def _store(shift, k, v, evict, new, seen, length, table, ring,
            keys, values, position, evicted, free, free_count):
     """The rule as it is written in write.py."""
@@ -83,7 +79,7 @@ def _store(shift, k, v, evict, new, seen, length, table, ring,
         ring[row, t % W] = slot
 
 
-@numba.njit(fastmath=fast, **options)
+@numba.njit(fastmath=fast, cache=True)
 def attend_page(q, keys, values, weight, out):
     """Add one page's part to out (D + 2,): the weighted values, the sum of the weights, both
     relative to the highest score so far, and that score. weight: room for one number a slot."""
@@ -104,7 +100,7 @@ def attend_page(q, keys, values, weight, out):
             out[d] += w * values[t, d]
 
 
-@numba.njit(parallel=True, fastmath=fast, **options)
+@numba.njit(parallel=True, fastmath=fast, cache=True)
 def _attend(q, keys, values, table, length, y):
     N, G, D = q.shape
     page_size = keys.shape[1]
