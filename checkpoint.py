@@ -20,7 +20,6 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import huggingface_hub
@@ -57,7 +56,7 @@ def read_optional(file):
 
 # ------------------------------------------------------------------------------------- config.json
 
-CONFIG_FIELDS = {f.name for f in fields(ModelConfig)} - {"dms", "extra"}
+CONFIG_FIELDS = ModelConfig.__annotations__.keys() - {"dms", "extra"}
 EXTRA = "bos_token_id eos_token_id pad_token_id".split()  # written back as they were
 
 
@@ -67,13 +66,14 @@ def parse_config(raw, where="config.json"):
     raw = stated(raw)
     try:
         raw["model_type"] = raw.get("dms_engine", raw)["model_type"]  # see publish.py
-        rope, theta = read_rope(raw, where)
+        rope = read_rope(raw, where)
         check_supported(raw, rope, where)
         heads = raw["num_attention_heads"]
         # what transformers takes where the file does not say
         head_dim = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // heads
-        defaults = {"num_key_value_heads": heads, "head_dim": head_dim}
-        values = {**defaults, **raw, "rope_scaling": rope, "rope_theta": theta}
+        values = {"num_key_value_heads": heads, "head_dim": head_dim, **raw,
+                  "rope_theta": rope.pop("rope_theta"),
+                  "rope_scaling": None if rope["rope_type"] == "default" else rope}
         config = ModelConfig(**{name: values[name] for name in CONFIG_FIELDS & values.keys()})
         rope_frequencies(config)
     except (LookupError, TypeError, ArithmeticError) as e:
@@ -83,28 +83,25 @@ def parse_config(raw, where="config.json"):
 
 
 def read_rope(raw, where):
-    """({"rope_type": ..., its parameters}, theta) from rope_parameters, which may hold theta, or
-    the older rope_scaling with rope_theta beside it. Both may be there if they agree: otherwise it
-    depends on the reader which one counts."""
+    """{"rope_type": ..., "rope_theta": ..., other parameters} from rope_parameters, which may hold
+    theta, or the older rope_scaling with rope_theta beside it. Both may be there if they agree:
+    otherwise it depends on the reader which one counts."""
     found = [stated(raw[key]) for key in ("rope_parameters", "rope_scaling") if key in raw] or [{}]
     for rope in found:  # one entry, or two that must be equal
         rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
-        rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    rope = found[-1]
-    agree = found[0] == rope
-    theta = rope.pop("rope_theta")
-    require(agree and theta == raw.get("rope_theta", theta),
-            f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other; remove "
-            "what the model was not trained with")
+        theta = rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+        require(rope == found[0] and theta == raw.get("rope_theta", theta),
+                f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other; "
+                "remove what the model was not trained with")
     if "attn_factor" in rope:
         say(f"{where}: RoPE's attn_factor is read by nobody, transformers included")
-    return rope, theta
+    return rope
 
 
 def check_supported(raw, rope, where):
     """Refuse by name what would be computed wrongly."""
     layer_types = {*raw.get("layer_types", [])}
-    slides = bool(layer_types - {"full_attention"})
+    slides = layer_types - {"full_attention"}
     if raw.get("use_sliding_window") and not layer_types:  # defaults as in transformers
         slides = raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
     refused = {
@@ -112,9 +109,8 @@ def check_supported(raw, rope, where):
         f"hidden_act {raw.get('hidden_act')}": raw.get("hidden_act", "silu") != "silu",
         f"RoPE {rope}": rope["rope_type"] not in ROPE_KINDS,
         "a RoPE for each layer type": any(isinstance(value, dict) for value in rope.values()),
-        "partial rotary embeddings": {**raw, **rope}.get("partial_rotary_factor", 1) != 1,
-        f"a sliding_window, {layer_types or ''}": slides,
-    }
+        "partial rotary embeddings": (raw | rope).get("partial_rotary_factor", 1) != 1,
+        f"a sliding_window, {layer_types or ''}": slides}
     for what, is_there in refused.items():
         require(not is_there, f"{where}: not supported: {what}; give a plain Llama, Qwen2 or Qwen3")
 
@@ -126,8 +122,6 @@ def config_to_dict(config):
     raw = {"architectures": [name], **vars(config), "hidden_act": "silu"}
     raw |= raw.pop("extra")
     settings = raw.pop("dms")
-    if raw["rope_scaling"] == {"rope_type": "default"}:
-        raw["rope_scaling"] = None
     if settings:
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
         raw[SEPARATE] = settings.source == "adapter"
@@ -143,14 +137,12 @@ def config_to_dict(config):
 # ------------------------------------------------------------------------------------ DMS settings
 
 # DMSConfig's name -> config.json's key (dms_shift is ours: NVIDIA's code always shifts by one)
-NVIDIA_KEYS = {
-    "window": "dms_window_size", "scale": "dms_alpha_scale", "offset": "dms_initial_alpha_offset",
-    "target_cr": "dms_cr", "per": "dms_alpha_per", "tau": "dms_tau", "shift": "dms_shift",
-    "disable_eviction": "dms_disable_eviction"}
+NVIDIA_KEYS = {"window": "dms_window_size", "scale": "dms_alpha_scale", "tau": "dms_tau",
+               "offset": "dms_initial_alpha_offset", "target_cr": "dms_cr", "shift": "dms_shift",
+               "per": "dms_alpha_per", "disable_eviction": "dms_disable_eviction"}
 # dms_metadata.json's key -> config.json's key; that file always belongs to a borrowed neuron
-METADATA_KEYS = {
-    "window_size": "dms_window_size", "alpha_scale": "dms_alpha_scale", "shift": "dms_shift",
-    "alpha_offset": "dms_initial_alpha_offset", "target_cr": "dms_cr"}
+METADATA_KEYS = {"window_size": "dms_window_size", "alpha_offset": "dms_initial_alpha_offset",
+                 "alpha_scale": "dms_alpha_scale", "shift": "dms_shift", "target_cr": "dms_cr"}
 METADATA_DEFAULTS = {"dms_window_size": 256, "dms_shift": 0, "dms_separate_alpha": False}
 SEPARATE = "dms_separate_alpha"  # true: adapters decide; false or absent: the borrowed neuron
 BLOCK_SIZE = "dms_paged_attention_block_size"
@@ -164,15 +156,14 @@ def read_settings(folder, raw):
     metadata |= metadata.get("config", {})  # nested in some published folders (shisa-ai's)
     others = {key: metadata[name] for name, key in METADATA_KEYS.items() if name in metadata}
     if metadata:
-        others = {**METADATA_DEFAULTS, **others}
+        others = METADATA_DEFAULTS | others
     elif not any(key.startswith("dms_") for key in raw):
         return None
-    both = {**others, **raw}
-    require(both == {**raw, **others},  # equal only if no key has two values
+    both = others | raw
+    require(both == raw | others,  # equal only if no key has two values
             f"{folder}: config.json and dms_metadata.json contradict each other; remove one")
     known = {name: both[key] for name, key in NVIDIA_KEYS.items() if key in both}
-    source = "adapter" if both.get(SEPARATE) else "neuron"
-    settings = DMSConfig(**{**known, "source": source})
+    settings = DMSConfig(**known, source="adapter" if both.get(SEPARATE) else "neuron")
     settings.window = int(settings.window)  # 512.0 may be written for 512
     if assumed := {"window", "scale", "offset", "shift"} - known.keys():
         assumed = ", ".join(f"{name} = {getattr(settings, name)}" for name in sorted(assumed))
@@ -201,14 +192,6 @@ def resolve(path_or_hub_id, relative_to=".", revision=None):
         raise InputError(f"{path_or_hub_id}: no such folder, and not on the hub ({e})") from e
 
 
-def weight_files(folder):
-    """model.safetensors, else the shards of an index: as in transformers, which takes the file even
-    beside an index. That may be from before the shards were merged."""
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return [folder / WEIGHTS]
-    return sorted({folder / name for name in read_json(folder / INDEX)["weight_map"].values()})
-
-
 def find_adapters(path_or_hub_id):
     """The safetensors file of adapters: a file, or the one in a folder or hub repository."""
     if Path(path_or_hub_id).is_file():
@@ -231,7 +214,8 @@ def read_tensors(files, device, dtype):
                     tensor = stored.get_tensor(name)
                     require(tensor.is_floating_point() and tensor.itemsize > 1,
                             f"{file}: {name} is {tensor.dtype}; not supported: quantized weights")
-                    tensors[name] = tensor.to(dtype or tensor.dtype)
+                    # a Parameter, which load_state_dict takes as it is, so that tied ones stay one
+                    tensors[name] = torch.nn.Parameter(tensor.to(device, dtype))
         except SafetensorError as e:
             raise InputError(f"{file}: damaged; download or write it again ({e})") from e
     return tensors
@@ -247,12 +231,17 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         base = resolve(raw["dms_base_model"], folder, raw.get("dms_base_revision") or None)
         return load_model(base, device, dtype, adapter or folder)
     config = parse_config(raw, folder / "config.json")
-    files = weight_files(folder)
-    if adapter is not None:
+    files = [folder / WEIGHTS]
+    index = folder / INDEX
+    # as in transformers, an index does not count beside the file: it may be from before its shards
+    # were merged
+    if index.exists() and not files[0].exists():
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    if adapter:
         files.append(find_adapters(adapter))
         folder = files[-1].parent
         # its tensors say that adapters decide, even where no config.json does
-        raw = {**read_optional(folder / "config.json"), SEPARATE: True}
+        raw = read_optional(folder / "config.json") | {SEPARATE: True}
     config.dms = read_settings(folder, raw)
     with torch.device("meta"):
         model = Model(config)
@@ -263,8 +252,6 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as e:  # it lists what is missing, unexpected or of another shape
         raise InputError(f"{folder}: does not fit its config.json: {str(e)[:300]}") from e
-    if config.tie_word_embeddings:  # assign=True has parted them
-        model.lm_head.weight = model.model.embed_tokens.weight
     model.rope_freq = model.rope_freq.to(device)
     with contextlib.suppress(ImportError):
         from kernels.onednn import use_onednn
@@ -284,18 +271,18 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None, revision=None):
     # a copy, since what was gathered is a view of something larger, which safetensors refuses
     tensors = {name: whole(parameter.detach()).to(place, dtype).clone()
                for name, parameter in model.named_parameters()
-               if base is None or "dms_proj_alpha" in name}
+               if not base or "dms_proj_alpha" in name}
     if rank:
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    pattern = (WEIGHTS if base is None else ADAPTER_FILE).replace(".", "{suffix}.")
+    pattern = (ADAPTER_FILE if base else WEIGHTS).replace(".", "{suffix}.")
     huggingface_hub.save_torch_state_dict(tensors, folder, filename_pattern=pattern)
     raw = config_to_dict(model.config)
     raw["torch_dtype"] = str(dtype or model.dtype).removeprefix("torch.")
-    if base is not None and os.path.isdir(base):
+    if base and os.path.isdir(base):
         raw["dms_base_model"] = os.path.relpath(os.path.realpath(base), folder.resolve())
-    elif base is not None:
+    elif base:
         # a hub snapshot's folder is named by its commit
         commit = resolve(base).name if revision is None else revision
         raw |= {"dms_base_model": str(base), "dms_base_revision": commit}
@@ -322,8 +309,9 @@ def compile_template(text):
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    sandbox.globals["raise_exception"] = raise_exception
-    sandbox.globals["strftime_now"] = time.strftime
+    # defaults: what render() gets counts before them
+    sandbox.globals.update(raise_exception=raise_exception, strftime_now=time.strftime, tools=None,
+                           documents=None, add_generation_prompt=False)
     # {% generation %} marks what a trainer takes as the answer: here it is a scope, nothing else
     text = re.sub(r"({%[-+]?\s*)(end)?generation(?=\s*[-+]?%})", r"\1\2with", text)
     return sandbox.from_string(text)
@@ -365,19 +353,17 @@ class Tokenizer:
     def decode(self, ids, skip_special_tokens=False):
         return self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, messages, add_generation_prompt=False, **variables):
+    def apply_chat_template(self, messages, **variables):
         """[{"role": ..., "content": ...}, ...] -> the text the model expects, to be encoded with
         add_special_tokens=False. The template gets the messages as they are, but for nulls, which
-        it would write out. variables: what else it knows, as tools or enable_thinking. Raises
-        InputError with what it says of them."""
+        it would write out. variables: what else it knows, as add_generation_prompt, tools or
+        enable_thinking. Raises InputError with what it says of them."""
         require(self.template, "there is no chat template; give a plain prompt instead")
         names = "bos_token eos_token unk_token pad_token".split()
-        known = stated({name: self.special(name) for name in names})
-        known |= {"tools": None, "documents": None, **variables,
-                  "add_generation_prompt": add_generation_prompt}
+        known = stated({name: self.special(name) for name in names}) | variables
         try:
-            known["messages"] = [stated(message) for message in messages]
-            return compile_template(self.template).render(known)
+            messages = [stated(message) for message in messages]
+            return compile_template(self.template).render(known, messages=messages)
         except Exception as e:  # a template may raise anything
             raise InputError(f"the chat template refused these messages: {e}") from e
 
@@ -408,8 +394,7 @@ def generation_defaults(folder):
 def end_ids(folder, tokenizer):
     """The ids that end an answer: those of generation_config.json, else of config.json, and the
     tokenizer's own."""
-    ends = None
-    for name in ("config.json", "generation_config.json"):  # where both state it, the second
-        ends = read_optional(folder / name).get("eos_token_id", ends)
+    raw = read_optional(folder / "config.json") | read_optional(folder / "generation_config.json")
+    ends = raw.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     return {*ends, tokenizer.end_id} - {None}

@@ -74,11 +74,11 @@ def parse_options(options, argv=None):
     source = inspect.getsource(options).replace("%", "%%")  # argparse reads % as a format
     comments = dict(re.findall(r"^    (\w+): .*# (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    special = {bool: dict(action="store_true"), list: dict(action="append")}
     for field in fields(options):
-        how = special.get(field.type, dict(type=field.type))
-        if choices := get_args(field.type):  # of a Literal
-            how = dict(type=type(choices[0]), choices=choices)
+        choices = get_args(field.type)  # of a Literal
+        how = dict(type=type(choices[0]), choices=choices) if choices else dict(type=field.type)
+        if field.type in (bool, list):
+            how = dict(action="store_true" if field.type is bool else "append")
         if field.default == "":
             how = dict(nargs="?", const="-")
         dashes = "-" if len(field.name) == 1 else "--"

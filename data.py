@@ -36,7 +36,7 @@ DEFAULT = "open-r1/OpenR1-Math-220k"
 COLUMNS = """problem+generations+correctness_math_verify+is_reasoning_complete
     problem+generations+correctness_math_verify messages conversations prompt+response
     prompt+completion question+answer instruction+output+input instruction+output text""".split()
-ROLES = {"human": "user", "gpt": "assistant"}  # where ShareGPT has words of its own
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words for them
 HELD_OUT = 50  # one record in so many
 
 
@@ -52,11 +52,9 @@ def settling_sequences(seq_len):
 
 def document_columns(columns):
     """The names of the columns that make the document: the first of COLUMNS that are there."""
-    for wanted in COLUMNS:
-        names = wanted.split("+")
-        if set(names) <= set(columns):
-            return names
-    raise InputError(f"its columns are {list(columns)}; wanted are one of: {', '.join(COLUMNS)}")
+    names = next((names for names in COLUMNS if set(names.split("+")) <= set(columns)), None)
+    require(names, f"its columns are {list(columns)}; wanted are one of: {', '.join(COLUMNS)}")
+    return names.split("+")
 
 
 def document_of(record):
@@ -67,7 +65,7 @@ def document_of(record):
     if names == ["text"]:
         return asked
     if not others:
-        return list(asked)  # a string becomes letters here, which `message` refuses
+        return list(asked)  # a string becomes letters here, which no template takes
     told, *more = others
     if "generations" in names:  # several solutions; in each further column a flag for each of them
         flags = (flag or [] for flag in more)  # a null column: none counts as right
@@ -82,13 +80,6 @@ def document_of(record):
     return messages
 
 
-def message(turn):
-    """The message of a turn, which may be in ShareGPT's words."""
-    if "from" not in turn:
-        return turn
-    return {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-
-
 def conversation(tokenizer, turns):
     """The text of a conversation, as the model would have seen and generated it:
 
@@ -98,7 +89,9 @@ def conversation(tokenizer, turns):
     end the prompt with <think>, and leave thoughts out of the messages that they show. Then the
     answer is put together from the last message's thought and text.
     """
-    *asked, last = messages = [message(turn) for turn in turns]
+    if "from" in turns[0]:  # in ShareGPT's words
+        turns = [{"role": ROLES.get(t["from"], t["from"]), "content": t["value"]} for t in turns]
+    *asked, last = turns
     text = last["content"] if isinstance(last.get("content"), str) else ""
     inline, _, text = text.rpartition("</think>")  # without the mark `inline` is empty
     thought = (last.get("reasoning_content") or inline.replace("<think>", "")).strip()
@@ -106,7 +99,7 @@ def conversation(tokenizer, turns):
     # resumed tomorrow would see other text.
     template = partial(tokenizer.apply_chat_template, enable_thinking=bool(thought),
                        strftime_now=lambda form: "26 Jul 2024")
-    whole = template(messages).rstrip()  # without the line break behind the end token
+    whole = template(turns).rstrip()  # without the line break behind the end token
     if last["role"] != "assistant" or not text:  # a call of a tool only the template can write
         return whole
     prompt = template(asked, add_generation_prompt=True)

@@ -121,8 +121,8 @@ class DecodeStep:
     def __call__(self, model, cache, tokens):
         """tokens: {index in the batch: token id} of the sequences that run. Returns logits (B, V),
         which the next call may overwrite. Raises CacheFull before anything has changed."""
-        inputs = [(tokens.get(i, 0), i in tokens) for i in range(cache.batch_size)]
-        inputs = torch.tensor(inputs, dtype=torch.int64, device=cache.device)  # (B, 2)
+        inputs = torch.tensor([(tokens.get(i, 0), i in tokens) for i in range(cache.batch_size)],
+                              device=cache.device)  # (B, 2) int64
         cache.reserve(inputs[:, 1])
         # the first run on a table compiles kernels, which no capture may
         if not self.captures or self.table is not cache.rows.table:
@@ -188,7 +188,8 @@ class Scheduler:
     blocked: bool = False  # after pages ran out, nothing starts until a sequence ends
 
     def step(self):
-        """One more token for all that run, and the first of those that start: {sequence: id}."""
+        """One more token for all that run, and the first of those that start: {sequence: id}, None
+        for one that has failed."""
         new = {}
         last = logits = None  # who started last, and the logits after its prompt: for its forks
         try:
@@ -200,7 +201,16 @@ class Scheduler:
                 last, logits = self.admit(last, logits)
                 new |= self.record([last], logits)
         except CacheFull as problem:
-            new |= self.put_back(problem)
+            # The youngest has found no page. It gives up those that it has, and waits to be
+            # appended again with all that it has said, first in line.
+            youngest = self.running.pop()
+            self.give_up_place(youngest)
+            self.blocked = bool(self.running)
+            if self.blocked:
+                self.waiting.insert(0, youngest)
+            else:  # nothing else runs: it does not fit by itself
+                youngest.error = str(problem)
+                new[youngest] = None
         return new
 
     def may_start(self):
@@ -222,7 +232,7 @@ class Scheduler:
         if sequence.index is None:
             require(0 in self.cache.seen, "no place is free in the cache; ask for release=True")
             sequence.index = self.cache.seen.tolist().index(0)
-        self.running.append(sequence)  # already here: if no page is left, put_back takes it off
+        self.running.append(sequence)  # already here: if no page is left, `step` takes it off
         # last.ids[: last.fed] is its prompt, or [], which no prompt equals, if it is over already
         # and has given up its place
         if last and sequence.fed == 0 and sequence.ids == last.ids[: last.fed]:
@@ -252,19 +262,6 @@ class Scheduler:
             if self.release:
                 self.give_up_place(sequence)
         return new
-
-    def put_back(self, problem):
-        """The youngest has found no page: it gives up those that it has, and waits to be appended
-        again with all that it has said, first in line. If nothing else runs, it has failed: {it:
-        None}."""
-        sequence = self.running.pop()
-        self.give_up_place(sequence)
-        self.blocked = bool(self.running)
-        if self.blocked:
-            self.waiting.insert(0, sequence)
-            return {}
-        sequence.error = str(problem)
-        return {sequence: None}
 
     def give_up_place(self, sequence):
         self.cache.release([sequence.index])
@@ -311,7 +308,7 @@ class Stream:
     def __init__(self, tokenizer, stops=(), show=False, skip_special_tokens=True):
         self.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens)
         self.name_of = tokenizer.fast.id_to_token
-        self.stops = list(filter(None, stops))
+        self.stops = list(filter(str.__len__, stops))  # TypeError for what is no string
         self.show = show
         self.text = ""
         self.stopped = False
@@ -321,15 +318,15 @@ class Stream:
         self.out = 0
 
     def __call__(self, token):
-        before = self.decode(self.ids)
         self.ids.append(token)
         text = self.decode(self.ids)
         name = str(self.name_of(token))
-        # A later token may change the text after a token that adds none (a special one, with bytes
-        # on both sides), after a token of one byte, <0x0A> (a wrong byte makes U+FFFD of all bytes
+        has_no_text = not self.decode([token])
+        # A later token may change the text after a token without any (a special one, with bytes on
+        # both sides), after a token of one byte, <0x0A> (a wrong byte makes U+FFFD of all bytes
         # beside it), and after the first bytes of a character, which are U+FFFD until it is whole.
-        may_change = text == before or name.startswith("<0x") or text.endswith("\ufffd")
-        if name in self.stops and not self.decode([token]):  # a special token, no part of a text
+        may_change = has_no_text or name.startswith("<0x") or text.endswith("\ufffd")
+        if has_no_text and name in self.stops:
             self.stopped = True
         elif not may_change:
             self.let_out()
@@ -340,28 +337,26 @@ class Stream:
         text = self.decode(self.ids)[self.out :]
         ends = [text.find(stop) for stop in self.stops if stop in text]
         beginnings = tuple(stop[:n] for stop in self.stops for n in range(1, len(stop)))
-        if text.endswith(beginnings) and not (ends or is_last):
-            return
-        self.stopped |= bool(ends)
-        text = text[: min(ends, default=None)]  # up to the first stop string, if there is one
-        self.text += text
-        if self.show:
-            print(text, end="", flush=True)
-        self.ids = self.ids[-1:]
-        self.out = len(self.decode(self.ids))
+        if ends or is_last or not text.endswith(beginnings):
+            self.stopped |= bool(ends)
+            text = text[: min(ends, default=None)]  # up to the first stop string, if there is one
+            self.text += text
+            if self.show:
+                print(text, end="", flush=True)
+            self.ids = self.ids[-1:]
+            self.out = len(self.decode(self.ids))
 
 
 # the contents of a box, in which braces may be nested three deep: \frac{\sqrt{x_{1}}}{2}
 BOXED = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
 # 12; -4, but not the -4 of 3-4; 12,345; 2.5e3; 1/2
 NUMBER = r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d+)?(?:/\d+)?"
-LINE = r".*\S.*"
 
 
 def final_answer(text):
     """What chains vote on: the contents of the last \\boxed{}, else the last number, else the last
     line. \\text{(A)} is A, and 12,345 is 12345."""
-    found = re.findall(BOXED, text) or re.findall(NUMBER, text) or re.findall(LINE, text) or [""]
+    found = re.findall(BOXED, text) or re.findall(NUMBER, text) or text.strip().split("\n")
     answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", found[-1]).strip()
     answer = re.sub(r"^\((\w)\)$", r"\1", answer)
     return answer.replace(",", "") if re.fullmatch(NUMBER, answer) else answer
@@ -422,18 +417,19 @@ class Session:
         if options.dense and self.model.config.dms:
             self.model.config.dms.disable_eviction = True
 
-    def chains(self, request, seed, ids=None, show=False):
+    def chains(self, request, seed, ids=None):
         """-n sequences that continue a request's "messages" or "prompt", by the options that it
         states for itself, each with a Stream as its `stop`. A prompt goes through the chat
         template, unless there is none or --raw. ids: the prompt's, where they are known already."""
         own = {ALIASES.get(key, key): x for key, x in request.items() if x is not None}
-        for key in own.keys() - {*OWN_OPTIONS, *OF_PROMPT}:
-            say(f"what requests say about {key} has no effect")
         if isinstance(own.get("stop"), str):
             own["stop"] = [own["stop"]]
-        kinds = Options.__annotations__  # JSON may have "5" or 5.0 for 5
-        stated = {key: kinds[key](own[key]) for key in OWN_OPTIONS if key in own}
-        options = replace(self.options, **{"seed": seed, **stated})
+        options = replace(self.options, seed=seed)
+        for key, value in own.items():
+            if key in OWN_OPTIONS:  # JSON may have "5" or 5.0 for 5
+                setattr(options, key, Options.__annotations__[key](value))
+            elif key not in OF_PROMPT:
+                say(f"what requests say about {key} has no effect")
         if ids is None:
             prompt = own.get("messages") or own.get("prompt")
             require(prompt, 'a request needs "prompt" or "messages"')
@@ -450,6 +446,7 @@ class Session:
         if length > config.max_position_embeddings:
             say("warning: longer than the context that config.json states, as its RoPE allows")
         sampling = Sampling(*[getattr(options, name) for name in Sampling._fields])
+        show = options.n == 1 and not options.requests  # as it comes
         return [Sequence(ids, options.max_new_tokens, f"{options.seed} {i}",
                          Stream(self.tokenizer, options.stop, show), sampling)
                 for i in range(options.n)]
@@ -468,12 +465,11 @@ class Session:
             for key in {key_of[chain] for chain, _ in new if chain.over}:
                 if all(chain.over for chain in requests[key]):
                     yield key
-        seconds = time.perf_counter() - begin
         tokens = sum(len(chain.new) for chain in key_of)
         cut = sum(chain.finish_reason == "length" for chain in key_of)
         stats = self.cache.stats()
-        print(f"\n[{tokens} new tokens in {seconds:.2f} s, prompts included in the time; {cut} of "
-              f"{len(key_of)} cut at --max-new-tokens; compression "
+        print(f"\n[{tokens} new tokens in {time.perf_counter() - begin:.2f} s, prompts included in "
+              f"the time; {cut} of {len(key_of)} cut at --max-new-tokens; compression "
               f"{stats['compression_ratio'] or 1:.2f}x, at most {stats['peak_pairs']:,} pairs in "
               f"{stats['peak_page_bytes']:,} bytes]", file=sys.stderr)
 
@@ -490,11 +486,10 @@ def chat(session):
     for line in filter(str.strip, sys.stdin):
         turns.append({"role": "user", "content": line.rstrip("\n")})
         text = session.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        text = text.split(mark)[-1]
         if chain.ids and chain.ids[-1] in session.end_ids:
             chain.ids.pop()  # the cache does not hold it yet, and the text has it
-        ids = chain.ids + session.tokenizer.encode(text, add_special_tokens=False)
-        [turn] = session.chains({}, session.options.seed, ids, show=True)
+        ids = chain.ids + session.tokenizer.encode(text.split(mark)[-1], add_special_tokens=False)
+        [turn] = session.chains({"n": 1}, session.options.seed, ids)
         chain = replace(turn, index=chain.index, fed=chain.fed)
         list(session.run({0: [chain]}, release=False))  # to its end
         answer_of([chain])
@@ -505,7 +500,7 @@ def chat(session):
 def one_prompt(session):
     """Answer --prompt in -n chains, and say what they voted for."""
     options = session.options
-    chains = session.chains({"prompt": options.prompt}, options.seed, show=options.n == 1)
+    chains = session.chains({"prompt": options.prompt}, options.seed)
     list(session.run({0: chains}, release=not options.show_evictions))
     answer = answer_of(chains)
     print("\n---\n".join(answer["texts"]) if options.n > 1 else "", flush=True)
@@ -547,8 +542,7 @@ def answered_lines(out, requests):
     except (LookupError, TypeError, ValueError):
         expected = None
     require(lines == expected and BEGINNING.startswith(unfinished[: len(BEGINNING)]),
-            f"{out}: holds something else than answers to these requests, or they have changed; "
-            "give another --out")
+            f"{out}: holds something else than answers to these requests; give another --out")
     os.truncate(out, out.stat().st_size - len(unfinished))  # lines are written in ASCII
     return {answer["line"] for answer in answers}
 

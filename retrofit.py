@@ -170,10 +170,8 @@ class Distillation:
         predictions = tokens - sum(map(len, documents))  # a document's last token predicts none
         sums = torch.zeros(2, device=self.student.device)
         B, T = ids.shape
-        mine = list(range(rank, B, world))
-        at_a_time = max(TOKENS_AT_A_TIME // T, 1)
-        for begin in range(0, len(mine), at_a_time):
-            part = mine[begin : begin + at_a_time]
+        mine = torch.arange(rank, B, world)
+        for part in mine.split(max(TOKENS_AT_A_TIME // T, 1)):
             packing = dms.Packing([documents[b] for b in part], T, sums.device)
             seeds = [f"{self.options.seed} {step} {b}" for b in part]
             kl, evicted = self.compare(ids[part].to(sums.device), packing, seeds)

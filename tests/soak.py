@@ -1,6 +1,6 @@
 """
-A soak: random lives of small caches (Life, test_kv_cache.py), and random continuous batching, in
-which every text is compared with what the dense masked model says to that history alone.
+A soak: random lives of small caches (test_kv_cache.py), and random continuous batching, in which
+every text is compared with what the dense masked model says to that history alone.
 
     python tests/soak.py MINUTES [FIRST_SEED]
 """
@@ -11,8 +11,8 @@ import time
 from collections import Counter
 
 import torch
-from conftest import check_pages, random_dms, small_model
-from test_kv_cache import SLOT, Life, check_held, oracle
+from conftest import SLOT, check_pages, random_dms, small_model
+from test_kv_cache import check_held, oracle, test_a_random_life_of_a_batch
 
 from common import InputError
 from generate import Sampling, Sequence, generate, penalized, sample
@@ -24,8 +24,8 @@ SAMPLINGS = [Sampling(), Sampling(1.3), Sampling(0.8, top_k=9, top_p=0.9), Sampl
 
 
 class Talks:
-    """Conversations of several turns over one cache, which may be too small: put back in any turn,
-    each with its own sampling, and left early, by exceptions in the middle of a step too."""
+    """Conversations of several turns over one cache, which may be too small, each with its own
+    sampling: put back, left early, by accidents too, gone on with, begun where another stands."""
 
     def __init__(self, seed):
         rng = self.rng = random.Random(seed)
@@ -35,6 +35,7 @@ class Talks:
             self.model.config, rng.randint(1, 6), page_size=rng.choice([1, 2, 4, 8]),
             chunk=rng.choice([3, 8, 512]), memory=4 * rng.choice([60, 130, 400]) * SLOT)
         self.cache.kernels = rng.choice([PLAIN, self.cache.kernels])
+        self.ends = rng.choice([(), (3, 5, 8, 13)])
         self.talks, self.made, self.counts = [], 0, Counter()
 
     def ids(self, most):
@@ -44,28 +45,29 @@ class Talks:
         rng = self.rng
         talks = [talk for talk in self.talks if rng.random() < 0.7]
         for talk in talks:
-            talk.ids += self.ids(12)
-            talk.new, talk.finish_reason, talk.error = [], None, None
+            if talk.over or rng.random() < 0.5:
+                talk.ids += self.ids(12)
+                talk.new, talk.finish_reason, talk.error = [], None, None
         beginning = self.ids(20)
         for _ in range(rng.randint(0, 5)):
             self.made += 1
-            talks.append(Sequence(rng.choice([beginning, self.ids(25)]), 1, self.made))
+            ids = rng.choice([beginning, self.ids(25), *[talk.ids for talk in talks]])
+            talks.append(Sequence(ids, 1, self.made, sampling=rng.choice(SAMPLINGS)))
         rng.shuffle(talks)
         for talk in talks:
-            talk.max_new_tokens = rng.randint(1, 14)
-            talk.sampling = rng.choice(SAMPLINGS)
-        ends = rng.choice([(), (3, 5, 8, 13)])
-        histories = [list(talk.ids) for talk in talks]
+            talk.max_new_tokens = len(talk.new) + rng.randint(1, 14)
+        histories = [talk.ids[: len(talk.ids) - len(talk.new)] for talk in talks]
         try:
-            is_whole = self.run(talks, ends)
+            is_whole = self.run(talks)
         except InputError as e:  # fewer places than must stay
             assert "no place is free" in str(e)
             is_whole = False
         for talk, history in zip(talks, histories):
             self.check_text(talk, history)
-            has_ended = talk.new and talk.new[-1] in ends or len(talk.new) == talk.max_new_tokens
+            said_end = talk.new and talk.new[-1] in self.ends
+            has_ended = said_end or len(talk.new) == talk.max_new_tokens
             assert talk.over == bool(has_ended or talk.error) and (talk.over or not is_whole)
-            assert not set(talk.new[:-1]) & set(ends)
+            assert not set(talk.new[:-1]) & set(self.ends)
             self.counts["texts that did not fit"] += "cache is full" in (talk.error or "")
         every = sorted({*self.talks, *talks}, key=lambda talk: talk.seed)
         self.talks = [talk for talk in every if talk.index is not None or rng.random() < 0.3]
@@ -85,13 +87,14 @@ class Talks:
         assert talk.ids == history + talk.new
         self.counts["texts compared"] += 1
 
-    def run(self, talks, ends):
+    def run(self, talks):
         """generate(), perhaps not to its end; returns whether it ended."""
         rng = self.rng
         steps_left = rng.randint(0, 25) if rng.random() < 0.3 else 3000
         accident_after = rng.randint(1, 60) if rng.random() < 0.2 else 10**6
         mlp = self.model.model.layers[-1].mlp
         calls = []
+        kept = [(talk, len(talk.new)) for talk in talks if talk.index is not None]
 
         def counting(x):
             calls.append(x)
@@ -100,17 +103,16 @@ class Talks:
             return type(mlp).forward(mlp, x)
 
         mlp.forward = counting
-        steps = generate(self.model, self.cache, talks, ends, release=rng.random() < 0.4)
+        steps = generate(self.model, self.cache, talks, self.ends, rng.random() < 0.4)
         try:
             for number, _ in enumerate(steps):
+                if number == 0 and all(talk.index is not None for talk, _ in kept):
+                    assert all(len(talk.new) > said for talk, said in kept)  # none has to wait
                 if number == steps_left:
                     assert number < 3000, "it does not end"
                     return False
         except EOFError:
             self.counts["accidents"] += 1
-            for talk in talks:
-                if talk.index is not None and int(self.cache.seen[talk.index]) == 0:
-                    talk.index, talk.fed = None, 0  # the accident took it
             return False
         finally:
             del mlp.forward
@@ -131,14 +133,10 @@ class Talks:
             check_held(self.cache, i, oracle(self.model, torch.tensor(ids))[1])
             self.counts["conversations held"] += 1
 
-
-def live(seed):
-    life, talks = Life(seed), Talks(seed)
-    for _ in range(20):
-        life.step()
-        life.check()
-        talks.turn()
-    return talks.counts
+    def live(self):
+        for _ in range(20):
+            self.turn()
+        return self.counts
 
 
 if __name__ == "__main__":
@@ -147,6 +145,7 @@ if __name__ == "__main__":
     counts = Counter()
     while time.time() < until:
         print(f"\rseed {seed}", end="", flush=True)  # which repeats a failure
-        counts += live(seed)
+        test_a_random_life_of_a_batch(seed)
+        counts += Talks(seed).live()
         seed += 1
     print(*(f"\n{count:12,} {name}" for name, count in sorted(counts.items())))

@@ -11,7 +11,7 @@ import torch
 from conftest import in_hub_cache, small_config, small_model
 from huggingface_hub.utils import filter_repo_objects
 from oracle import (FAMILIES, TEXTS, YARN, edit, make_tokenizer, plain_forward, reloaded,
-                    retrofitted, same_logits, saved, tokens, transformers)
+                    retrofitted, same_logits, saved, transformers)
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -37,24 +37,11 @@ BASE = dict(model_type="qwen3", vocab_size=64, hidden_size=64, intermediate_size
             num_hidden_layers=2, head_dim=16, num_attention_heads=4, num_key_value_heads=2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_every_family_is_read_and_written_back_for_transformers_and_us(family, tmp_path):
-    kind, changes = FAMILIES[family]
-    theirs, folder = saved(tmp_path, kind, **changes)
-    ours = load_model(folder)
-    same_logits(ours, theirs)
-    write_json(folder / "config.json", {**config_to_dict(ours.config), "torch_dtype": "float32"})
-    assert parse_config(read_json(folder / "config.json")) == ours.config
-    again = reloaded(folder, attn_implementation="eager")
-    same(again(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("names", [["type"], ["rope_type"], ["type", "rope_type"]])
 @pytest.mark.parametrize("family", ["llama llama3", "llama linear", "qwen3 theta", "qwen3 yarn"])
 def test_the_spelling_of_transformers_4_is_the_same_model(family, names, tmp_path):
-    kind, changes = FAMILIES[family]
-    raw = read_json(saved(tmp_path, kind, **changes)[1] / "config.json")
+    folder = saved(tmp_path, family.split()[0], **FAMILIES[family])[1]
+    raw = read_json(folder / "config.json")
     before = parse_config(raw)
     both = raw.pop("rope_parameters")
     rope = {"rope_theta": 10000.0, **both}
@@ -65,7 +52,6 @@ def test_the_spelling_of_transformers_4_is_the_same_model(family, names, tmp_pat
 
 
 def test_a_parameter_of_rope_that_nobody_reads_is_named_once(tmp_path, capsys):
-    """As in DeepSeek-R1-0528-Qwen3-8B."""
     folder = saved(tmp_path, rope_parameters={**YARN, "attn_factor": 0.87})[1]
     same_logits(load_model(folder), reloaded(folder))
     load_model(folder)
@@ -93,13 +79,12 @@ MAY_BE_ABSENT = ("num_key_value_heads", "attention_bias", "tie_word_embeddings",
 @pytest.mark.parametrize("kind, head_dim", [("llama", 16), ("qwen3", 128)])
 def test_what_may_be_absent_or_null(kind, head_dim, tmp_path):
     theirs, folder = saved(tmp_path, kind, num_key_value_heads=4, head_dim=16)
-    file = folder / "config.json"
-    for change in (lambda raw: raw.update(dict.fromkeys(MAY_BE_ABSENT)),
-                   lambda raw: [raw.pop(key) for key in MAY_BE_ABSENT]):
-        edit(file, change)
-        same_logits(load_model(folder), theirs, tokens(30))
-    edit(file, lambda raw: raw.pop("head_dim"))
-    assert parse_config(read_json(file)).head_dim == head_dim
+    raw = read_json(folder / "config.json")
+    absent = {key: value for key, value in raw.items() if key not in MAY_BE_ABSENT}
+    for changed in (raw | dict.fromkeys(MAY_BE_ABSENT), absent):
+        write_json(folder / "config.json", changed)
+        same_logits(load_model(folder), theirs)
+    assert parse_config(absent | {"head_dim": None}).head_dim == head_dim
     for unused in (dict(use_sliding_window=False, max_window_layers=0), dict(max_window_layers=2),
                    dict(layer_types=["full_attention"] * 2)):
         parse_config({**BASE, "sliding_window": 4, "use_sliding_window": True, **unused})
@@ -128,11 +113,9 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(changes, named):
     refuse(lambda: parse_config({**BASE, **changes}, "x/config.json"), "x/config.json: ", named)
 
 
-def checkpoint_of(folder, kind="qwen3", seed=0, **extra_keys):
-    """A random dense checkpoint in which everything matters; its config.json with extra_keys."""
+def checkpoint_of(folder, kind="qwen3", seed=0):
     model = small_model(seed, model_type=kind, tie_word_embeddings=kind != "llama")
     save_model(model, folder, torch.float32)
-    edit(folder / "config.json", lambda raw: raw.update(extra_keys))
 
 
 def adapters():
@@ -158,33 +141,28 @@ SPELLINGS = {  # what config.json and dms_metadata.json state, and what plain_fo
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_decisions_and_logits_of_every_spelling_equal_an_independent_computation(name, tmp_path):
     config, metadata, changes = SPELLINGS[name]
-    settings = dict(window=5, scale=100.0, offset=5.0, shift=1, per="head", separate=False)
-    settings |= changes
-    stated = {} if name == "overlay" else config
-    checkpoint_of(tmp_path, "llama" if metadata else "qwen3", **stated)
-    file = tmp_path / "model.safetensors"
-    adapter = None
+    checkpoint_of(tmp_path, "llama" if metadata else "qwen3")
+    file, adapter = tmp_path / "model.safetensors", None
     if metadata:
         write_json(tmp_path / "dms_metadata.json", metadata)
-    elif name == "overlay":
+    if name == "overlay":
         adapter = tmp_path / "adapters"
         adapter.mkdir()
         write_json(adapter / "config.json", config)
         save_file(adapters(), adapter / "any-name.safetensors")
-    elif settings["separate"]:
-        save_file({**load_file(file), **adapters()}, file)
+    else:
+        edit(tmp_path / "config.json", **config)
+        if "separate" in changes:
+            save_file({**load_file(file), **adapters()}, file)
     model = load_model(tmp_path, adapter=adapter)
     ids = torch.randint(0, 67, (70,), generator=torch.Generator().manual_seed(3))
-    expected, evict = plain_forward(tmp_path, ids, settings)
+    expected, evict = plain_forward(tmp_path, ids, **changes)
     assert 0.05 < evict.float().mean() < 0.95  # the case decides something
-    w = model.config.dms.window
-    held = ~evict | (torch.arange(70) >= 69 - w)
-    close = partial(same, expected=expected, atol=1e-4, rtol=1e-4)
-    close(model(ids[None])[0])
-    for cut in ([70], [1] * 70, [w, 1, w + 1, 1, 67 - 2 * w]):
-        cache = KVCache(model.config, 1, page_size=8)
-        close(torch.cat([model(piece[None], cache)[0] for piece in ids.split(cut)]))
-        assert cache.stats()["pairs_per_head"] == held.sum(-1).tolist()
+    held = ~evict | (torch.arange(70) >= 64)
+    cache = KVCache(model.config, 1)
+    for logits in (model(ids[None])[0], model(ids[None], cache)[0]):
+        same(logits, expected, atol=1e-4, rtol=1e-4)
+    assert cache.stats()["pairs_per_head"] == held.sum(-1).tolist()
 
 
 def test_what_is_not_stated_is_assumed_and_what_contradicts_itself_refused(tmp_path, capsys):
@@ -202,7 +180,6 @@ def test_what_is_not_stated_is_assumed_and_what_contradicts_itself_refused(tmp_p
 @pytest.mark.parametrize("window, shift, size", [
     (1, 1, 256), (2, 1, 1), (3, 1, 2), (256, 1, 128), (257, 1, 256), (512, 0, 512)])
 def test_nvidias_code_gets_a_block_that_fits_and_refuses_what_it_would_shift(window, shift, size):
-    """Its Qwen3ConfigDMS asserts that the block is smaller than the window."""
     assert config_to_dict(small_config(dms=DMSConfig(window, shift=shift)))[BLOCK_SIZE] == size
 
 
@@ -231,8 +208,8 @@ def test_adapters_find_the_commit_of_their_base_in_the_hubs_cache(tmp_path, monk
     cache, base, folder = (tmp_path / name for name in ("cache", "base", "adapters"))
     checkpoint_of(base)
     student = retrofitted(base, folder)
-    edit(folder / "config.json",
-         lambda raw: raw.update(dms_base_model="owner/base", dms_base_revision="0123456789" * 4))
+    commit = "0123456789" * 4
+    edit(folder / "config.json", dms_base_model="owner/base", dms_base_revision=commit)
     in_hub_cache(cache, base=base, adapters=folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -315,16 +292,14 @@ def test_large_models_are_saved_in_shards_and_a_failed_save_is_never_whole(tmp_p
     same(load_model(tmp_path)(IDS), model(IDS))
 
 
-@pytest.mark.parametrize("style", ["qwen", "llama3", "llama2"])
+@pytest.mark.parametrize("style", ["qwen", "llama"])
 def test_ids_text_and_special_tokens_equal_transformers(style, tmp_path):
     make_tokenizer(tmp_path, style)
     cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    edit(tmp_path / "tokenizer.json", lambda raw: raw.update(truncation=cut))  # nobody obeys it
+    edit(tmp_path / "tokenizer.json", truncation=cut)  # nobody obeys it
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
-    # behind an added token Llama 2's text gets its space in tokenizers, and in transformers 5.2,
-    # but not in 5.24: there is nothing to compare
-    for text in [text for text in TEXTS if style != "llama2" or "<think>" not in text]:
+    for text in TEXTS:
         for special in (True, False):
             ids = ours.encode(text, add_special_tokens=special)
             assert ids == theirs(text, add_special_tokens=special)["input_ids"]
@@ -335,7 +310,7 @@ def test_ids_text_and_special_tokens_equal_transformers(style, tmp_path):
     token = {"__type": "AddedToken", "content": theirs.eos_token, "lstrip": False}  # as DeepSeek's
     for stated, end in ((theirs.eos_token, theirs.eos_token_id), (token, theirs.eos_token_id),
                         (None, None)):
-        edit(tmp_path / "tokenizer_config.json", lambda raw: raw.update(eos_token=stated))
+        edit(tmp_path / "tokenizer_config.json", eos_token=stated)
         assert load_tokenizer(tmp_path).end_id == end
     (tmp_path / "tokenizer.json").write_text("{}")
     refuse(lambda: load_tokenizer(tmp_path), "tokenizer.json: not a tokenizer")
@@ -356,7 +331,7 @@ TEMPLATE = r"""{{- bos_token }}{{ tools | map('tojson') | join(strftime_now('%Y'
 {{- unknown }}{{ pad_token is defined }}{{ add_bos_token is defined }}{{ documents is none }}"""
 
 
-@pytest.mark.parametrize("style", ["qwen", "llama3", "llama2"])
+@pytest.mark.parametrize("style", ["qwen", "llama"])
 @pytest.mark.parametrize("messages", [
     [{"role": "system", "content": " Be brief. "}, USER, {**ANSWER, "content": "4"}, USER],
     [USER, {**ANSWER, "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "7"}],
@@ -364,8 +339,7 @@ TEMPLATE = r"""{{- bos_token }}{{ tools | map('tojson') | join(strftime_now('%Y'
     [{"role": "user", "content": [{"type": "text", "text": text} for text in ("1", "2")]}],
     [USER, {**ANSWER, "content": "4", "reasoning_content": "Hm."}, USER]])
 def test_templates_render_as_in_transformers_whatever_they_get(style, messages, tmp_path):
-    make_tokenizer(tmp_path, style, chat_template=TEMPLATE)
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs = make_tokenizer(tmp_path, style, chat_template=TEMPLATE)
     ours = load_tokenizer(tmp_path)
     for more in ({}, {"tools": TOOLS}, {"enable_thinking": False, "tools": []}):
         for prompt in (False, True):
@@ -381,10 +355,10 @@ DEFAULT = [{"name": "default", "template": "b"}, {"name": "rag", "template": "c"
 
 @pytest.mark.parametrize("stated, file", [("a", ""), (DEFAULT, ""), (DEFAULT, "d"), (None, "d")])
 def test_the_template_is_found_where_transformers_finds_it(stated, file, tmp_path):
-    make_tokenizer(tmp_path, "qwen")
+    make_tokenizer(tmp_path)
     ours = load_tokenizer(tmp_path)
     refuse(lambda: ours.apply_chat_template([USER]), "no chat template")
-    edit(tmp_path / "tokenizer_config.json", lambda raw: raw.update(chat_template=stated))
+    edit(tmp_path / "tokenizer_config.json", chat_template=stated)
     if file:
         (tmp_path / "chat_template.jinja").write_text(file)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
@@ -394,10 +368,9 @@ def test_the_template_is_found_where_transformers_finds_it(stated, file, tmp_pat
 
 @pytest.mark.parametrize("template", [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '/etc/passwd' %}",
-    "{% set _ = messages.append(1) %}", "{% for m in messages %}", "{{ raise_exception('no') }}",
-    "{{ none.x.y }}", "{{ range(10**9) | list }}", "{{ messages[0].content + none }}"])
+    "{% set _ = messages.append(1) %}", "{{ raise_exception('no') }}", "{{ none.x.y }}"])
 def test_what_a_template_refuses_is_an_input_error(template, tmp_path):
-    make_tokenizer(tmp_path, "qwen", chat_template=template)
+    make_tokenizer(tmp_path, chat_template=template)
     refuse(lambda: load_tokenizer(tmp_path).apply_chat_template([USER]), "chat template refused")
 
 
@@ -411,7 +384,7 @@ def test_defaults_of_generation_are_taken_or_named(tmp_path, capsys):
     assert generation_defaults(tmp_path) == defaults
     assert capsys.readouterr().err == ""
     odd = dict(typical_p=0.9, no_repeat_ngram_size=3, suppress_tokens=[5], num_beams=4)
-    edit(file, lambda raw: raw.update(do_sample=False, **odd))
+    edit(file, do_sample=False, **odd)
     assert generation_defaults(tmp_path) == {**defaults, "temperature": 0}
     line, = capsys.readouterr().err.splitlines()
     assert all(key in line for key in odd)
@@ -422,7 +395,7 @@ def test_defaults_of_generation_are_taken_or_named(tmp_path, capsys):
     ({"eos_token_id": [9, 7]}, 8, {2, 7, 9}), ({"eos_token_id": None}, 7, {2, 7}),
     ({"eos_token_id": 0}, 7, {0, 2})])
 def test_what_ends_an_answer_is_stated_in_three_places(generation, config, expected, tmp_path):
-    make_tokenizer(tmp_path, "llama2")
+    make_tokenizer(tmp_path)
     write_json(tmp_path / "config.json", {"eos_token_id": config})
     write_json(tmp_path / "generation_config.json", generation)
     assert end_ids(tmp_path, load_tokenizer(tmp_path)) == expected

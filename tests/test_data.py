@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import huggingface_hub
 import pyarrow.parquet
@@ -24,8 +25,8 @@ TOLD = {"role": "assistant", "content": "Six."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-def text_data(source, seq_len=8, batch_size=1, seed=0, **more):
-    return TextData(str(source), TOKENIZER, 10**6, seq_len, batch_size, seed, **more)
+def text_data(source, seq_len=8, batch_size=1, seed=0):
+    return TextData(str(source), TOKENIZER, 10**6, seq_len, batch_size, seed)
 
 
 def texts(numbers):
@@ -55,9 +56,8 @@ def first_document(file):
 
 
 def openr1(generations, is_right, **more):
-    more["messages"] = [ASKED, {"role": "assistant", "content": "Nine."}]
-    more["problem"] = "How many?"
-    return {"generations": generations, "correctness_math_verify": is_right, **more}
+    return {"problem": "How many?", "generations": generations, "correctness_math_verify": is_right,
+            "messages": [ASKED, {"role": "assistant", "content": "Nine."}], **more}
 
 
 CHAT = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\nSix.<|im_end|>"
@@ -247,26 +247,22 @@ def test_a_source_that_cannot_be_used_is_refused_at_once(name, content, message,
 ])
 def test_a_hub_dataset_s_files_are_fetched_when_they_are_reached(
         files, chosen, tmp_path, monkeypatch):
-    asked = []
-
-    def dataset_info(name, revision=None):
-        siblings = [SimpleNamespace(rfilename=file) for file in files]
-        return SimpleNamespace(sha=revision or "commit", siblings=siblings)
-
-    def hf_hub_download(name, file, repo_type, revision):
-        assert (name, repo_type, revision) == ("owner/name", "dataset", "commit")
-        asked.append(file)
-        first = 30 * files.index(file)
-        return str(write(tmp_path / file, texts(range(first, first + 30))))
-
-    monkeypatch.setattr(huggingface_hub, "dataset_info", dataset_info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    for i, file in enumerate(files):
+        write(tmp_path / file, texts(range(30 * i, 30 * i + 30)))
+    siblings = [SimpleNamespace(rfilename=file) for file in files]
+    info = mock.Mock(return_value=SimpleNamespace(sha="commit", siblings=siblings))
+    fetch = mock.Mock(side_effect=lambda name, file, **more: str(tmp_path / file))
+    monkeypatch.setattr(huggingface_hub, "dataset_info", info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     data = text_data("owner/name")
-    assert (data.files, data.revision, asked) == (chosen, "commit", chosen[:1])
+    first = mock.call("owner/name", chosen[0], repo_type="dataset", revision="commit")
+    assert (data.files, data.revision, fetch.mock_calls) == (chosen, "commit", [first])
     found = numbers(data.batches(0), 58)
     assert sorted({number // 30 for number in found}) == sorted(map(files.index, chosen))
+    asked = [call.args[1] for call in fetch.mock_calls]
     assert asked[1] == files[found[0] // 30] and set(asked[1:]) == set(chosen)
     assert numbers(text_data("owner/name@commit").batches(0), 58) == found
+    info.assert_called_with("owner/name", revision="commit")
 
 
 def held_out(count):
@@ -295,12 +291,3 @@ def test_the_kl_is_that_of_the_masked_computation_after_the_settling_sequences(s
     assert abs(evaluate.kl_on_text(dense, model, DATA, 3)[0]) < 1e-5  # it never evicts
     window = evaluate.sliding_window(small_model(), 7)
     assert evaluate.kl_on_text(window, window, DATA, 3)[2].ended_pairs == 7 * count * 2 * 2
-
-
-def test_the_offset_is_settled_on_a_little_more_than_the_target():
-    model = small_model(dms=dms.DMSConfig(window=1, target_cr=3.0), keep=0.1)
-    model.config.dms.offset = -30.0  # evicts everything
-    assert 1.02 * 3 <= evaluate.settle_offset(model, DATA) < 3.2
-    model.config.dms.target_cr = 9.0
-    model.config.dms.offset = 3.0
-    assert evaluate.settle_offset(model, DATA) < 9 and model.config.dms.offset == 2  # the least

@@ -2,8 +2,6 @@
 
 import functools
 import math
-import random
-from itertools import product
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from kv_cache import KVCache
 close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 
 
-def test_the_rule_decisions_and_packing_on_small_cases():
+def test_the_rule_and_decisions_on_a_small_case():
     evict = torch.tensor([True, False, True, True, False])
     t = torch.arange(5)
     assert dms.visible(t[:, None], t, evict, window=1).int().tolist() == [
@@ -25,30 +23,6 @@ def test_the_rule_decisions_and_packing_on_small_cases():
     logits = torch.tensor([[[9.0, -1, 1, -1, 1]]])
     assert dms.decisions(logits, 0).int().tolist() == [[[1, 0, 1, 0, 1]]]
     assert dms.decisions(logits, 1).int().tolist() == [[[0, 1, 0, 1, 0]]]
-    packing = Packing([[3, 1, 2], [4]], 7, "cpu")
-    assert packing.first.tolist() == [[0, 0, 0, 3, 4, 4, 6], [0, 0, 0, 0, 4, 4, 4]]
-    assert packing.end.tolist() == [[3, 3, 3, 4, 6, 6, 0], [4, 4, 4, 4, 0, 0, 0]]
-    assert packing.predicts().int().tolist() == [[1, 1, 0, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0]]
-    assert packing.expires(1).int().tolist() == [[1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
-    s = torch.tensor([[[0.02, 0.08], [0.05, 0.0], [0.1, 0.04]]])  # B 1, T 3, Hkv 2
-    close(DMSConfig().logits(s), torch.tensor([[[-3.0, 0.0, 5.0], [3.0, -5.0, -1.0]]]))
-    close(DMSConfig(per="layer").logits(s), torch.tensor([[[-3.0, 0.0, 5.0]] * 2]))
-    assert DMSConfig().logits(s.bfloat16()).dtype == torch.float32
-
-
-def test_the_two_sources_of_the_score():
-    """The last channel of each group's first query, and a projection of the normed residual."""
-    q = torch.arange(1, 2 * 3 * 4 * 6 + 1).float().view(2, 3, 4, 6)  # B 2, T 3, Hq 4, D 6
-    assert torch.equal(dms.borrowed_score(q, 2), torch.stack((q[:, :, 0, 5], q[:, :, 2, 5]), -1))
-    silent = dms.silence_borrowed(q, 2)
-    q[:, :, [0, 2], 5] = 0
-    assert torch.equal(silent, q)
-    x = torch.randn(2, 3, 8)
-    norm, projection = torch.nn.RMSNorm(8, eps=1e-6), torch.nn.Linear(8, 2, bias=False)
-    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-    root = (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    close(dms.adapter_score(x, norm, projection), x / root * norm.weight @ projection.weight.T)
-    assert dms.adapter_score(x.bfloat16(), norm, projection).dtype == torch.float32
 
 
 def test_fresh_adapters_leave_the_model_as_it_was():
@@ -56,6 +30,8 @@ def test_fresh_adapters_leave_the_model_as_it_was():
     close(dms.start_retrofit(small_model(1), DMSConfig(window=0))(ids), small_model(1)(ids))
     model = dms.start_retrofit(small_model(1).bfloat16(), DMSConfig())
     assert {p.dtype for n, p in model.named_parameters() if "alpha" in n} == {torch.float32}
+    assert model(ids).dtype == torch.bfloat16
+    assert DMSConfig().logits(torch.zeros(1, 3, 2).bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -73,59 +49,11 @@ def test_a_retrofit_by_a_borrowed_neuron_begins_with_weights_that_decide_nothing
     assert cache.compression_ratio() == 1
 
 
-def formula(q, k, v, bias, first, window):
-    """Relaxed attention, dense. k, v and bias have a head for each of q's."""
-    j = torch.arange(q.shape[2])
-    i = j[:, None]
-    score = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-    score = score + torch.where(i - j > window, bias[:, :, None], 0)
-    hidden = (j > i) | (j < first[:, None, :, None])
-    return score.masked_fill(hidden, -math.inf).softmax(-1) @ v
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_relaxed_attention_is_the_formula_and_so_are_its_gradients(seed):
-    """In 1,100 tokens scores are computed again in backward; 16-bit results are rounded once."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    T = 1100 if seed == 1 else rng.choice([1, 2, 9, 40, 130])
-    B, Hkv, G = rng.choice([1, 2]), rng.choice([1, 2]), rng.choice([1, 2, 3])
-    dtype = torch.float32 if seed % 4 else torch.bfloat16
-    q, k, v = (torch.randn(B, T, n, 8).to(dtype).transpose(1, 2) for n in (Hkv * G, Hkv, Hkv))
-    bias = F.logsigmoid(torch.randn(B, Hkv, T) * rng.choice([1, 10]))
-    for certain in (0.0, -1e4):  # kept, and evicted
-        bias[torch.rand(B, Hkv, T) < 0.2] = certain
-    first = Packing([[cut := rng.randrange(T), (T - cut) // 2]] * B, T, "cpu").first
-    window = rng.choice([0, 1, 7, 200])
-    probe = torch.randn(q.shape, dtype=dtype)
-    inputs = [x.requires_grad_() for x in (q, k, v, bias)]
-    y = dms.relaxed_attention(*inputs, first, window, block=rng.choice([6, 128]))
-    found = [y, *torch.autograd.grad((y * probe).sum(), inputs)]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    y = formula(exact[0], *(x.repeat_interleave(G, 1) for x in exact[1:]), first, window)
-    expected = [y, *torch.autograd.grad((y * probe).sum(), exact)]
-    assert [x.dtype for x in found] == [dtype] * 4 + [torch.float32]
-    for x, y in zip(found, expected):
-        close(x.double(), y, atol=2e-5, rtol=2e-5 if seed % 4 else torch.finfo(dtype).eps)
-
-
-def test_a_decision_is_relaxed_to_a_gumbel_sigmoid():
-    """Key j's bias is log(1 - p), from the logit of one token later; the count of evicted pairs is
-    of hard decisions; the gradients are those of p."""
-    z = torch.randn(2, 2, 21, requires_grad=True)
-    packing = Packing([[21], [9, 8]], 21, "cpu")
-    attend = lambda q, k, v, *others: others
-    relaxed = RelaxedAttention(DMSConfig(window=3, tau=0.5), packing, attend, [7, 8])
-    bias, first, window = relaxed(0, None, None, None, z)
-    assert first is packing.first and window == 3
-    p = torch.sigmoid((z + relaxed.noise(0, z)) / 0.5)[..., 1:]
-    counted = torch.zeros(2, 1, 20)  # what a document's last token has out of its window
-    counted[0, :, :17] = counted[1, :, :5] = counted[1, :, 9:13] = 1
-    pairs = relaxed.evicted_pairs()
-    assert pairs.item() == pytest.approx(((p > 0.5) * counted).sum().item() / 2)  # heads
-    close(bias, F.pad(torch.log1p(-p), (0, 1)))  # the last token is not decided yet: kept
-    for pair in ((bias.sum(), torch.log1p(-p).sum()), (pairs, (p * counted).sum() / 2)):
-        close(*(torch.autograd.grad(x, z, retain_graph=True) for x in pair))
+def test_relaxed_attention_of_16_bits_is_rounded_once():
+    q, k, v = torch.randn(3, 2, 2, 300, 8).bfloat16()
+    others = (F.logsigmoid(torch.randn(2, 2, 300)), torch.zeros(2, 300, dtype=torch.int32), 5)
+    expected = dms.relaxed_attention(q.float(), k.float(), v.float(), *others).bfloat16()
+    assert torch.equal(dms.relaxed_attention(q, k, v, *others), expected)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -160,37 +88,15 @@ def test_noise_follows_from_the_seed_of_a_sequence_and_the_layer_alone():
         relaxed = RelaxedAttention(DMSConfig(per=per), None, None, seeds)
         return relaxed.noise(layer, torch.zeros(len(seeds), 2, 50) if logits is None else logits)
 
-    together = noise(["0 5 0", "0 5 1", "1 5 0"], 3)
-    assert torch.equal(together[1:2], noise(["0 5 1"], 3))
-    assert torch.equal(together[2:], noise(["1 5 0"], 3))
     every = [noise([seed], 3) for seed in ("0 5 0", "0 261 0", "0 5 1", "1 5 0", "256 5 0")]
     every.append(noise(["0 5 0"], 4))  # another layer
     assert len({tuple(x.flatten().tolist()) for x in every}) == 6
     transposed = torch.zeros(1, 50, 2).transpose(1, 2)  # logits lie in memory as they like
-    assert torch.equal(noise(["0 5 0"], 3, transposed), together[:1])
+    assert torch.equal(noise(["0 5 0"], 3, transposed), every[0])
     assert torch.equal(*noise(["0 5 0"], 3, per="layer")[0])
     many = noise([str(seed) for seed in range(200)], 0)
     assert many.mean().item() == pytest.approx(0, abs=0.06)
     assert many.var().item() == pytest.approx(math.pi**2 / 3, rel=0.05)  # the logistic's
-
-
-@pytest.mark.parametrize("size, reverse, trained_head", product((4, 99), *[(False, True)] * 2))
-def test_distillation_loss_is_the_naive_kl(size, reverse, trained_head, monkeypatch):
-    monkeypatch.setattr(dms, "KL_SLICE", size)
-    torch.manual_seed(0)
-    student = torch.randn(2, 9, 5, requires_grad=True)
-    heads = (torch.randn(11, 5, requires_grad=trained_head), torch.randn(11, 5))
-    teacher = torch.randn(2, 9, 5)
-    counts = torch.arange(9) < torch.tensor([[9], [4]])
-    log_q, log_p = (F.log_softmax(x @ w.T, -1) for x, w in zip((student, teacher), heads))
-    log_p, log_q = (log_q, log_p) if reverse else (log_p, log_q)
-    expected = (log_p.exp() * (log_p - log_q)).sum(-1)[counts].sum()
-    loss = dms.distillation_loss(student, teacher, *heads, counts, reverse)
-    close(loss, expected)
-    trained = [student, heads[0]] if trained_head else [student]
-    close(torch.autograd.grad(3 * loss, trained), torch.autograd.grad(3 * expected, trained))
-    with torch.no_grad():
-        close(dms.distillation_loss(student, teacher, *heads, counts, reverse), expected)
 
 
 def test_compression_loss_is_one_sided_and_its_target_grows():

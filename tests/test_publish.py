@@ -1,94 +1,71 @@
 """What publish.py writes can be loaded by others, says what it is and tells nothing of this
 machine."""
-
-import functools
 import os
-import random
 import shutil
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import transformers
-from conftest import small_model
+from conftest import REPOSITORY, small_model
 from huggingface_hub import ModelCard
 from oracle import edit, make_tokenizer, retrofitted
 from safetensors.torch import load_file
 
 import publish
 from checkpoint import ADAPTER_FILE, copy_tokenizer, load_model, load_tokenizer, save_model
-from common import InputError, read_json, write_json
+from common import InputError, read_json, read_text, write_json
 from dms import DMSConfig
 from generate import Sequence, generate
 from kv_cache import KVCache
 
-TOY = Path(__file__).resolve().parent.parent / "toy"
 IDS = torch.arange(60)[None]
 OF_A_RUN = {"README.md", "config.json", "results.json", "tokenizer.json", "tokenizer_config.json",
             "generation_config.json"}
 CODE = {"dms.py", "kv_cache.py", "model.py", "modeling_dms.py"}
 
 
-def make_run(root, dtype=torch.float32, **settings):
+@pytest.fixture(params=[torch.float32])
+def run(request, tmp_path):
     """A folder with base/ and adapters/, as retrofit.py leaves them, and a usual tokenizer."""
-    save_model(small_model(), root / "base", dtype)
-    make_tokenizer(root / "base", "qwen")
-    edit(root / "base" / "config.json", lambda raw: raw.update(_name_or_path=str(root)))
-    write_json(root / "base" / "generation_config.json", {"eos_token_id": [1, 2]})
-    retrofitted(root / "base", root / "adapters", **settings)
-    copy_tokenizer(root / "base", root / "adapters")
-    results = read_json(TOY / "retrofitted" / "results.json")
+    base, adapters = tmp_path / "base", tmp_path / "adapters"
+    save_model(small_model(), base, request.param)
+    make_tokenizer(base)
+    edit(base / "config.json", _name_or_path=str(tmp_path))
+    write_json(base / "generation_config.json", {"eos_token_id": [1, 2]})
+    retrofitted(base, adapters)
+    copy_tokenizer(base, adapters)
+    results = read_json(REPOSITORY / "toy" / "retrofitted" / "results.json")
     results["settings"].update(train="adapters", data="data.jsonl", lr=3e-5)
-    write_json(root / "adapters" / "results.json", results)
-    write_json(root / "adapters" / "settings.json", {"model": str(root / "base")})
-    return root
-
-
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path)
+    write_json(adapters / "results.json", results)
+    write_json(adapters / "settings.json", {"model": str(base)})
+    return tmp_path
 
 
 def call(model, out, *more):
     publish.main(["--model", str(model), "--out", str(out), *more])
 
 
-def card_in(folder):
-    return (folder / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_a_merged_release_is_base_and_adapters_bit_for_bit_and_needs_no_base(stored, tmp_path):
-    make_run(tmp_path, stored)
-    base, adapters = tmp_path / "base", tmp_path / "adapters"
+@pytest.mark.parametrize("run", [torch.float32, torch.bfloat16], indirect=True)
+def test_a_merged_release_is_base_and_adapters_bit_for_bit_and_needs_no_base(run):
+    base, adapters, release = (run / name for name in ("base", "adapters", "release"))
     expected = load_model(adapters)(IDS)
-    call(adapters, tmp_path / "release", "--merge")
-    call(base, tmp_path / "other", "--merge", "--adapter", str(adapters))
-    originals = load_file(base / "model.safetensors") | load_file(adapters / ADAPTER_FILE)
+    weights = load_file(base / "model.safetensors")
+    stored = str(weights["model.norm.weight"].dtype)
+    weights |= load_file(adapters / ADAPTER_FILE)
+    call(adapters, release, "--merge")
     shutil.rmtree(base)
-    for name in ("release", "other"):
-        assert set(os.listdir(tmp_path / name)) == {*OF_A_RUN, *CODE, "model.safetensors"}
-        merged = load_file(tmp_path / name / "model.safetensors")
-        assert merged.keys() == originals.keys()
-        for key, tensor in merged.items():  # so that float32 adapters are not rounded
-            assert tensor.dtype == originals[key].dtype and torch.equal(tensor, originals[key])
-        torch.testing.assert_close(load_model(tmp_path / name)(IDS), expected)
-        raw = read_json(tmp_path / name / "config.json")
-        assert "base" not in str(raw)
-        assert raw["torch_dtype"] == str(stored).removeprefix("torch.")
-        assert raw["architectures"] == ["Qwen3ForCausalLMDMS"] and raw["model_type"] == "dms"
-        assert load_tokenizer(tmp_path / name).encode("a")
-
-
-def test_adapters_alone_are_released_for_a_base_on_the_hub(run):
-    call(run / "adapters", run / "release", "--base", "owner/base")
-    assert set(os.listdir(run / "release")) == {*OF_A_RUN, ADAPTER_FILE}
-    assert read_json(run / "release" / "config.json")["dms_base_model"] == "owner/base"
-    one, other = (load_file(run / name / ADAPTER_FILE) for name in ("adapters", "release"))
-    assert all(torch.equal(one[name], other[name]) for name in one | other)
-    assert load_model(run / "base", adapter=run / "release").config.dms == DMSConfig(4)
+    assert set(os.listdir(release)) == {*OF_A_RUN, *CODE, "model.safetensors"}
+    merged = load_file(release / "model.safetensors")
+    assert merged.keys() == weights.keys()
+    for key, tensor in merged.items():  # so that float32 adapters are not rounded
+        assert tensor.dtype == weights[key].dtype and torch.equal(tensor, weights[key])
+    torch.testing.assert_close(load_model(release)(IDS), expected)
+    raw = read_json(release / "config.json")
+    assert "base" not in str(raw) and raw["torch_dtype"] == stored.removeprefix("torch.")
+    assert raw["architectures"] == ["Qwen3ForCausalLMDMS"] and raw["model_type"] == "dms"
+    assert load_tokenizer(release).encode("a")
 
 
 @pytest.mark.parametrize("settings", [
@@ -103,18 +80,23 @@ def test_a_model_that_is_whole_is_released_whole(settings, tmp_path):
     assert released.config.dms == settings
     files = {"config.json", "model.safetensors", "README.md", *CODE}
     assert set(os.listdir(tmp_path / "release")) == files
-    text = card_in(tmp_path / "release")
+    text = read_text(tmp_path / "release" / "README.md")
     for line in (f"| window | {settings.window} |", f"| shift | {settings.shift} |",
                  f"by the {settings.source}", "It has not been measured.", "Not known."):
         assert line in text
 
 
-def test_the_card_says_what_it_is_what_came_out_and_how_it_was_made(run, capsys):
-    call(run / "adapters", run / "alone", "--base", "owner/base", "--license", "mit")
+def test_adapters_alone_are_released_for_a_base_on_the_hub_and_cards_say_what_it_is(run, capsys):
+    call(run / "adapters", run / "alone", "--base", "owner/base")
     assert capsys.readouterr().out.splitlines()[-1] == f"hf upload owner/name {run / 'alone'}"
-    text = card_in(run / "alone")
+    assert set(os.listdir(run / "alone")) == {*OF_A_RUN, ADAPTER_FILE}
+    assert read_json(run / "alone" / "config.json")["dms_base_model"] == "owner/base"
+    one, other = (load_file(run / name / ADAPTER_FILE) for name in ("adapters", "alone"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    assert load_model(run / "base", adapter=run / "alone").config.dms == DMSConfig(4)
+    text = read_text(run / "alone" / "README.md")
     assert ModelCard(text).data.to_dict() == {
-        "base_model": "owner/base", "license": "mit", "tags": ["dms", "kv-cache-compression"]}
+        "base_model": "owner/base", "license": "unknown", "tags": ["dms", "kv-cache-compression"]}
     for line in ("dense               DMS            window", "The window holds 56 pairs.",
                  "needles                                99.5%", "- `steps`: `500`",
                  "- `lr`: `3e-05`", "- `data`: `data.jsonl`", "from checkpoint import load_model"):
@@ -122,16 +104,17 @@ def test_the_card_says_what_it_is_what_came_out_and_how_it_was_made(run, capsys)
     assert "{" not in text
     call(run / "adapters", run / "merged", "--merge")
     call(run / "merged", run / "again")  # of a folder that was itself released
-    assert card_in(run / "again") == card_in(run / "merged")
+    assert read_text(run / "again" / "README.md") == read_text(run / "merged" / "README.md")
     for name, held in {"merged": "all weights", "alone": "the adapters alone"}.items():
-        assert f"In this folder: {held}" in card_in(run / name)
+        assert f"In this folder: {held}" in read_text(run / name / "README.md")
         for file in (run / name).iterdir():  # no path of this machine
-            for part in (run.name, "private", "../base"):
+            for part in (run.name, "../base"):
                 assert part.encode() not in file.read_bytes(), file
 
 
 @pytest.mark.parametrize("family, shift", [("qwen3", 1), ("llama", 0)])
-def test_a_merged_release_works_and_compresses_in_transformers(family, shift, tmp_path, monkeypatch):
+def test_a_merged_release_works_and_compresses_in_transformers(
+        family, shift, tmp_path, monkeypatch, rng):
     """From its folder alone, without our modules: greedy texts equal ours, one by one, in padded
     batches and in a pipeline, and the cache holds what ours does."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
@@ -139,13 +122,12 @@ def test_a_merged_release_works_and_compresses_in_transformers(family, shift, tm
     run, folder = tmp_path / "run", tmp_path / "release"
     model = small_model(3, DMSConfig(4, shift=shift), model_type=family, vocab_size=360)
     save_model(model, run, torch.float32)
-    make_tokenizer(run, "qwen")
+    make_tokenizer(run)
     call(run, folder)
     shutil.rmtree(run)
     loaded = dict(trust_remote_code=True, dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, **loaded)
     assert type(theirs).__module__.startswith("transformers_modules")
-    rng = random.Random(0)
     prompts = [rng.choices(range(3, 67), k=rng.randint(1, 40)) for _ in range(20)]
     ours = [Sequence(ids, 30) for ids in prompts]
     cache = KVCache(model.config, 20)
@@ -156,15 +138,13 @@ def test_a_merged_release_works_and_compresses_in_transformers(family, shift, tm
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    batch = theirs.generate(
-        padded, attention_mask=mask, return_dict_in_generate=True, **greedy)
+    batch = theirs.generate(padded, attention_mask=mask, return_dict_in_generate=True, **greedy)
     assert [row[longest:].tolist() for row in batch.sequences] == [s.new for s in ours]
     ratio = batch.cache.cache.compression_ratio()
     assert ratio == pytest.approx(cache.compression_ratio()) and ratio > 1.4
-    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
     ids = padded.flip(1)[:, :9]  # behind the tokens padding does no harm either
     logits = theirs(ids, attention_mask=(ids > 0).long(), logits_to_keep=9).logits
-    close(logits[ids > 0], model(ids)[ids > 0])
+    torch.testing.assert_close(logits[ids > 0], model(ids)[ids > 0], rtol=1e-4, atol=1e-4)
     beams = theirs.generate(torch.tensor(prompts[:1]), num_beams=3, **greedy)
     chosen, likeliest = (model(x[None])[0].log_softmax(-1)[-31:-1].gather(1, x[-30:, None]).sum()
                          for x in (beams[0], torch.tensor(ours[0].ids)))

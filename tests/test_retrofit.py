@@ -37,7 +37,7 @@ FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "retrof
 
 def run_of(seed, train="adapters", shift=1, reverse_kl=False, **sizes):
     """The Distillation of a small random model that evicts about half."""
-    settings = dms.DMSConfig(window=3, shift=shift, scale=10.0, offset=1.0)
+    settings = dms.DMSConfig(window=3, shift=shift, scale=10.0, offset=1.0, tau=0.5)
     student = dms.start_retrofit(small_model(seed, **sizes), settings)
     for name, parameter in student.named_parameters():
         if "dms_proj_alpha." in name:
@@ -47,8 +47,8 @@ def run_of(seed, train="adapters", shift=1, reverse_kl=False, **sizes):
     return Distillation(student, teacher, Options(steps=10, lr=0.01, reverse_kl=reverse_kl))
 
 
-def naive_loss(run, step, ids, documents, pull=1.0):
-    """By the formulas, each document by itself: whole logits, whole (T, T) scores."""
+def naive_sums(run, step, ids, documents):
+    """KL and evicted fraction by the formulas, document by document, with (T, T) scores."""
     student, settings = run.student, run.student.config.dms
     seeds = [f"0 {step} {b}" for b in range(len(ids))]
     noise = dms.RelaxedAttention(settings, None, None, seeds).noise
@@ -78,7 +78,7 @@ def naive_loss(run, step, ids, documents, pull=1.0):
         nats = nats + (p.exp() * (p - q)).sum()
     tokens = sum(n for _, _, n in documents)
     evicted = evicted / len(student.model.layers)
-    return nats / (tokens - len(documents)) - pull * evicted / tokens
+    return torch.stack((nats / (tokens - len(documents)), evicted / tokens))
 
 
 @pytest.mark.parametrize("train", ["adapters", "all"])
@@ -91,12 +91,13 @@ def test_gradients_are_those_of_the_naive_loss(train, T, shift, reverse, evicted
     run = run_of(T, train, shift, reverse)
     run.evicted_fraction = evicted
     ids = torch.randint(0, 67, (2, T))
+    long = min(T - 2, 300)  # several blocks of dms.relaxed_attention
     monkeypatch.setattr(dms, "KL_SLICE", 13 if T == 40 else 1024)
 
     def share(rank, world):
         monkeypatch.setattr(retrofit, "torchrun_place", lambda: (rank, world))
         run.student.zero_grad()
-        sums = run.backward(5, ids, [[38], [5, 1, 23, 7]], cr=4.0)
+        sums = run.backward(5, ids, [[long], [5, 1, 23, 7]], cr=4.0)
         return [sums, *(p.grad for p in run.parameters.values() if p.grad is not None)]
 
     found = share(0, 1)
@@ -104,8 +105,10 @@ def test_gradients_are_those_of_the_naive_loss(train, T, shift, reverse, evicted
         torch.testing.assert_close(one + other, both, rtol=1e-4, atol=1e-5)
         assert T < 2048 or torch.equal(one + other, both)
     run.student.zero_grad()
-    documents = [(0, 0, 38), (1, 0, 5), (1, 5, 1), (1, 6, 23), (1, 29, 7)]
-    naive_loss(run, 5, ids, documents, pull=float(evicted < 0.75)).backward()
+    documents = [(0, 0, long), (1, 0, 5), (1, 5, 1), (1, 6, 23), (1, 29, 7)]
+    kl, fraction = sums = naive_sums(run, 5, ids, documents)
+    torch.testing.assert_close(found[0], sums.detach(), rtol=1e-4, atol=1e-5)
+    (kl - fraction * (evicted < 0.75)).backward()
     expected = [p.grad for p in run.parameters.values() if p.grad is not None]
     assert any(gradient.abs().max() > 1e-3 for gradient in expected)
     for gradient, naive in zip(found[1:], expected, strict=True):
@@ -237,8 +240,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(random_teacher, text, tmp_pa
 @pytest.mark.parametrize("train", ["adapters", "all"])
 @pytest.mark.parametrize("shard", ["", "--shard"])
 def test_two_processes_do_what_one_does(text, tmp_path, train, shard):
-    """Also where the weights are sharded, and the checkpoint is written whole. They are killed:
-    then one process goes on, or two with sharded weights."""
+    """They are killed: then one process goes on, or two where the weights are sharded."""
     one, two = (tmp_path / name for name in ("one", "two"))
     more = f"--train {train} --steps 6 --save-every 1 --lr 0.0005"
     run(retrofit.main, arguments(TEACHER, text, one, more))
@@ -259,18 +261,17 @@ def test_torchrun_starts_processes(random_teacher, text, tmp_path):
             REPOSITORY / "retrofit.py", *arguments(random_teacher, text, tmp_path, "--steps 1")]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert done.stdout.count("compression ratio") == 1 and len(metrics_in(tmp_path)) == 1
+    assert done.stdout.count("compression_ratio") == 1 and len(metrics_in(tmp_path)) == 1
 
 
 def test_a_model_and_a_text_are_enough(random_teacher, text, tmp_path, monkeypatch, capsys):
-    """To a table, on a CPU; sizes follow the model's context and width."""
+    """To a table, on a CPU."""
     monkeypatch.chdir(tmp_path)
     retrofit.main(["--model", str(random_teacher), "--data", str(text), "--device", "cpu"])
-    assert "compression ratio" in capsys.readouterr().out
+    assert "compression_ratio" in capsys.readouterr().out
     out = tmp_path / "out" / f"{random_teacher.name}-dms-8x"
     settings = read_json(out / "settings.json")
     assert len(metrics_in(out)) == settings["steps"] == 300
-    assert settings["seq_len"] == 64 and settings["lr"] == pytest.approx(0.12 / 32)
     assert load_model(out).config.dms.window == settings["window"] == 4
 
 
@@ -287,8 +288,7 @@ def toy_run(tmp_path_factory):
 
 
 def test_compression_is_learned(toy_run):
-    """What is evicted follows the target, and what is kept is chosen: the KL stays far below that
-    of a window of more memory."""
+    """What is kept is chosen: the KL stays far below that of a window of more memory."""
     out, data = toy_run
     first, *_, last = metrics_in(out)
     assert first["cr"] < 1.05 and first["kl"] < 0.05 and last["target_cr"] == 8 and last["cr"] > 6
@@ -331,8 +331,7 @@ def test_defaults_follow_from_device_context_and_width(tmp_path, monkeypatch):
     monkeypatch.setattr(retrofit, "choose_device", lambda options: None)
     for device, context, cr, *expected in (
             ("cuda", 40960, 8, 8192, 512, 1000), ("cuda", 2048, 8, 2048, 128, 1000),
-            ("cuda", 40960, 4, 8192, 512, 1000), ("cpu", 40960, 8, 1024, 64, 300),
-            ("cpu", 40960, 2, 1024, 256, 300)):
+            ("cpu", 40960, 8, 1024, 64, 300), ("cpu", 40960, 2, 1024, 256, 300)):
         model = Model(small_config(max_position_embeddings=context))
         save_model(model, tmp_path, torch.float32)
         options = Options(model=str(tmp_path), device=device, target_cr=cr)
