@@ -3,21 +3,21 @@ Where the retrofit's text comes from: the documents of a file, a folder or a hub
 into full sequences.
 
     data = TextData("open-r1/OpenR1-Math-220k", tokenizer, vocab_size, 8192, 8, seed=0)
-    for ids, documents, place in data.batches(0):  # endless
-        ...  # ids (B, T); documents: each sequence's lengths; place: where to go on after this
+    for ids, documents in data.batches(0):  # endless
+        ...  # ids (B, T); documents: the lengths in each sequence
 
     sequence 0   | document | document      | docum    what does not fit is cut off and dropped, so
     sequence 1   | document      | document    | do    that every sequence begins with a document
 
 A *record* is a row of a .parquet file, a line of a .jsonl file, or a paragraph of a .txt file.
 
-The order is a function of (seed, data): each epoch shuffles the files, and each file's records. So
-a place is [epoch, file, record], with file and record counted in the shuffled order. One file at a
-time is in memory. One record in 50 is held out for measuring.
+The order is a function of (seed, data): each epoch shuffles the files, and each file's records. One
+file at a time is in memory. One record in 50 is held out for measuring.
 
 This file knows nothing of models, steps or devices.
 """
 
+import itertools
 import json
 import random
 import re
@@ -187,18 +187,17 @@ class TextData:
         self.files, self.fetch, self.revision = find_files(self.source)
         self.held_out(1)  # so that what is wrong with the source shows at once
 
-    def batches(self, step, place=None):
-        """Endless: (ids (B, T) int64, documents, the place after it), from a place on, None for the
-        beginning. documents: B lists of lengths whose sum is T; the last length of each may be 1.
-        step: not used; other data goes by it."""
-        documents = self.documents(*(place or ()))
-        while True:
-            yield self.pack(documents, self.batch_size)
+    def batches(self, step):
+        """Endless: (ids (B, T) int64, documents) from a step on; what the steps before took is read
+        again. documents: B lists of lengths whose sum is T; the last length of each may be 1."""
+        documents = self.documents()
+        every = (self.pack(documents, self.batch_size) for _ in itertools.count())
+        return itertools.islice(every, step, None)
 
     def held_out(self, count):
         """(ids (count, T) int64, documents) of what is never trained on, the same for every seed;
         from its beginning again where that is too little."""
-        return self.pack(self.documents(held_out=True), count)[:2]
+        return self.pack(self.documents(held_out=True), count)
 
     def pack(self, documents, count):
         """`documents` end to end, in `count` sequences: what batches yields."""
@@ -207,31 +206,27 @@ class TextData:
         for _ in range(count):
             cut = []
             while room := self.seq_len - sum(cut):
-                document, place = next(documents)
-                ids += document[:room]
-                cut.append(len(document[:room]))
+                document = next(documents)[:room]
+                ids += document
+                cut.append(len(document))
             lengths.append(cut)
-        return torch.tensor(ids).view(count, -1), lengths, place
+        return torch.tensor(ids).view(count, -1), lengths
 
-    def documents(self, epoch=0, first=0, begin=0, held_out=False):
-        """Endless: (token ids, the place after it) of each document from a place on; those to train
-        on shuffled, or those held out as they stand."""
-        while True:
-            found_any = first + begin > 0  # there was a document before this place
+    def documents(self, held_out=False):
+        """Endless: the token ids of each document, of those to train on shuffled, or of those held
+        out as they stand."""
+        for epoch in itertools.count():
+            found_any = False
             order = sorted if held_out else partial(shuffled, key=f"{self.seed} {epoch}")
-            for f, name in enumerate(order(self.files)[first:], first):
+            for name in order(self.files):
                 file = self.fetch(name)
                 records = open_file(file)
-                # n: a record's number in the file; after: the place in this order behind it
-                for after, n in enumerate(order(range(len(records)))[begin:], begin + 1):
+                for n in order(range(len(records))):
                     if (n % HELD_OUT == 1) != held_out:
                         continue
                     if ids := self.encode(f"{file}: document {n + 1}", records[n]):
                         found_any = True
-                        yield ids, [epoch, f, after]
-                begin = 0
-            first = 0
-            epoch += 1
+                        yield ids
             require(found_any, f"{self.source}: no usable document, a text or a verified solution")
 
     def encode(self, where, read):

@@ -68,9 +68,7 @@ def decisions(logits, shift):
     it counts as kept, and every window holds it anyway.
     """
     evict = logits > 0
-    if shift == 0:
-        return evict
-    return F.pad(evict[..., 1:], (0, 1), value=False)
+    return F.pad(evict[..., shift:], (0, shift))  # by False
 
 
 def attention(q, k, v, mask=None):
@@ -88,9 +86,11 @@ def masked_attention(config):
             return attention(q, k, v)
         t = torch.arange(q.shape[2], device=q.device)
         evict = decisions(logits, config.dms.shift)  # (B, Hkv, T)
-        mask = visible(t[:, None], t, evict[:, :, None], config.dms.window)
+        query = t[:, None]
+        mask = visible(query, t, evict[:, :, None], config.dms.window)  # (B, Hkv, T, T)
         group = q.shape[1] // k.shape[1]
-        return attention(q, k, v, mask.repeat_interleave(group, dim=1))
+        mask = mask.repeat_interleave(group, dim=1)  # (B, Hq, T, T)
+        return attention(q, k, v, mask)
 
     return attend
 
@@ -110,7 +110,7 @@ def adapter_score(residual, norm, projection):
 def borrowed_score(q, kv_heads):
     """The borrowed neuron: the last channel of the first query head of each group (section 3.2).
 
-    q: (B, T, Hq, D), after its norm and before RoPE. Returns s (B, T, Hkv).
+    q: (B, T, Hq, D), after its norm and before RoPE. Returns s (B, T, Hkv), a view of q.
     """
     by_group = q.unflatten(2, (kv_heads, -1))  # (B, T, Hkv, G, D)
     return by_group[:, :, :, 0, -1]
@@ -118,9 +118,9 @@ def borrowed_score(q, kv_heads):
 
 def silence_borrowed(q, kv_heads):
     """q (B, T, Hq, D) with the borrowed channels set to 0, so that they take no part in scores."""
-    by_group = q.unflatten(2, (kv_heads, -1)).clone()  # (B, T, Hkv, G, D)
-    by_group[:, :, :, 0, -1] = 0
-    return by_group.flatten(2, 3)
+    q = q.clone()
+    borrowed_score(q, kv_heads).zero_()
+    return q
 
 
 def start_retrofit(model, settings):
@@ -136,9 +136,8 @@ def start_retrofit(model, settings):
             block.self_attn.add_adapter()
             continue
         for parameter in block.self_attn.q_proj.parameters():  # (Hq * D, C), perhaps bias (Hq * D)
-            sizes = (config.num_key_value_heads, -1, config.head_dim)
-            by_group = parameter.data.unflatten(0, sizes)  # a view, (Hkv, G, D, ...)
-            by_group[:, 0, -1] = 0  # s = 0 from now on
+            group = len(parameter) // config.num_key_value_heads  # G * D
+            parameter.data[config.head_dim - 1 :: group] = 0  # s = 0 from now on
     return model
 
 
@@ -151,22 +150,26 @@ class Packing:
 
     first, end: (B, T) int32, where the document of each token begins, and where it has ended (its
     last token + 1). In padding `end` is 0, and `first` is where the padding begins.
+    documents: an index for each, which selects its part (1, H, n, ...) of (B, H, T, ...).
     """
 
     def __init__(self, documents, T, device):
         """documents: for each sequence the lengths of its documents, in order, T tokens at most."""
-        self.documents = documents
-        first = []
-        end = []
-        for lengths in documents:
-            lengths = torch.tensor([*lengths, T - sum(lengths)])  # padding as one more document
-            ends = lengths.cumsum(0, dtype=torch.int32)
-            first.append((ends - lengths.int()).repeat_interleave(lengths))
-            ends[-1] = 0
-            end.append(ends.repeat_interleave(lengths))
-        self.first = torch.stack(first).to(device)
-        self.end = torch.stack(end).to(device)
         self.token = torch.arange(T, device=device)
+        shape = (len(documents), T)
+        self.first = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.end = torch.zeros_like(self.first)
+        self.documents = []
+        for b, lengths in enumerate(documents):
+            begin = 0
+            for length in lengths:
+                end = begin + length
+                self.first[b, begin:end] = begin
+                self.end[b, begin:end] = end
+                document = (slice(b, b + 1), slice(None), slice(begin, end))
+                self.documents.append(document)
+                begin = end
+            self.first[b, begin:] = begin
 
     def predicts(self):
         """(B, T) bool: the tokens with a next token in their document."""
@@ -184,13 +187,8 @@ def document_attention(packing):
 
     def attend(layer, q, k, v, logits):
         y = torch.zeros_like(q)
-        for b, lengths in enumerate(packing.documents):
-            begin = 0
-            for length in lengths:
-                end = begin + length
-                document = (slice(b, b + 1), slice(None), slice(begin, end))
-                y[document] = attention(q[document], k[document], v[document])
-                begin = end
+        for document in packing.documents:
+            y[document] = attention(q[document], k[document], v[document])
         return y
 
     return attend
@@ -212,7 +210,8 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
     against all keys up to the last of them. kernels/training.py computes the same on a GPU.
     """
     T, D = q.shape[2:]
-    q_by_group = q.float().unflatten(1, (k.shape[1], -1)) * D**-0.5  # (B, Hkv, G, T, D)
+    scaled = q.float() * D**-0.5
+    q_by_group = scaled.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, T, D)
     k = k.float()
     v = v.float()
     outputs = []
@@ -221,9 +220,11 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
         query = torch.arange(start, end, device=q.device)[:, None]
         key = torch.arange(end, device=q.device)
         added = torch.where(query - key > window, bias[:, :, None, :end], 0)  # (B, Hkv, n, end)
-        unseen = (key > query) | (key < first[:, start:end, None])  # (B, n, end)
+        is_elsewhere = key < first[:, start:end, None]  # (B, n, end): in an earlier document
+        unseen = is_elsewhere | (key > query)
         added = added.masked_fill(unseen[:, None], float("-inf"))
-        score = torch.einsum("bhgid,bhjd->bhgij", q_by_group[:, :, :, start:end], k[:, :, :end])
+        q_block = q_by_group[:, :, :, start:end]
+        score = torch.einsum("bhgid,bhjd->bhgij", q_block, k[:, :, :end])
         weight = (score + added[:, :, None]).softmax(dim=-1)
         y = torch.einsum("bhgij,bhjd->bhgid", weight, v[:, :, :end])
         outputs.append(y.flatten(1, 2))  # (B, Hq, n, D)
@@ -259,13 +260,13 @@ class RelaxedAttention:
     def noisy_logits(self, layer, logits):
         """(z + g1 - g2) / tau by the token that the decision is about, (B, Hkv, T)."""
         noisy = (logits + self.noise(layer, logits)) / self.dms.tau
-        if self.dms.shift == 0:
-            return noisy
-        return F.pad(noisy[..., 1:], (0, 1), value=UNDECIDED)
+        shift = self.dms.shift
+        return F.pad(noisy[..., shift:], (0, shift), value=UNDECIDED)
 
     def noise(self, layer, logits):
-        """g1 - g2, a standard logistic. It follows from a sequence's seed and the layer alone: so
-        a step's sequences may be computed side by side, one by one, or by several processes."""
+        """g1 - g2, a standard logistic, which is the logit of a uniform sample. It follows from a
+        sequence's seed and the layer alone: so a step's sequences may be computed side by side, one
+        by one, or by several processes."""
         generator = torch.Generator(logits.device)
         # not empty_like: logits may be strided, and numbers are generated in the order of memory
         uniform = torch.empty(logits.shape, device=logits.device)
@@ -277,16 +278,17 @@ class RelaxedAttention:
             sequence.uniform_(generator=generator)
         if self.dms.per == "layer":  # one decision holds for all heads
             uniform = uniform[:, :1].expand_as(uniform)
-        uniform = uniform.clamp(1e-6, 1 - 1e-6)
-        return torch.log(uniform) - torch.log1p(-uniform)
+        return uniform.logit(eps=1e-6)
 
     def count_evicted(self, noisy):
         """How many pairs of each head a cache no longer holds when their documents end, (Hkv,).
         Straight through: the value is that of hard decisions, the gradient that of p."""
         p = torch.sigmoid(noisy)
-        hard = (noisy > 0).float() + p - p.detach()
+        is_evicted = (noisy > 0).float()
+        hard = is_evicted + p - p.detach()
         expires = self.packing.expires(self.dms.window)  # (B, T)
-        return (hard * expires[:, None]).sum((0, 2))
+        counted = hard * expires[:, None]  # (B, Hkv, T)
+        return counted.sum((0, 2))
 
     def evicted_pairs(self):
         """The mean over layers and heads, a scalar with a gradient."""
@@ -314,14 +316,16 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
     total = torch.zeros((), device=student.device)
     for begin in range(0, len(counts), KL_SLICE):
         part = slice(begin, begin + KL_SLICE)
-        kl = slice_kl(states[part], teacher[part], head, teacher_head, counts[part], reverse)
+        kl = slice_kl(
+            states[part], teacher[part], head, teacher_head, counts[part], reverse)
         if kl.requires_grad:
             kl.backward()
-        total = total + kl.detach()
+        total += kl.detach()
     # The gradients are computed already: total.backward() only hands them on, by a 0 that has them.
     for x, leaf in ((student, states), (student_head, head)):
         if leaf.grad is not None:  # somebody asked for it
-            total = total + ((x - x.detach()) * leaf.grad).sum()
+            zero = x - x.detach()
+            total = total + (zero * leaf.grad).sum()
     return total
 
 
@@ -350,5 +354,5 @@ def compression_loss(evicted_fraction, cr):
 def scheduled_cr(step, steps, target_cr):
     """The compression ratio asked for at a step: from 1 to target_cr, linear over the first 70% of
     the steps, then constant. 1,000 steps to 8x give the paper's +1 every 100 steps."""
-    ramp = max(step, 0) / max(0.7 * steps, 1)
+    ramp = step / (0.7 * steps)
     return 1 + (target_cr - 1) * min(1.0, ramp)

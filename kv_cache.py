@@ -27,7 +27,7 @@ sequence b; P pages in the pool; M columns of the page table; W = window + 1 ent
 import os
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class PagePool:
             self.position = torch.empty(shape, dtype=torch.int32)  # of a slot's token
             self.evicted = torch.zeros(shape, dtype=torch.bool)  # the decision about it
             # the free pages are free[:free_count]; the last of them is the top of the stack
-            self.free = torch.arange(pages, dtype=torch.int32).flip(0)  # (P,), page 0 on top
+            self.free = torch.arange(pages, dtype=torch.int32)  # (P,)
             self.free_count = torch.tensor([pages], dtype=torch.int32)
         self.slots = (self.keys, self.values, self.position, self.evicted)
 
@@ -70,20 +70,21 @@ class PagePool:
                             f"{len(self)} are free; allow more memory or fewer sequences")
 
     def take(self, count):
-        """The numbers of `count` free pages, (count,) int32, from the top of the stack down. Raises
+        """The numbers of `count` free pages, (count,) int32, off the top of the stack. Raises
         CacheFull, taking none."""
         top = int(self.free_count)
         self.check(count, top)
         self.free_count -= count
-        return self.free[top - count : top].flip(0)
+        return self.free[top - count : top]
 
-    def free_all_but(self, in_use):
+    def free_all_but(self, in_use, needed=0):
         """Put every page on the stack that is not in `in_use`, an integer tensor. Since forks share
         pages, a page is free once no table names it: so the tables are asked, and nothing needs to
-        count references."""
+        count references. Raises CacheFull, freeing none, if that makes fewer than `needed`."""
         is_free = torch.ones_like(self.free, dtype=torch.bool)
         is_free[in_use] = False
-        pages = is_free.nonzero()[:, 0].flip(0)
+        pages = is_free.nonzero()[:, 0]
+        self.check(needed, len(pages))
         self.free[: len(pages)] = pages
         self.free_count.fill_(len(pages))
 
@@ -98,16 +99,24 @@ class Rows:
     ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W
 
     def layer(self, layer):
-        return Rows(self.seen, self.length[layer], self.table[layer], self.ring[layer])
+        return Rows(
+            self.seen,
+            self.length[layer],
+            self.table[layer],
+            self.ring[layer])
 
     def select(self, index):
         """The rows of an index: views for a slice, copies for a tensor of numbers."""
-        by_layer = (self.length, self.table, self.ring)
-        return Rows(self.seen[index], *(x[:, index] for x in by_layer))
+        return Rows(
+            self.seen[index],
+            self.length[:, index],
+            self.table[:, index],
+            self.ring[:, index])
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
-        column = torch.arange(self.table.shape[-1], device=self.table.device)
+        M = self.table.shape[-1]
+        column = torch.arange(M, device=self.table.device)
         first_slot = column * page_size
         return first_slot < self.length[..., None]
 
@@ -133,11 +142,8 @@ def fork(rows, index, pool):
     is_copy = is_same.tril(-1).any(dim=1)  # of an earlier row
     to_copy = forked.pages_to_be_written(pool.page_size) & is_copy[:, None]
     originals = forked.table[to_copy]
-    in_use = forked.table[forked.pages_in_use(pool.page_size)]
-    # not pool.free_count: the pages of dropped sequences come free, too
-    free = len(pool) - len(in_use.unique())
-    pool.check(len(originals), free)
-    pool.free_all_but(in_use)
+    in_use = forked.pages_in_use(pool.page_size)
+    pool.free_all_but(forked.table[in_use], needed=len(originals))
     own = pool.take(len(originals))
     forked.table[to_copy] = own
     for slots in pool.slots:
@@ -150,7 +156,8 @@ def fork(rows, index, pool):
 
 def locate(rows, row, slot, pool):
     """Where slots lie in the pool: (page, place in the page) of slot[i] of row[i]."""
-    return rows.table[row, slot // pool.page_size], slot % pool.page_size
+    page = rows.table[row, slot // pool.page_size]
+    return page, slot % pool.page_size
 
 
 def held(slots, rows, row):
@@ -165,17 +172,19 @@ def held(slots, rows, row):
 def decide_newest(evict, new, rows, pool):
     """With a shift of 1, the first new token decides about the one before it, the newest that is
     held: note evict (N,) at its slot, in rows that get tokens (new > 0) and hold any."""
-    row = ((new > 0) & (rows.seen > 0)).nonzero()[:, 0]
+    continues = torch.logical_and(new, rows.seen)  # (N,)
+    row = continues.nonzero()[:, 0]
     newest = rows.seen[row] - 1
     slot = rows.ring[row, newest % rows.ring.shape[1]]
     pool.evicted[locate(rows, row, slot, pool)] = evict[row]
 
 
 def add_pages(rows, pool, length):
-    """Give the rows the pages that they need to hold `length` (N,) pairs. Raises CacheFull."""
+    """From now on the rows hold `length` (N,) pairs: give them the pages for it. Raises CacheFull,
+    after which the rows must be released."""
     has = rows.pages_in_use(pool.page_size)  # (N, M)
-    will_have = replace(rows, length=length).pages_in_use(pool.page_size)
-    lacks = will_have & ~has
+    rows.length.copy_(length)
+    lacks = rows.pages_in_use(pool.page_size) & ~has
     rows.table[lacks] = pool.take(int(lacks.sum()))
 
 
@@ -196,39 +205,34 @@ def store(k, v, evict, new, rows, pool, window):
 
     k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
     (N,) int64, how many of the T are real. All of the rows' state is updated but `seen`. Pages that
-    are written to must not be shared, and the tables must have room. Raises CacheFull before
-    anything has changed.
+    are written to must not be shared, and the tables must have room. Raises CacheFull, after which
+    the rows must be released.
     """
     position = pool.position[rows.table].flatten(1)  # (N, S), S = M * page_size
     evicted = pool.evicted[rows.table].flatten(1)
     slot = torch.arange(position.shape[1], device=k.device)
     in_use = slot < rows.length[:, None]
     t = torch.arange(evict.shape[1], device=k.device)
-    token = rows.seen[:, None] + t  # (N, T): the new tokens' positions
-    last = rows.seen[:, None] + new[:, None] - 1  # that of the last real one
+    token = (rows.seen[:, None] + t).int()  # (N, T): the new tokens' positions
+    last = (rows.seen + new - 1)[:, None]  # (N, 1): that of the last real one
     stays = in_use & visible(last, position, evicted, window)  # (N, S)
     survives = visible(last, token, evict, window)  # (N, T); padding comes after `last`: False
 
+    length = stays.sum(1) + survives.sum(1)
+    add_pages(rows, pool, length)
     open_slots = stays.byte().argsort(dim=1, stable=True)  # (N, S): first those that do not stay
     rank = survives.cumsum(1) - 1  # (N, T): a survivor's place among those of its row
-    slots = open_slots.gather(1, rank.clamp(min=0))
-    length = (stays.sum(1) + survives.sum(1)).int()
-    add_pages(rows, pool, length)
-    rows.length.copy_(length)
-    row, i = survives.nonzero(as_tuple=True)
-    target = slots[row, i]
+    row, i = survives.nonzero(as_tuple=True)  # (n,) each: the survivors of all rows
+    target = open_slots[row, rank[row, i]]
     where = locate(rows, row, target, pool)
-    pool.keys[where] = k[row, i]
-    pool.values[where] = v[row, i]
-    pool.position[where] = token[row, i].int()
-    pool.evicted[where] = evict[row, i]
+    for slots, of_new in zip(pool.slots, (k, v, token, evict)):
+        slots[where] = of_new[row, i]
 
     W = window + 1
     # a kept token may be older than the window, and the ring has no entry for it
     recent = i >= new[row] - W
     row = row[recent]
-    i = i[recent]
-    entry = token[row, i] % W
+    entry = token[row, i[recent]] % W
     rows.ring[row, entry] = target[recent].int()
 
 
@@ -246,15 +250,15 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
     for row, n in enumerate(new.tolist()):
         if n == 0:
             continue
-        keys, values, position, evicted = held(pool.slots, rows, row)
-        token = rows.seen[row] + torch.arange(n, device=k.device)
-        position = torch.cat((position, token))  # (S + n,): held keys, then the new ones
-        evicted = torch.cat((evicted, evict[row, :n]))
+        old = held(pool.slots, rows, row)  # S pairs
+        t = torch.arange(n, device=k.device)
+        token = rows.seen[row] + t  # (n,): the new tokens' positions
+        block = (k[row, :n], v[row, :n], token, evict[row, :n])
+        # keys and values (S + n, D), position and evicted (S + n,): what is held, then the block
+        keys, values, position, evicted = (torch.cat(pair) for pair in zip(old, block))
         mask = visible(token[:, None], position, evicted, window)  # (n, S + n)
         if len(position) == n and not evicted.any():
             mask = None  # nothing but causal, which is faster said so
-        keys = torch.cat((keys, k[row, :n]))  # (S + n, D)
-        values = torch.cat((values, v[row, :n]))
         # as a batch of one, and of one KV head
         query = q[None, row, :, :n]
         out = attention(query, keys[None, None], values[None, None], mask)
@@ -264,8 +268,8 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
 
 # What kernels/ may do. attend_block is as above. For one token of each row,
 #   store_one(k, v, evict, new, rows, pool, shift): k, v (N, D); evict (N,) bool, decided at this
-#     token about the one `shift` before it; new (N,) int64, 0 for a row that rests. As `settle`
-#     and `store` do it.
+#     token about the one `shift` before it; new (N,) int64, 0 for a row that rests. As
+#     `decide_newest` and `store` do it.
 #   attend_one(q, rows, pool): q (N, G, D) to all that its row holds; 0 for an empty row.
 Kernels = namedtuple("Kernels", "store_one attend_one attend_block")
 PLAIN = Kernels(None, None, attend_block)
@@ -275,10 +279,9 @@ def choose_kernels(device, dtype):
     """Triton's on a GPU, numba's for single tokens on a CPU, and the plain ones elsewhere."""
     try:
         if device.type == "cuda":
-            from kernels import attention as paged
-            from kernels import write
+            from kernels import attention, write
 
-            return Kernels(write.store_one, paged.attend_one, paged.attend_block)
+            return Kernels(write.store_one, attention.attend_one, attention.attend_block)
         if dtype == torch.float32:
             from kernels import cpu
 
@@ -306,37 +309,30 @@ class PieceAttention:
         cache = self.cache
         pool = cache.pool
         rows = self.rows.layer(layer)
-        N = len(self.new)
-        T, D = k.shape[2:]
+        k = k.flatten(0, 1)  # (N, T, D)
+        v = v.flatten(0, 1)
+        N, T, D = k.shape
         q_by_row = q.reshape(N, -1, T, D)  # (N, G, T, D)
-        k = k.reshape(N, T, D)
-        v = v.reshape(N, T, D)
         if logits is None:
             logits = k.new_full((N, T), -1.0)  # keep everything
         logits = logits.reshape(N, T)
+        decided = logits[:, 0] > 0  # (N,): about the first new token, or the one before it
         if T == 1 and cache.kernels.store_one:
-            decided = logits[:, 0] > 0  # about the token `shift` before
             new_pairs = (k[:, 0], v[:, 0], decided, self.new)
             cache.kernels.store_one(*new_pairs, rows, pool, cache.shift)
             y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, pool)
         else:
-            evict = self.settle(logits, rows)
+            evict = decisions(logits, cache.shift)  # (N, T)
+            if cache.shift == 1:
+                decide_newest(decided, self.new, rows, pool)
+                # Each row's last real token is left undecided. A row that rests has none: -1 is
+                # then its padding, whose decision is not read.
+                row = torch.arange(N, device=k.device)
+                evict[row, self.new - 1] = False
             new_pairs = (k, v, evict, self.new)
             y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, pool, cache.window)
             store(*new_pairs, rows, pool, cache.window)
         return y.view(q.shape)
-
-    def settle(self, logits, rows):
-        """What a block's logits (N, T) decide about its own tokens, (N, T) bool. With a shift of 1
-        the first logit is about the newest token held, where it is noted here, and the block's last
-        token is left undecided."""
-        cache = self.cache
-        evict = decisions(logits, cache.shift)
-        if cache.shift == 1:
-            decide_newest(logits[:, 0] > 0, self.new, rows, cache.pool)
-            token = torch.arange(evict.shape[1], device=evict.device)
-            evict &= token < self.new[:, None] - 1  # padding comes after the last real token
-        return evict
 
 
 def usable_memory(device):
@@ -360,26 +356,30 @@ class KVCache:
         cache.release([1])                         # its pages are free again
     """
 
-    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32,
-                 page_size=None, chunk=None, memory=None):
+    def __init__(
+            self, config, batch_size, device="cpu", dtype=torch.float32,
+            page_size=None, chunk=None, memory=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page. chunk: the
         most tokens computed at a time, at least 3. memory: bytes of the pool. By default it has
         room for the whole context without eviction, but takes at most 80% of a machine's memory, or
         of what a GPU has free. (On a CPU a page takes memory only once it is written to.)"""
         self.device = torch.device(device)
-        self.page_size = page_size = page_size or (64 if config.head_dim >= 64 else 32)
+        default = 64 if config.head_dim >= 64 else 32
+        self.page_size = page_size = page_size or default
         default = 2048 if self.device.type == "cuda" else 512
         self.chunk = max(chunk or default, 3)  # see `pieces`
         self.layers = L = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
-        self.window = config.eviction.window if config.eviction else 0
-        self.shift = config.eviction.shift if config.eviction else 0
+        eviction = config.eviction
+        self.window = eviction.window if eviction else 0
+        self.shift = eviction.shift if eviction else 0
         self.kernels = choose_kernels(self.device, dtype)
         self.decode_step = None  # generate.py's CUDA graph, which lives as long as these tensors
 
         N = batch_size * self.kv_heads  # rows of a layer
-        # a key, a value, a position and a decision
-        slot_bytes = 2 * config.head_dim * dtype.itemsize + 4 + 1
+        # a slot has a key, a value, a position (4 bytes) and a decision (1 byte)
+        pair_bytes = 2 * config.head_dim * dtype.itemsize
+        slot_bytes = pair_bytes + 4 + 1
         self.page_bytes = page_size * slot_bytes
         pages = L * N * -(-config.context // page_size)  # the whole context
         if memory is None:
@@ -387,9 +387,12 @@ class KVCache:
         pages = max(int(memory / self.page_bytes), 1)
         self.pool = PagePool(pages, page_size, config.head_dim, dtype, self.device)
         seen = torch.zeros(N, dtype=torch.int64, device=self.device)
-        zeros = partial(torch.zeros, dtype=torch.int32, device=self.device)
+        zeros = partial(seen.new_zeros, dtype=torch.int32)
         self.rows = Rows(
-            seen, length=zeros(L, N), table=zeros(L, N, 1), ring=zeros(L, N, self.window + 1))
+            seen,
+            length=zeros(L, N),
+            table=zeros(L, N, 1),
+            ring=zeros(L, N, self.window + 1))
 
         # counted on the device, since a replayed CUDA graph adds to them; see stats
         self.reads = seen.new_zeros(1)
@@ -400,7 +403,7 @@ class KVCache:
 
     @property
     def batch_size(self):
-        return len(self.rows.seen) // self.kv_heads
+        return len(self.seen)
 
     @property
     def seen(self):
@@ -409,8 +412,9 @@ class KVCache:
 
     def rows_of(self, sequences):
         """The numbers of the rows of sequences, in order, (n * Hkv,) int64."""
-        rows = torch.arange(self.rows.seen.numel(), device=self.device).view(-1, self.kv_heads)
-        return rows[list(sequences)].flatten()
+        rows = torch.arange(len(self.rows.seen), device=self.device)
+        by_sequence = rows.view(-1, self.kv_heads)  # (B, Hkv)
+        return by_sequence[list(sequences)].flatten()
 
     # ----------------------------------------------------------------------------------- Appending
 
@@ -429,17 +433,19 @@ class KVCache:
         B, T = ids.shape
         lengths = [T] * B if lengths is None else lengths
         count = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
-        if not (len(count) == B == len(sequences) and count.clamp(0, T).equal(count)):
+        is_possible = count.clamp(0, T).equal(count)
+        if not (is_possible and len(count) == B == len(sequences)):
             raise ValueError(f"ids and lengths must be of {len(sequences)} sequences, and each "
                              f"length from 0 to {T}")
         # a slice, by which Rows.select gives views
-        rows = slice(sequences[0] * self.kv_heads, (sequences[-1] + 1) * self.kv_heads)
+        rows = slice(sequences.start * self.kv_heads, sequences.stop * self.kv_heads)
         if T == 1:
             self.reserve(count, rows)
         try:
             yield self.pieces(ids, count, rows)
         except BaseException:
-            self.release(b for b, n in zip(sequences, count.tolist()) if n)
+            disturbed = [b for b, n in zip(sequences, count.tolist()) if n]
+            self.release(disturbed)
             raise
 
     def pieces(self, ids, count, rows=slice(None)):
@@ -455,16 +461,18 @@ class KVCache:
         for piece in ids.tensor_split(number, dim=1):
             T = piece.shape[1]
             if T > 1:
-                self.widen_tables(T, int(self.rows.length.max()))
+                longest = int(self.rows.length.max())
+                self.widen_tables(T, longest)
             part = self.rows.select(rows)
             new = count.clamp(max=T).repeat_interleave(self.kv_heads)  # (N,)
-            before = part.length.clone()
-            yield piece, PieceAttention(self, part, new, part.seen[:: self.kv_heads, None])
+            attended = part.length + new  # by a block, (L, N): what was held, and itself
+            start = part.seen[:: self.kv_heads, None]  # (B, 1)
+            yield piece, PieceAttention(self, part, new, start)
             count = (count - T).clamp(min=0)
             part.seen += new  # a view of the cache's own
-            # a token attends to what is held now, a block to what was held and to itself
-            attended = part.length if T == 1 else before + new
-            self.reads += (attended * (new > 0)).sum()  # of (L, N)
+            if T == 1:  # a single token reuses a slot before it attends
+                attended = part.length
+            self.reads += (attended * (new > 0)).sum()
             self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
             self.least_free_pages.clamp_(max=self.pool.free_count)
 
@@ -478,15 +486,17 @@ class KVCache:
         # and window 0 the token that leaves is the newest, which only this step decides about. Here
         # it counts as kept: so at worst a page too many is asked for.)
         W = self.window + 1
-        entry = (part.seen % W).expand(self.layers, -1)  # of the ring, (L, N)
-        leaving = part.ring.gather(2, entry[..., None]).long()  # slots, (L, N, 1)
-        page = part.table.gather(2, leaving // self.page_size)
-        was_evicted = self.pool.evicted[page, leaving % self.page_size][..., 0]
+        entry = (part.seen % W)[None, :, None]  # of the ring, in all layers
+        leaving = part.ring.take_along_dim(entry, dim=2).long()  # slots, (L, N, 1)
+        page = part.table.take_along_dim(leaving // self.page_size, dim=2)
+        was_evicted = self.pool.evicted[page, leaving % self.page_size]
+        was_evicted = was_evicted[..., 0]  # (L, N)
         reused = was_evicted & (part.seen >= W)
         is_full = part.length % self.page_size == 0  # the row's last page
         needed = (is_full & ~reused & (new > 0)).sum()
         # one transfer from the GPU for all three
-        counts = torch.stack((needed, self.pool.free_count[0], self.rows.length.max()))
+        longest = self.rows.length.max()
+        counts = torch.stack((needed, self.pool.free_count[0], longest))
         needed, free, longest = counts.tolist()
         self.pool.check(needed, free)
         self.widen_tables(1, longest)
@@ -497,7 +507,8 @@ class KVCache:
         present = self.rows.table.shape[2]
         missing = -(-(longest + tokens) // self.page_size) - present
         if missing > 0:
-            self.rows.table = F.pad(self.rows.table, (0, missing + present // 2))
+            more = missing + present // 2
+            self.rows.table = F.pad(self.rows.table, (0, more))
 
     # -------------------------------------------------------------------------- Ending and forking
 
@@ -516,9 +527,11 @@ class KVCache:
         """From now on sequence i continues what sequences[i] has seen: name one several times to
         fork it, do not name it to drop it. Forks share the pages that they will not write to.
         Raises CacheFull before anything has changed."""
-        chosen = fork(self.rows, self.rows_of(sequences), self.pool)
+        index = self.rows_of(sequences)
+        chosen = fork(self.rows, index, self.pool)
         self.least_free_pages.clamp_(max=self.pool.free_count)
-        self.count_ended(self.rows_of(set(range(self.batch_size)).difference(sequences)))
+        dropped = set(range(self.batch_size)).difference(sequences)
+        self.count_ended(self.rows_of(dropped))
         if len(sequences) != self.batch_size:
             self.rows = chosen  # of another batch size a step is captured anew
             return
@@ -529,15 +542,17 @@ class KVCache:
 
     def positions(self, sequence, layer, head):
         """The positions of the tokens whose pairs a KV head holds, ascending, (n,) int32."""
-        row = self.rows_of([sequence])[head]
+        row = sequence * self.kv_heads + head
         rows = self.rows.layer(layer)
         [position] = held([self.pool.position], rows, row)
         return position.sort().values
 
     def count_ended(self, rows):
         """Note what sequences hold that end now. rows: the numbers of their rows."""
-        self.ended_tokens += int(self.rows.seen[rows].sum()) // self.kv_heads  # one for each head
-        self.ended_pairs += int(self.rows.length[:, rows].sum())
+        tokens = self.rows.seen[rows].sum() // self.kv_heads  # each has a row for every head
+        pairs = self.rows.length[:, rows].sum()
+        self.ended_tokens += int(tokens)
+        self.ended_pairs += int(pairs)
 
     def compression_ratio(self):
         """Tokens seen so far x L x Hkv / the pairs held at their ends, None before any token."""
@@ -557,13 +572,14 @@ class KVCache:
         """
         pages = len(self.pool) - int(self.pool.free_count)
         most_pages = len(self.pool) - int(self.least_free_pages)
-        by_head = self.rows.length.view(self.layers, -1, self.kv_heads).sum(1)  # (L, Hkv)
+        by_sequence = self.rows.length.view(self.layers, -1, self.kv_heads)  # (L, B, Hkv)
+        by_head = by_sequence.sum(1)  # (L, Hkv)
         return {
             "tokens": int(self.seen.sum()),
             "pairs": int(by_head.sum()),
             "compression_ratio": self.compression_ratio(),
             "peak_pairs": int(self.peak_pairs),
-            "reads": int(self.reads.sum()),
+            "reads": int(self.reads),
             "pages": pages,
             "page_bytes": pages * self.page_bytes,
             "peak_page_bytes": most_pages * self.page_bytes,

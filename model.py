@@ -86,7 +86,7 @@ def rope_frequencies(config):
     if kind == "llama3":
         freq = llama3_frequencies(config, freq)
     if kind == "linear":
-        freq = freq / float(rope["factor"])
+        freq = freq / rope["factor"]
     return freq, 1.0
 
 
@@ -103,7 +103,7 @@ def llama3_frequencies(config, freq):
     low = rope["low_freq_factor"]
     high = rope["high_freq_factor"]
     keep = ((rotations - low) / (high - low)).clamp(0, 1)
-    return freq * (keep + (1 - keep) / float(rope["factor"]))
+    return freq * (keep + (1 - keep) / rope["factor"])
 
 
 def yarn_frequencies(config, freq):
@@ -111,7 +111,7 @@ def yarn_frequencies(config, freq):
     rope = config.rope_scaling
     D = config.head_dim
     original = original_context(config)
-    factor = float(rope.get("factor", config.max_position_embeddings / original))
+    factor = rope.get("factor", config.max_position_embeddings / original)
 
     def channel_with(rotations):
         """The channel, a fraction, that makes so many rotations over the original context:
@@ -130,17 +130,15 @@ def yarn_frequencies(config, freq):
     divide = ((channel - low) / max(high - low, 0.001)).clamp(0, 1)
     freq = freq * (1 - divide + divide / factor)
 
-    def mscale(m):
-        return 0.1 * m * math.log(max(factor, 1)) + 1.0
-
+    mscale = lambda m: 0.1 * m * math.log(max(factor, 1)) + 1.0
     scale = mscale(1)
     if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
         scale = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
-    return freq, float(rope.get("attention_factor", scale))
+    return freq, rope.get("attention_factor", scale)
 
 
 def apply_rope(x, cos, sin):
-    """Rotate x (B, T, H, D) by cos, sin (B or 1, T, 1, D), pairing channel i with i + D/2."""
+    """Rotate x (B, T, H, D), pairing channel i with i + D/2. cos, sin: as Model.rope gives them."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -302,11 +300,10 @@ class Model(nn.Module):
             block.after = torch.compile(block.after, dynamic=True)
 
     def rope(self, T, start, dtype):
-        """cos and sin (B or 1, T, 1, D) of the positions start + 0, 1, ... Angles are float32
-        whatever the model's dtype."""
-        position = start + torch.arange(T, device=self.device)[None]
-        angle = position[:, :, None, None] * self.rope_freq  # (B or 1, T, 1, D/2)
-        angle = torch.cat((angle, angle), dim=-1)
+        """cos and sin (B, T, 1, D) of the positions start + 0, 1, ..., for start = 0 (T, 1, D).
+        Angles are float32 whatever the model's dtype."""
+        position = start + torch.arange(T, device=self.device)
+        angle = position[..., None, None] * self.rope_freq.repeat(2)  # (B, T, 1, D)
         return [(f(angle) * self.rope_scale).to(dtype) for f in (torch.cos, torch.sin)]
 
     def hidden(self, ids, attend, start=0, recompute=False):

@@ -154,8 +154,7 @@ class Distillation:
                 all_reduce(parameter.grad)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)).item()
         require(math.isfinite(kl + norm) and kl <= MAX_KL,
-                f"step {step + 1} diverged (KL {kl:.3g}, gradient {norm:.3g}); begin anew with a "
-                "lower --lr and another --out")
+                f"step {step + 1} diverged (KL {kl:.3g}); begin anew with a lower --lr")
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, options.steps, options.lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -199,20 +198,20 @@ class Distillation:
         kl = dms.distillation_loss(states, target, *heads, counts, self.options.reverse_kl)
         return kl, relaxed.evicted_pairs()
 
-    def save(self, file, step, place):
-        """Weights in training, AdamW's state and the place in the data, one safetensors file,
-        replaced atomically. To be called in all processes."""
+    def save(self, file, step):
+        """Weights in training and AdamW's state, one safetensors file, replaced atomically. step:
+        how many are done. To be called in all processes."""
         tensors = {}
         for name, parameter in self.parameters.items():
             for key, tensor in {"weight": parameter, **self.optimizer.state[parameter]}.items():
                 tensors[f"{key}.{name}"] = whole(tensor.detach()).cpu().contiguous()
-        notes = json.dumps([step, place, self.evicted_fraction])
+        notes = json.dumps([step, self.evicted_fraction])
         if torchrun_place()[0] == 0:
             write_atomic(file, lambda new: save_file(tensors, new, {"notes": notes}))
 
     def load(self, file):
-        """The inverse of save: (steps done, place in the data). Tensors go by name and are sharded
-        anew, as the number of processes may be another one."""
+        """The inverse of save; returns the step. Tensors go by name and are sharded anew, as the
+        number of processes may be another one."""
         with safe_open(file, "pt") as saved:
             for name, parameter in self.parameters.items():
                 state = {key: sharded_like(saved.get_tensor(f"{key}.{name}"), parameter)
@@ -220,8 +219,8 @@ class Distillation:
                 parameter.data.copy_(state.pop("weight"))
                 state["step"] = saved.get_tensor(f"step.{name}")
                 self.optimizer.state[parameter] = state
-            step, place, self.evicted_fraction = json.loads(saved.metadata()["notes"])
-        return step, place
+            step, self.evicted_fraction = json.loads(saved.metadata()["notes"])
+        return step
 
 
 def learning_rate(step, steps, peak):
@@ -233,7 +232,7 @@ def learning_rate(step, steps, peak):
 
 
 def make_data(options):
-    """Where sequences come from: .batches(step, place), .held_out(count)."""
+    """Where sequences come from: .batches(step), .held_out(count)."""
     tokenizer = load_tokenizer(options.model)
     sizes = (options.seq_len, options.batch_size, options.seed)
     if options.data == "toy":
@@ -250,15 +249,13 @@ def train(options, data, out):
     is_main = torchrun_place()[0] == 0
     run = Distillation(*load_pair(options), options)
     state = out / "state.safetensors"
-    done, place = run.load(state) if state.exists() else (0, None)
+    done = run.load(state) if state.exists() else 0
     if is_main:
         begin_folder(options, out, done)
-    batches = data.batches(done, place)
     bar = tqdm(range(done, options.steps), "retrofit", disable=not is_main,
                initial=done, total=options.steps)
-    for step in bar:
+    for step, (ids, documents) in zip(bar, data.batches(done)):
         begin = time.time()
-        ids, documents, place = next(batches)
         metrics = run.step(step, ids, documents)
         if is_main:
             with open(out / "metrics.jsonl", "a") as log:
@@ -268,12 +265,11 @@ def train(options, data, out):
         bar.set_postfix_str(f"KL {metrics['kl']:.4f}, target {metrics['target_cr']:.2f}x, actual "
                             f"{metrics['cr']:.2f}x, {speed:,.0f} tokens/s, GPU {peak:.1f} GB")
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-            run.save(state, step + 1, place)
+            run.save(state, step + 1)
     # sets the decisions' offset, so that the cache reaches the target on held-out text
     ratio = settle_offset(run.student, data)
     if is_main:
-        print(f"{ratio:.2f}x on held-out text, by hard decisions (less than --target-cr: take more "
-              "--steps, or a higher --lr)")
+        print(f"{ratio:.2f}x on held-out text, by hard decisions")
     base = options.model if options.train == "adapters" else None
     # what was trained is float32; whole models are published in half precision
     save_model(run.student, out, torch.float32 if base else torch.bfloat16, base)
@@ -343,8 +339,7 @@ def check(options):
     context = config_of(options.model).context
     require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
     require((options.window + 1) * options.target_cr <= options.seq_len,
-            f"the window alone holds {options.window + 1} of {options.seq_len} tokens; use a "
-            "smaller --window or --target-cr, or a longer --seq-len")
+            f"--window {options.window} is too much of {options.seq_len} tokens; take less")
     require(options.decision == "adapter" or options.train == "all",
             "--decision neuron needs --train all")
     require(not options.device.startswith("cuda") or torch.cuda.get_device_capability()[0] >= 8,
@@ -364,8 +359,7 @@ def check_data(options, data):
     windows = sum(min(n, options.window + 1) for n in lengths)
     reachable = sum(lengths) / windows  # if nothing were kept
     require(reachable >= options.target_cr,
-            f"documents are so short that the window alone holds 1/{reachable:.1f} of them; use "
-            "longer ones, or a smaller --window or --target-cr")
+            f"--window {options.window} is 1/{reachable:.1f} of these short documents; take less")
 
 
 def main(argv=None):
@@ -397,5 +391,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; continue with --resume",
-               "a shorter --seq-len, or --shard over several GPUs, needs less")
+    run_script(main, "stopped; continue with --resume", "take a shorter --seq-len, or --shard")

@@ -181,14 +181,14 @@ def train(seed, steps):
     data = retrofit.make_data(options)
     run = start(options)
     file = folder / "state.safetensors"
-    done = run.load(file)[0] if file.exists() else 0
+    done = run.load(file) if file.exists() else 0
     torch.set_float32_matmul_precision("medium")  # as retrofit.py does
     bar = tqdm(range(done, steps), "DMC", initial=done, total=steps)
-    for step, (ids, documents, place) in zip(bar, data.batches(done)):
+    for step, (ids, documents) in zip(bar, data.batches(done)):
         row = run.step(step, ids, documents)
         bar.set_postfix_str(f"KL {row['kl']:.4f}, {row['cr']:.2f}x of {row['target_cr']:.2f}x")
         if (step + 1) % options.save_every == 0 or step + 1 == steps:
-            run.save(file, step + 1, place)
+            run.save(file, step + 1)
     torch.set_float32_matmul_precision("highest")
     return run, data, settle_offset(run, data)
 

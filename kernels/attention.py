@@ -35,7 +35,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def attend_to(q, k_ptr, v_ptr, key, is_key, sees, scale, top, total, out,
+def attend_to(q, k_ptr, v_ptr, key, is_key, sees, top, total, out,
               D: tl.constexpr, WIDTH: tl.constexpr):
     """Let queries attend to one more block of keys, those that lie at vectors `key` of k and v.
 
@@ -48,7 +48,7 @@ def attend_to(q, k_ptr, v_ptr, key, is_key, sees, scale, top, total, out,
     mask = is_key[:, None] & (d < D)
     k = tl.load(k_ptr + at, mask, 0.0)
     v = tl.load(v_ptr + at, mask, 0.0)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * (LOG2E * D**-0.5)
     score = tl.where(sees, score, float("-inf"))
     highest = tl.maximum(top, tl.max(score, 1))
     weight = tl.exp2(score - highest[:, None])
@@ -63,7 +63,7 @@ def attend_to(q, k_ptr, v_ptr, key, is_key, sees, scale, top, total, out,
 def _attend(
     q_ptr, k_ptr, v_ptr, evict_ptr, new_ptr, seen_ptr, length_ptr, table_ptr,
     keys_ptr, values_ptr, position_ptr, evicted_ptr,
-    y_ptr, lse_ptr, T, window, scale, table_stride,
+    y_ptr, lse_ptr, T, window, table_stride,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
     NEW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """Program (row, part, block of queries): y (N, G, T, parts, D) and lse (N, G, T, parts).
@@ -108,7 +108,7 @@ def _attend(
             evicted = tl.load(evicted_ptr + key, is_held, 0)
             until = tl.where(evicted, position + window - seen, FOREVER)
             sees = sees & (token[:, None] <= until[None, :])
-        top, total, out = attend_to(q, keys_ptr, values_ptr, key, is_held, sees, scale,
+        top, total, out = attend_to(q, keys_ptr, values_ptr, key, is_held, sees,
                                     top, total, out, D, WIDTH)
     if NEW:
         base = row * T  # token 0 in (N, T)
@@ -119,7 +119,7 @@ def _attend(
             evicted = tl.load(evict_ptr + base + key, is_key, 0)
             until = tl.where(evicted, key + window, FOREVER)
             sees = (key[None, :] <= token[:, None]) & (token[:, None] <= until[None, :])
-            top, total, out = attend_to(q, k_ptr, v_ptr, base + key, is_key, sees, scale,
+            top, total, out = attend_to(q, k_ptr, v_ptr, base + key, is_key, sees,
                                         top, total, out, D, WIDTH)
     total = tl.maximum(total, 1e-30)  # a query that sees nothing gets zeros
     line = line * parts + part
@@ -133,26 +133,27 @@ def parts_of(rows):
     return min(max(triton.next_power_of_2(256 // rows), 16), 128)
 
 
-def attend(q, block, rows, pool, window, parts):
-    """q (N, G, T, D) to what the rows hold and to a block of new tokens, (k, v, evict, new) as for
-    attend_block, or () where there are none. Returns (N, G, T, D)."""
+def attend_block(q, k, v, evict, new, rows, pool, window, is_block=True):
+    """kv_cache.attend_block by Triton. is_block: there are new tokens; if not, the queries see all
+    that their rows hold, and k, v, evict and new are not read."""
     N, G, T, D = q.shape
-    given = block or 4 * (q,)  # where there is no block: anything, it is not read
-    tensors = [x.contiguous() for x in (q, *given)]
+    tensors = [x.contiguous() for x in (q, k, v, evict, new)]
     tensors += [rows.seen, rows.length, rows.table, *pool.slots]
     check_launch(D, *tensors)
     width = max(triton.next_power_of_2(D), 16)
     queries, _, keys = block_sizes(q, width)
     warps = 8
-    if not block:  # reading is what takes time: few queries, and 16 KiB of keys at a time
+    parts = 1
+    if not is_block:  # reading is what takes time: few queries, and 16 KiB of keys at a time
         queries = 16
         keys = 16384 // (width * q.element_size())
         warps = 2 * q.element_size()  # with fewer, float32 spills registers
+        parts = parts_of(N)
     y = q.new_empty(N, G, T, parts, D, dtype=q.dtype if parts == 1 else torch.float32)
     lse = q.new_empty(N, G, T, parts, dtype=torch.float32)
     _attend[N, parts, triton.cdiv(T * G, queries)](
-        *tensors, y, lse, T, window, D**-0.5, rows.table.stride(0),
-        G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=bool(block),
+        *tensors, y, lse, T, window, rows.table.stride(0),
+        G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=is_block,
         QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=3)
     if parts > 1:
         weight = torch.softmax(lse, dim=3)
@@ -162,9 +163,6 @@ def attend(q, block, rows, pool, window, parts):
 
 def attend_one(q, rows, pool):
     """See Kernels in kv_cache.py."""
-    return attend(q[:, :, None], (), rows, pool, 0, parts_of(len(q)))[:, :, 0]
-
-
-def attend_block(q, k, v, evict, new, rows, pool, window):
-    """kv_cache.attend_block by Triton."""
-    return attend(q, (k, v, evict, new), rows, pool, window, parts=1)
+    no_block = 4 * (q,)  # anything: it is not read
+    y = attend_block(q[:, :, None], *no_block, rows, pool, 0, is_block=False)
+    return y[:, :, 0]

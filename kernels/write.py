@@ -50,7 +50,7 @@ def _store(
     oldest = tl.load(ring_ptr + t % W, leaves, 0)
     its_place = place_of(oldest, table_ptr, PAGE)
     if SHIFT:  # what is decided now is about the newest token held
-        newest = tl.load(ring_ptr + (t + W - 1) % W, t > 0, 0)
+        newest = tl.load(ring_ptr + (t - 1) % W, t > 0, 0)
         tl.store(evicted_ptr + place_of(newest, table_ptr, PAGE), evict, t > 0)
         tl.debug_barrier()
         evict = False  # about the new one nothing is decided yet
@@ -74,9 +74,8 @@ def _store(
 def store_one(k, v, evict, new, rows, pool, shift):
     """By Triton, see Kernels in kv_cache.py. The free stack must hold a page for every row that
     needs one: KVCache.reserve sees to it, since a program could not say that there is none."""
-    state = (rows.seen, rows.length, rows.table, rows.ring)
-    free = (pool.free, pool.free_count)
-    tensors = (k.contiguous(), v.contiguous(), evict, new, *state, *pool.slots, *free)
+    # seen, length, table and ring of the rows; keys, values, position and evicted of the pool
+    tensors = (k, v, evict, new, *vars(rows).values(), *pool.slots, pool.free, pool.free_count)
     N, D = k.shape
     check_launch(D, *tensors)
     _store[(N,)](  # one warp: 128 channels in 16 bits are 8 bytes a thread

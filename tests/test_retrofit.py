@@ -360,7 +360,7 @@ def test_a_resumed_run_keeps_its_own_options_and_refuses_others(random_teacher, 
 
 
 @pytest.mark.parametrize("more, message", [
-    ("--target-cr 64", "window alone holds 5 of 64"),
+    ("--target-cr 64", "--window 4 is too much of 64"),
     ("--decision neuron", "neuron needs --train all"),
     ("--seq-len 5000", "the model's context is"),
     ("--shard", "--shard needs several processes"),
@@ -368,7 +368,7 @@ def test_a_resumed_run_keeps_its_own_options_and_refuses_others(random_teacher, 
     ("--data /no/such.txt", "/no/such.txt"),
     ("--resume", "No such file.*settings.json"),
     (f"--model {REPOSITORY}/toy/retrofitted", "already a DMS checkpoint"),
-    ("--data short.txt", "so short that the window alone holds 1/[23].[0-9] of them"),
+    ("--data short.txt", "--window 4 is 1/[23].[0-9] of these short documents"),
     ("--save-every 2", "out.lock"),  # as another process writes there
     ("", "holds something"),
 ])
@@ -406,4 +406,4 @@ def test_out_of_memory_names_the_sequence_length(
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(REPOSITORY / "retrofit.py"), run_name="__main__")
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: a shorter --seq-len") and "out of memory" in last
+    assert last.startswith("error: take a shorter --seq-len") and "out of memory" in last

@@ -49,11 +49,11 @@ class ToyData:
         longest = -(-max(lengths)[0] // 64) * 64  # of few lengths, so that few shapes occur
         return ids[:, :longest], lengths
 
-    def batches(self, step, place=None):
-        """Endless: (ids (B, T), the lengths of each sequence's documents, None) from a step on."""
+    def batches(self, step):
+        """Endless: (ids (B, T), the lengths of each sequence's documents) from a step on."""
         for number in itertools.count(step):
             rng = random.Random(f"{self.seed} {number}")
-            yield *self.sequences(rng, "train", self.batch_size), None
+            yield self.sequences(rng, "train", self.batch_size)
 
     def held_out(self, count):
         return self.sequences(random.Random("held out"), "test", count)
