@@ -28,7 +28,7 @@ import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import InputError, read_json, read_text, require, torchrun_place, whole, write_json
+from common import explained, read_json, read_text, require, torchrun_place, whole, write_json
 from dms import DMSConfig
 from model import ROPE_KINDS, Model, ModelConfig, rope_frequencies
 
@@ -64,7 +64,7 @@ def parse_config(raw, where="config.json"):
     """The ModelConfig, but for its DMS settings, of a parsed config.json. Raises InputError naming
     what this engine would compute wrongly."""
     raw = stated(raw)
-    try:
+    with explained(f"{where}: missing or unusable", LookupError, TypeError, ArithmeticError):
         raw["model_type"] = raw.get("dms_engine", raw)["model_type"]  # see publish.py
         rope = read_rope(raw, where)
         check_supported(raw, rope, where)
@@ -76,8 +76,6 @@ def parse_config(raw, where="config.json"):
                   "rope_scaling": None if rope["rope_type"] == "default" else rope}
         config = ModelConfig(**{name: values[name] for name in CONFIG_FIELDS & values.keys()})
         rope_frequencies(config)
-    except (LookupError, TypeError, ArithmeticError) as e:
-        raise InputError(f"{where}: something is missing there, or unusable: {e!r}") from e
     config.extra = {key: raw[key] for key in EXTRA if key in raw}
     return config
 
@@ -184,12 +182,11 @@ def resolve(path_or_hub_id, relative_to=".", revision=None):
         if folder.is_dir():
             return folder
     files = ("*.json", "*.jinja", WEIGHTS, "*-of-*.safetensors", "*adapter*.safetensors")
-    try:
+    # Exception: of its HTTP library, too, which differs between versions
+    with explained(f"{path_or_hub_id}: no such folder, and not on the hub", Exception):
         return Path(download(
             str(path_or_hub_id), revision=revision, allow_patterns=files, ignore_patterns="*/*",
             local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE))
-    except Exception as e:  # of its HTTP library, too, which differs between versions
-        raise InputError(f"{path_or_hub_id}: no such folder, and not on the hub ({e})") from e
 
 
 def find_adapters(path_or_hub_id):
@@ -206,18 +203,16 @@ def read_tensors(files, device, dtype):
     """{name: tensor} of safetensors files, straight onto the device."""
     tensors = {}
     for file in files:
-        try:
-            with safe_open(file, "pt", str(device)) as stored:
-                for name in stored.keys():
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue  # computed, but in some older files
-                    tensor = stored.get_tensor(name)
-                    require(tensor.is_floating_point() and tensor.itemsize > 1,
-                            f"{file}: {name} is {tensor.dtype}; not supported: quantized weights")
-                    # a Parameter, which load_state_dict takes as it is, so that tied ones stay one
-                    tensors[name] = torch.nn.Parameter(tensor.to(device, dtype))
-        except SafetensorError as e:
-            raise InputError(f"{file}: damaged; download or write it again ({e})") from e
+        damaged = explained(f"{file}: damaged; download or write it again", SafetensorError)
+        with damaged, safe_open(file, "pt", str(device)) as stored:
+            for name in stored.keys():
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue  # computed, but in some older files
+                tensor = stored.get_tensor(name)
+                require(tensor.is_floating_point() and tensor.itemsize > 1,
+                        f"{file}: {name} is {tensor.dtype}; not supported: quantized weights")
+                # a Parameter, which load_state_dict takes as it is, so that tied ones stay one
+                tensors[name] = torch.nn.Parameter(tensor.to(device, dtype))
     return tensors
 
 
@@ -248,10 +243,9 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
     tensors = read_tensors(files, device, dtype)
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
-    try:
+    # the error lists what is missing, unexpected or of another shape
+    with explained(f"{folder}: does not fit its config.json", RuntimeError):
         model.load_state_dict(tensors, assign=True)
-    except RuntimeError as e:  # it lists what is missing, unexpected or of another shape
-        raise InputError(f"{folder}: does not fit its config.json: {str(e)[:300]}") from e
     model.rope_freq = model.rope_freq.to(device)
     with contextlib.suppress(ImportError):
         from kernels.onednn import use_onednn
@@ -323,10 +317,8 @@ class Tokenizer:
     def __init__(self, path_or_hub_id):
         folder = resolve(path_or_hub_id)
         file = folder / "tokenizer.json"
-        try:
+        with explained(f"{file}: not a tokenizer in this format", Exception):
             self.fast = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as e:  # it has no kinds of its own
-            raise InputError(f"{file}: not a tokenizer in this format ({e})") from e
         self.fast.no_truncation()
         self.fast.no_padding()
         self.settings = read_optional(folder / "tokenizer_config.json")
@@ -361,11 +353,9 @@ class Tokenizer:
         require(self.template, "there is no chat template; give a plain prompt instead")
         names = "bos_token eos_token unk_token pad_token".split()
         known = stated({name: self.special(name) for name in names}) | variables
-        try:
+        with explained("the chat template refused these messages", Exception):
             messages = [stated(message) for message in messages]
             return compile_template(self.template).render(known, messages=messages)
-        except Exception as e:  # a template may raise anything
-            raise InputError(f"the chat template refused these messages: {e}") from e
 
 
 load_tokenizer = Tokenizer

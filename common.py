@@ -9,9 +9,9 @@ import json
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
 
 import torch
 import torch.distributed as distributed
@@ -27,33 +27,35 @@ def require(condition, problem):
         raise InputError(problem)
 
 
+@contextmanager
+def explained(problem, *kinds):
+    """Errors of these kinds become an InputError: the problem, and what the error says."""
+    try:
+        yield
+    except kinds as e:
+        raise InputError(f"{problem} ({str(e)[:300]})") from e
+
+
 # ------------------------------------------------------------------------------------------- Files
 
 
 def read_text(file):
-    try:
+    with explained(f"{file}: not readable as text", UnicodeError):
         return Path(file).read_text(encoding="utf-8")
-    except UnicodeError as e:
-        raise InputError(f"{file}: not readable as text ({e})") from e
 
 
 def read_json(file):
     """The JSON object in a file, a dict."""
-    try:
+    with explained(f"{file}: holds no JSON object that can be read", TypeError, ValueError):
         return dict(json.loads(read_text(file)))
-    except (TypeError, ValueError) as e:
-        raise InputError(f"{file}: holds no JSON object that can be read ({e})") from e
 
 
 def write_atomic(file, write):
     """Call write(temporary path), then move the result to `file` in one step: no reader ever sees
     half of it, and a crash leaves what was there before."""
     temporary = Path(file).with_name(f".{Path(file).name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(temporary)
+    os.replace(temporary, file)
 
 
 def write_text(file, text):
@@ -75,7 +77,7 @@ def parse_options(options, argv=None):
     comments = dict(re.findall(r"^    (\w+): .*# (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     for field in fields(options):
-        choices = get_args(field.type)  # of a Literal
+        choices = getattr(field.type, "__args__", ())  # of a Literal
         how = dict(type=type(choices[0]), choices=choices) if choices else dict(type=field.type)
         if field.type in (bool, list):
             how = dict(action="store_true" if field.type is bool else "append")
@@ -92,14 +94,14 @@ def choose_device(options):
     own GPU. GPUs before Ampere (sm_80) compute float16, not bfloat16."""
     if options.device == "cuda":
         options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    default = "float32"
     if options.device.startswith("cuda"):
         require(torch.cuda.is_available(), f"--device {options.device}: PyTorch finds no GPU here")
         torch.cuda.set_device(options.device)
         # cuDNN's attention plans for each new shape, which takes up to half a second
         torch.backends.cuda.enable_cudnn_sdp(False)
-        default = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
-    options.dtype = options.dtype or default
+        has_bfloat16 = torch.cuda.get_device_capability()[0] >= 8
+        options.dtype = options.dtype or ("bfloat16" if has_bfloat16 else "float16")
+    options.dtype = options.dtype or "float32"
 
 
 def run_script(main, when_stopped="stopped", when_out_of_memory="ask for less"):

@@ -29,7 +29,7 @@ import huggingface_hub as hub
 import torch
 
 from checkpoint import say
-from common import InputError, read_text, require
+from common import explained, read_text, require
 
 DEFAULT = "open-r1/OpenR1-Math-220k"
 # The columns that make a document. OpenR1's come before its "messages", whose answers may be wrong.
@@ -62,22 +62,18 @@ def document_of(record):
     problem without a solution that is right (and complete, where that is stated)."""
     names = document_columns(record)
     asked, *others = (record[name] for name in names)
-    if names == ["text"]:
-        return asked
-    if not others:
-        return list(asked)  # a string becomes letters here, which no template takes
+    if not others:  # a string in place of messages becomes letters here, which no template takes
+        return asked if names == ["text"] else list(asked)
     told, *more = others
     if "generations" in names:  # several solutions; in each further column a flag for each of them
         flags = (flag or [] for flag in more)  # a null column: none counts as right
         told = next((text for text, *good in zip(told, *flags) if all(good)), None)
-        if not told:
-            return []
     elif any(more):  # what the instruction is about
         asked += "\n\n" + more[0]
     messages = []
     for role, content in (("user", asked), ("assistant", told)):
         messages += content if isinstance(content, list) else [{"role": role, "content": content}]
-    return messages
+    return messages if told else []
 
 
 def conversation(tokenizer, turns):
@@ -118,13 +114,12 @@ def open_file(file):
     """For each record of a file a function that gives it, a dict: so a broken line is one bad
     record, and a table's rows become Python objects one by one."""
     if file.endswith(".parquet"):
-        try:
+        # Exception: of many kinds; truncated, an unsupported type, out of memory
+        with explained(file, Exception):
             import pyarrow.parquet
 
             parquet = pyarrow.parquet.ParquetFile(file)
             table = parquet.read(document_columns(parquet.schema_arrow.names))
-        except Exception as e:  # of many kinds: truncated, an unsupported type, out of memory
-            raise InputError(f"{file}: {e}") from e
         return [row.as_py for row in table.to_struct_array()]
     text = read_text(file).rstrip()
     if file.endswith(".jsonl"):
@@ -147,10 +142,8 @@ def find_files(source):
 def find_on_hub(name, revision=None):
     """The same of a hub dataset: its parquet files, each of which is fetched when it is reached.
     revision: None for the newest. Without network name the folder where its files are."""
-    try:
+    with explained(f"{name}: no file or folder here, and not on the hub", Exception):
         info = hub.dataset_info(name, revision=revision)
-    except Exception as e:  # of its HTTP library, too, which differs between versions
-        raise InputError(f"{name}: no file or folder here, and not on the hub ({e})") from e
     names = [file.rfilename for file in info.siblings]
     files = sorted(file for file in names if file.endswith(".parquet"))
     require(files, f"{name}: no parquet files; try {name}@refs/convert/parquet")
@@ -222,9 +215,8 @@ class TextData:
                 file = self.fetch(name)
                 records = open_file(file)
                 for n in order(range(len(records))):
-                    if (n % HELD_OUT == 1) != held_out:
-                        continue
-                    if ids := self.encode(f"{file}: document {n + 1}", records[n]):
+                    is_ours = (n % HELD_OUT == 1) == held_out
+                    if is_ours and (ids := self.encode(f"{file}: document {n + 1}", records[n])):
                         found_any = True
                         yield ids
             require(found_any, f"{self.source}: no usable document, a text or a verified solution")

@@ -278,7 +278,8 @@ class RelaxedAttention:
             sequence.uniform_(generator=generator)
         if self.dms.per == "layer":  # one decision holds for all heads
             uniform = uniform[:, :1].expand_as(uniform)
-        return uniform.logit(eps=1e-6)
+        uniform = uniform.clamp(1e-6, 1 - 1e-6)
+        return torch.log(uniform) - torch.log1p(-uniform)
 
     def count_evicted(self, noisy):
         """How many pairs of each head a cache no longer holds when their documents end, (Hkv,).

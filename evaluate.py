@@ -124,7 +124,7 @@ def evaluate(data, options, out):
     # names, not where these lie here
     names = {key: Path(getattr(options, key)).name for key in ("model", "data")}
     run = {"settings": options.settings() | names, "hardware": hardware,
-           "torch": torch.__version__, "window_tokens": budget, "results": results}
+           "window_tokens": budget, "results": results}
     write_json(out / "results.json", run)
     print(table_of(run))
 

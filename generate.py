@@ -308,7 +308,7 @@ class Stream:
     def __init__(self, tokenizer, stops=(), show=False, skip_special_tokens=True):
         self.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens)
         self.name_of = tokenizer.fast.id_to_token
-        self.stops = list(filter(str.__len__, stops))  # TypeError for what is no string
+        self.stops = [str(stop) for stop in stops if stop]
         self.show = show
         self.text = ""
         self.stopped = False

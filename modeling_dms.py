@@ -6,12 +6,10 @@ and kv_cache.py. Nothing of it is trained: all is computed in inference mode.
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 """
 
-from dataclasses import dataclass
-
 import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dms import DMSConfig
 from kv_cache import KVCache
@@ -35,13 +33,6 @@ class DMSEngineCache(Cache):
 
     def reorder_cache(self, beam_idx):
         self.cache.select(beam_idx.tolist())
-
-
-@dataclass
-class Output(ModelOutput):
-    logits: torch.Tensor = None
-    cache: Cache = None
-    past_key_values: Cache = None  # its name before transformers 5.24
 
 
 class DMSForCausalLM(PreTrainedModel, GenerationMixin):
@@ -84,4 +75,5 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
         states = engine.states(ids, cache.cache, is_token.sum(1))
         states = torch.zeros_like(states).scatter(1, order[..., None].expand_as(states), states)
         cache.columns += T
-        return Output(engine.lm_head(states[:, -logits_to_keep:]), cache, cache)
+        logits = engine.lm_head(states[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(None, logits, cache)  # by place: the names changed in 5.24

@@ -100,7 +100,7 @@ def main():
     p.add_argument("--steps", type=int, default=9)
     p.add_argument("--cr", type=int, default=8)
     p.add_argument("--file-page-size", type=int, default=16)
-    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    p.add_argument("--dtype", default="float32", choices=["float32"])  # what numba's kernel takes
     p.add_argument("--file", default=str(shared.RETROFITS / "pairs.bin"), help="removed at the end")
     args = p.parse_args()
     results = Results(args)

@@ -35,25 +35,26 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def attend_to(q, k_ptr, v_ptr, key, is_key, sees, top, total, out,
-              D: tl.constexpr, WIDTH: tl.constexpr):
+def attend_to(q, k_ptr, v_ptr, key, is_key, sees, top, total, out, D: tl.constexpr):
     """Let queries attend to one more block of keys, those that lie at vectors `key` of k and v.
 
     The softmax is made on the way. For every query `top` is the highest score so far, `total` the
     sum of the weights relative to it, and `out` that of the weighted values. Scores are to base 2,
     as the hardware's exponential is.
     """
-    d = tl.arange(0, WIDTH)[None, :]
+    d = tl.arange(0, q.shape[1])[None, :]
     at = key[:, None] * D + d
     mask = is_key[:, None] & (d < D)
     k = tl.load(k_ptr + at, mask, 0.0)
     v = tl.load(v_ptr + at, mask, 0.0)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * (LOG2E * D**-0.5)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    score = score * (LOG2E * D**-0.5)
     score = tl.where(sees, score, float("-inf"))
     highest = tl.maximum(top, tl.max(score, 1))
     weight = tl.exp2(score - highest[:, None])
     fade = tl.exp2(top - highest)
-    total = total * fade + tl.sum(weight, 1)
+    total = total * fade
+    total = total + tl.sum(weight, 1)
     out = out * fade[:, None]
     out = tl.dot(weight.to(v.dtype), v, out, input_precision="ieee")
     return highest, total, out
@@ -61,11 +62,10 @@ def attend_to(q, k_ptr, v_ptr, key, is_key, sees, top, total, out,
 
 @triton.jit(do_not_specialize=["T", "window", "table_stride"])
 def _attend(
-    q_ptr, k_ptr, v_ptr, evict_ptr, new_ptr, seen_ptr, length_ptr, table_ptr,
-    keys_ptr, values_ptr, position_ptr, evicted_ptr,
-    y_ptr, lse_ptr, T, window, table_stride,
-    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
-    NEW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    q_ptr, k_ptr, v_ptr, evict_ptr, new_ptr, seen_ptr, length_ptr, table_ptr, keys_ptr, values_ptr,
+    position_ptr, evicted_ptr, y_ptr, lse_ptr, T, window, table_stride,
+    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, NEW: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """Program (row, part, block of queries): y (N, G, T, parts, D) and lse (N, G, T, parts).
 
     A query is a head and a token; the heads of a token are neighbours, since they see the same
@@ -73,21 +73,19 @@ def _attend(
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    parts = tl.num_programs(1)
-    block = tl.num_programs(2) - 1 - tl.program_id(2)
-    query = block * QUERIES + tl.arange(0, QUERIES)
+    query = (tl.num_programs(2) - 1 - tl.program_id(2)) * QUERIES + tl.arange(0, QUERIES)
     token = query // G
     line = (row * G + query % G) * T + token  # in (N, G, T)
     d = tl.arange(0, WIDTH)[None, :]
     mask = (token < T)[:, None] & (d < D)
     q = tl.load(q_ptr + line[:, None] * D + d, mask, 0.0)
-    total = tl.zeros((QUERIES,), tl.float32)
-    top = total - 1e30
+    total = tl.full((QUERIES,), 1e-30, tl.float32)  # a query that sees nothing gets zeros
+    top = tl.full((QUERIES,), -1e30, tl.float32)
     out = tl.zeros((QUERIES, WIDTH), tl.float32)
     t = tl.arange(0, KEYS)
 
     length = tl.load(length_ptr + row)
-    share = tl.maximum(tl.cdiv(length, parts), 16)  # fewer pairs are not worth a part
+    share = tl.maximum(tl.cdiv(length, tl.num_programs(1)), 16)  # fewer pairs are not worth a part
     first = part * share
     last = tl.minimum(length, first + share)
     if NEW:
@@ -100,29 +98,23 @@ def _attend(
         slot = start + t
         is_held = slot < last
         key = page.to(tl.int64) * PAGE + slot % PAGE  # in the pool
-        later = slot + KEYS
-        page = tl.load(table_ptr + later // PAGE, later < last, 0)
+        page = tl.load(table_ptr + (slot + KEYS) // PAGE, slot + KEYS < last, 0)
         sees = is_held[None, :]
         if NEW:
-            position = tl.load(position_ptr + key, is_held, 0)
-            evicted = tl.load(evicted_ptr + key, is_held, 0)
-            until = tl.where(evicted, position + window - seen, FOREVER)
+            until = tl.load(position_ptr + key, is_held, 0) + window - seen
+            until = tl.where(tl.load(evicted_ptr + key, is_held, 0), until, FOREVER)
             sees = sees & (token[:, None] <= until[None, :])
-        top, total, out = attend_to(q, keys_ptr, values_ptr, key, is_held, sees,
-                                    top, total, out, D, WIDTH)
+        top, total, out = attend_to(q, keys_ptr, values_ptr, key, is_held, sees, top, total, out, D)
     if NEW:
         base = row * T  # token 0 in (N, T)
         end = tl.minimum(tl.max(token, 0) + 1, new)
         for start in range(0, end, KEYS):
             key = start + t
-            is_key = key < end
-            evicted = tl.load(evict_ptr + base + key, is_key, 0)
-            until = tl.where(evicted, key + window, FOREVER)
+            real = key < end
+            until = tl.where(tl.load(evict_ptr + base + key, real, 0), key + window, FOREVER)
             sees = (key[None, :] <= token[:, None]) & (token[:, None] <= until[None, :])
-            top, total, out = attend_to(q, k_ptr, v_ptr, base + key, is_key, sees,
-                                        top, total, out, D, WIDTH)
-    total = tl.maximum(total, 1e-30)  # a query that sees nothing gets zeros
-    line = line * parts + part
+            top, total, out = attend_to(q, k_ptr, v_ptr, base + key, real, sees, top, total, out, D)
+    line = line * tl.num_programs(1) + part
     tl.store(y_ptr + line[:, None] * D + d, out / total[:, None], mask)
     tl.store(lse_ptr + line, (top + tl.log2(total)) / LOG2E, token < T)
 
@@ -151,7 +143,8 @@ def attend_block(q, k, v, evict, new, rows, pool, window, is_block=True):
         parts = parts_of(N)
     y = q.new_empty(N, G, T, parts, D, dtype=q.dtype if parts == 1 else torch.float32)
     lse = q.new_empty(N, G, T, parts, dtype=torch.float32)
-    _attend[N, parts, triton.cdiv(T * G, queries)](
+    blocks = triton.cdiv(T * G, queries)
+    _attend[N, parts, blocks](
         *tensors, y, lse, T, window, rows.table.stride(0),
         G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=is_block,
         QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=3)

@@ -223,8 +223,8 @@ WANTED = "its columns are .'id'.; wanted are one of: .*messages.* question.answe
     ("", None, "no .txt, .jsonl or .parquet file"),
     ("a.txt", b"\xe9\n\n\xe9", "a.txt: not readable as text"),
     ("a.txt", b"One.\n\n", "a.txt: no usable document"),  # none that may be held out
-    ("a.parquet", b"PAR1 and no more", "a.parquet: .*magic bytes"),
-    ("a.parquet", [{"id": 2}], "a.parquet: " + WANTED),
+    ("a.parquet", b"PAR1 and no more", "a.parquet .*magic bytes"),
+    ("a.parquet", [{"id": 2}], "a.parquet .*" + WANTED),
     ("a.jsonl", [{"id": 2}] * 200, "document 2 is skipped: " + WANTED),
 ])
 def test_a_source_that_cannot_be_used_is_refused_at_once(name, content, message, tmp_path, capsys):
