@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -28,21 +27,14 @@ import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import explained, read_json, read_text, require, torchrun_place, whole, write_json
+from common import explained, read_json, read_text, require, say, torchrun_place, whole, write_json
 from dms import DMSConfig
 from model import ROPE_KINDS, Model, ModelConfig, rope_frequencies
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 ADAPTER_FILE = "dms_adapters.safetensors"
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json
     chat_template.jinja generation_config.json""".split()
-
-
-@functools.cache
-def say(line):
-    """Tell the user, once in a process."""
-    print(line, file=sys.stderr)
 
 
 def stated(raw):
@@ -57,7 +49,6 @@ def read_optional(file):
 # ------------------------------------------------------------------------------------- config.json
 
 CONFIG_FIELDS = ModelConfig.__annotations__.keys() - {"dms", "extra"}
-EXTRA = "bos_token_id eos_token_id pad_token_id".split()  # written back as they were
 
 
 def parse_config(raw, where="config.json"):
@@ -76,7 +67,8 @@ def parse_config(raw, where="config.json"):
                   "rope_scaling": None if rope["rope_type"] == "default" else rope}
         config = ModelConfig(**{name: values[name] for name in CONFIG_FIELDS & values.keys()})
         rope_frequencies(config)
-    config.extra = {key: raw[key] for key in EXTRA if key in raw}
+    written_back = "bos_token_id eos_token_id pad_token_id".split()
+    config.extra = {key: raw[key] for key in written_back if key in raw}
     return config
 
 
@@ -89,8 +81,7 @@ def read_rope(raw, where):
         rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
         theta = rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
         require(rope == found[0] and theta == raw.get("rope_theta", theta),
-                f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other; "
-                "remove what the model was not trained with")
+                f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other")
     if "attn_factor" in rope:
         say(f"{where}: RoPE's attn_factor is read by nobody, transformers included")
     return rope
@@ -119,16 +110,13 @@ def config_to_dict(config):
     name = f"{config.model_type.title()}ForCausalLM{'DMS' if config.dms else ''}"
     raw = {"architectures": [name], **vars(config), "hidden_act": "silu"}
     raw |= raw.pop("extra")
-    settings = raw.pop("dms")
-    if settings:
+    if settings := raw.pop("dms"):
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
         raw[SEPARATE] = settings.source == "adapter"
         # NVIDIA's code wants a block of 256 on a GPU, and refuses one not smaller than the window.
         # It always shifts by one. So a model without a shift is given a block that it refuses.
-        block = 256
-        while block >= settings.window > 1:
-            block //= 2
-        raw[BLOCK_SIZE] = block if settings.shift else settings.window
+        block = min(256, 2 ** (max(settings.window - 1, 1).bit_length() - 1))
+        raw["dms_paged_attention_block_size"] = block if settings.shift else settings.window
     return raw
 
 
@@ -141,9 +129,7 @@ NVIDIA_KEYS = {"window": "dms_window_size", "scale": "dms_alpha_scale", "tau": "
 # dms_metadata.json's key -> config.json's key; that file always belongs to a borrowed neuron
 METADATA_KEYS = {"window_size": "dms_window_size", "alpha_offset": "dms_initial_alpha_offset",
                  "alpha_scale": "dms_alpha_scale", "shift": "dms_shift", "target_cr": "dms_cr"}
-METADATA_DEFAULTS = {"dms_window_size": 256, "dms_shift": 0, "dms_separate_alpha": False}
 SEPARATE = "dms_separate_alpha"  # true: adapters decide; false or absent: the borrowed neuron
-BLOCK_SIZE = "dms_paged_attention_block_size"
 
 
 def read_settings(folder, raw):
@@ -154,7 +140,7 @@ def read_settings(folder, raw):
     metadata |= metadata.get("config", {})  # nested in some published folders (shisa-ai's)
     others = {key: metadata[name] for name, key in METADATA_KEYS.items() if name in metadata}
     if metadata:
-        others = METADATA_DEFAULTS | others
+        others = {"dms_window_size": 256, "dms_shift": 0, SEPARATE: False} | others  # its defaults
     elif not any(key.startswith("dms_") for key in raw):
         return None
     both = others | raw
@@ -227,7 +213,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         return load_model(base, device, dtype, adapter or folder)
     config = parse_config(raw, folder / "config.json")
     files = [folder / WEIGHTS]
-    index = folder / INDEX
+    index = folder / f"{WEIGHTS}.index.json"
     # as in transformers, an index does not count beside the file: it may be from before its shards
     # were merged
     if index.exists() and not files[0].exists():
@@ -372,10 +358,9 @@ NOT_DONE = """num_beams no_repeat_ngram_size typical_p min_length min_new_tokens
 def generation_defaults(folder):
     """{name: value} of what generation_config.json states of SAMPLING. What else would change the
     answers is named on stderr."""
-    file = folder / "generation_config.json"
-    raw = read_optional(file)
+    raw = read_optional(folder / "generation_config.json")
     if ignored := [key for key in NOT_DONE if raw.get(key) not in (None, 0, 1, [], {})]:
-        say(f"{file}: asks for {', '.join(ignored)}, which this engine does not do")
+        say(f"{folder}: generation_config.json asks for {', '.join(ignored)}, which is not done")
     if raw.get("do_sample") is False:
         raw["temperature"] = 0.0
     return {name: raw[name] for name in SAMPLING if name in raw}

@@ -4,6 +4,7 @@ ends, and several processes.
 """
 
 import argparse
+import functools
 import inspect
 import json
 import os
@@ -25,6 +26,12 @@ def require(condition, problem):
     """Raise InputError(problem) unless the condition holds."""
     if not condition:
         raise InputError(problem)
+
+
+@functools.cache
+def say(line):
+    """Tell the user, once in a process."""
+    print(line, file=sys.stderr)
 
 
 @contextmanager
@@ -58,12 +65,9 @@ def write_atomic(file, write):
     os.replace(temporary, file)
 
 
-def write_text(file, text):
-    write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def write_json(file, data):
-    write_text(file, json.dumps(data, indent=2) + "\n")
+    text = json.dumps(data, indent=2) + "\n"
+    write_atomic(file, lambda temporary: temporary.write_text(text))
 
 
 # ----------------------------------------------------------------------------------------- Scripts
@@ -83,8 +87,7 @@ def parse_options(options, argv=None):
             how = dict(action="store_true" if field.type is bool else "append")
         if field.default == "":
             how = dict(nargs="?", const="-")
-        dashes = "-" if len(field.name) == 1 else "--"
-        flag = dashes + field.name.replace("_", "-")
+        flag = f"{'-' if len(field.name) == 1 else '--'}{field.name}".replace("_", "-")
         parser.add_argument(flag, **how, help=comments.get(field.name))
     return vars(parser.parse_args(argv))
 
@@ -156,8 +159,7 @@ def whole(tensor):
 def sharded_like(tensor, parameter):
     """The inverse: on the parameter's device, and sharded as that is."""
     tensor = tensor.to(parameter.device)
-    if is_sharded(parameter):
-        from torch.distributed.tensor import distribute_tensor
-
-        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
+    if not is_sharded(parameter):
+        return tensor
+    shards = (parameter.device_mesh, parameter.placements)
+    return distributed.tensor.distribute_tensor(tensor, *shards)

@@ -28,8 +28,7 @@ from pathlib import Path
 import huggingface_hub as hub
 import torch
 
-from checkpoint import say
-from common import explained, read_text, require
+from common import explained, read_text, require, say
 
 DEFAULT = "open-r1/OpenR1-Math-220k"
 # The columns that make a document. OpenR1's come before its "messages", whose answers may be wrong.
@@ -144,8 +143,7 @@ def find_on_hub(name, revision=None):
     revision: None for the newest. Without network name the folder where its files are."""
     with explained(f"{name}: no file or folder here, and not on the hub", Exception):
         info = hub.dataset_info(name, revision=revision)
-    names = [file.rfilename for file in info.siblings]
-    files = sorted(file for file in names if file.endswith(".parquet"))
+    files = sorted(x.rfilename for x in info.siblings if x.rfilename.endswith(".parquet"))
     require(files, f"{name}: no parquet files; try {name}@refs/convert/parquet")
     # of several splits those to train on, of several configs the main one
     files = [file for file in files if "train" in file] or files
@@ -195,14 +193,12 @@ class TextData:
     def pack(self, documents, count):
         """`documents` end to end, in `count` sequences: what batches yields."""
         ids = []
-        lengths = []
-        for _ in range(count):
-            cut = []
-            while room := self.seq_len - sum(cut):
+        lengths = [[] for _ in range(count)]
+        for of_sequence in lengths:
+            while room := self.seq_len - sum(of_sequence):
                 document = next(documents)[:room]
                 ids += document
-                cut.append(len(document))
-            lengths.append(cut)
+                of_sequence.append(len(document))
         return torch.tensor(ids).view(count, -1), lengths
 
     def documents(self, held_out=False):

@@ -36,8 +36,8 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from checkpoint import end_ids, generation_defaults, load_model, load_tokenizer, resolve, say
-from common import InputError, choose_device, parse_options, read_text, require, run_script
+from checkpoint import SAMPLING, end_ids, generation_defaults, load_model, load_tokenizer, resolve
+from common import InputError, choose_device, parse_options, read_text, require, run_script, say
 from kv_cache import PLAIN, CacheFull, KVCache
 from show import show_evictions
 
@@ -48,8 +48,7 @@ SHIPPED = Path(__file__).with_name("toy") / "retrofitted"
 
 
 # How the next token of a sequence is sampled. The first four are arguments of `sample`.
-Sampling = namedtuple("Sampling", "temperature top_k top_p min_p repetition_penalty",
-                      defaults=(0.0, 0, 1.0, 0.0, 1.0))
+Sampling = namedtuple("Sampling", SAMPLING, defaults=(0.0, 0, 1.0, 0.0, 1.0))
 
 
 def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -236,9 +235,8 @@ class Scheduler:
         # last.ids[: last.fed] is its prompt, or [], which no prompt equals, if it is over already
         # and has given up its place
         if last and sequence.fed == 0 and sequence.ids == last.ids[: last.fed]:
-            forks = list(range(self.cache.batch_size))
-            forks[sequence.index] = last.index
-            self.cache.select(forks)
+            places = range(self.cache.batch_size)
+            self.cache.select([last.index if i == sequence.index else i for i in places])
         else:
             ids = torch.tensor([sequence.ids[sequence.fed :]], device=self.cache.device)
             logits = self.model(ids, self.cache, sequence=sequence.index, last_only=True)[:, -1]
@@ -251,16 +249,13 @@ class Scheduler:
             sequence.fed = len(sequence.ids)  # the cache holds all but the new token
             sequence.ids.append(token)
             sequence.new.append(token)
-            if token in self.end_ids or sequence.stop and sequence.stop(token):
-                sequence.finish_reason = "stop"
-            elif len(sequence.new) == sequence.max_new_tokens:
-                sequence.finish_reason = "length"
-            else:
-                continue
-            self.running.remove(sequence)
-            self.blocked = False
-            if self.release:
-                self.give_up_place(sequence)
+            stops = token in self.end_ids or sequence.stop and sequence.stop(token)
+            if stops or len(sequence.new) == sequence.max_new_tokens:
+                sequence.finish_reason = "stop" if stops else "length"
+                self.running.remove(sequence)
+                self.blocked = False
+                if self.release:
+                    self.give_up_place(sequence)
         return new
 
     def give_up_place(self, sequence):
@@ -391,7 +386,6 @@ class Options:
     seed: int = 0
     dense: bool = False  # switch eviction off
     show_evictions: str = ""  # each token by how many heads hold it: printed, or a .html file
-    compile: bool = False  # torch.compile what lies between attentions (for a GPU)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = None  # (default: bfloat16 on a GPU)
 
@@ -412,8 +406,6 @@ class Session:
         dtype = getattr(torch, options.dtype)
         self.model = load_model(options.model, options.device, dtype, options.adapter)
         self.cache = None
-        if options.compile:
-            self.model.compile()
         if options.dense and self.model.config.dms:
             self.model.config.dms.disable_eviction = True
 
@@ -441,8 +433,7 @@ class Session:
         length = len(ids) + options.max_new_tokens
         config = self.model.config
         require(options.n > 0 and 0 < len(ids) < length <= config.context,
-                f"{options.n} times {len(ids)} tokens and {options.max_new_tokens} new ones do not "
-                f"fit the model's context, {config.context} tokens; shorten it or ask for less")
+                f"{len(ids)} + {options.max_new_tokens} tokens: the context has {config.context}")
         if length > config.max_position_embeddings:
             say("warning: longer than the context that config.json states, as its RoPE allows")
         sampling = Sampling(*[getattr(options, name) for name in Sampling._fields])
@@ -468,10 +459,9 @@ class Session:
         tokens = sum(len(chain.new) for chain in key_of)
         cut = sum(chain.finish_reason == "length" for chain in key_of)
         stats = self.cache.stats()
-        print(f"\n[{tokens} new tokens in {time.perf_counter() - begin:.2f} s, prompts included in "
-              f"the time; {cut} of {len(key_of)} cut at --max-new-tokens; compression "
-              f"{stats['compression_ratio'] or 1:.2f}x, at most {stats['peak_pairs']:,} pairs in "
-              f"{stats['peak_page_bytes']:,} bytes]", file=sys.stderr)
+        say(f"\n[{tokens} new tokens in {time.perf_counter() - begin:.2f} s, {cut} of {len(key_of)}"
+            f" cut at --max-new-tokens; {stats['compression_ratio'] or 1:.2f}x compressed, at most "
+            f"{stats['peak_pairs']:,} pairs in {stats['peak_page_bytes']:,} bytes]")
 
 
 def chat(session):
@@ -573,8 +563,7 @@ def serve(session):
                 failed[number] = e
     for number, problem in failed.items():
         print(f"error: {options.requests}: line {number}: {problem}", file=sys.stderr)
-    require(not failed, f"{len(failed)} of {len(requests)} requests are not answered; mend them, "
-            "or give more --memory, and run again")
+    require(not failed, f"{len(failed)} of {len(requests)} requests are not answered; mend them")
 
 
 def main(argv=None):

@@ -221,10 +221,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.hidden_size
-        inner = config.intermediate_size
-        self.gate_proj = nn.Linear(C, inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(C, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, C, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(C, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, C, bias=config.mlp_bias)
 
     def forward(self, x):
         gate = F.silu(self.gate_proj(x))
@@ -254,12 +253,9 @@ class Block(nn.Module):
         """recompute: keep only each half's inputs for backward, and compute the half again there.
         The attention, which costs most at length, is not computed again."""
 
-        def run(half, *inputs):
-            if not recompute:
-                return half(*inputs)
-            # nothing random is in a half, so there is no random state to preserve
-            return checkpoint(half, *inputs, use_reentrant=False, preserve_rng_state=False)
-
+        run = lambda half, *inputs: half(*inputs)
+        if recompute:  # nothing random is in a half, so there is no random state to preserve
+            run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         inputs = run(self.before, x, rope)
         return run(self.after, x, attend(*inputs))
 
@@ -292,12 +288,6 @@ class Model(nn.Module):
     @property
     def dtype(self):
         return self.lm_head.weight.dtype
-
-    def compile(self):
-        """Let torch.compile fuse each half of every block."""
-        for block in self.model.layers:
-            block.before = torch.compile(block.before, dynamic=True)
-            block.after = torch.compile(block.after, dynamic=True)
 
     def rope(self, T, start, dtype):
         """cos and sin (B, T, 1, D) of the positions start + 0, 1, ..., for start = 0 (T, 1, D).

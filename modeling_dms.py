@@ -41,9 +41,8 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        fields = dict(config.dms_engine)
-        fields["dms"] = DMSConfig(**fields["dms"])
-        engine = Model(ModelConfig(**fields))
+        settings = DMSConfig(**config.dms_engine["dms"])
+        engine = Model(ModelConfig(**config.dms_engine | {"dms": settings}))
         self.model = engine.model
         self.lm_head = engine.lm_head
         self.__dict__["engine"] = engine  # no module of its own: its parts are ours
@@ -67,9 +66,8 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
         B, T = input_ids.shape
         if cache is None:
             cache = DMSEngineCache(KVCache(engine.config, B, input_ids.device, engine.dtype))
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        is_token = attention_mask[:, -T:].bool()
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        is_token = mask[:, -T:].bool()
         order = is_token.byte().argsort(dim=1, descending=True, stable=True)
         ids = input_ids.gather(1, order)
         states = engine.states(ids, cache.cache, is_token.sum(1))

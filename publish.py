@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoint import copy_tokenizer, load_model, read_optional, resolve, save_model
-from common import parse_options, read_json, read_text, require, run_script, write_json, write_text
+from common import parse_options, read_json, read_text, require, run_script, write_json
 from evaluate import table_of
 
 
@@ -32,12 +32,10 @@ class Options:
 def card(config, base, weights, run):
     """README.md of a release. base: hub id or None; run: what results.json holds, or nothing."""
     recipe = [f"- `{key}`: `{value}`" for key, value in run.get("settings", {}).items()]
-    facts = dict(
-        base_model=f"base_model: {base}\n" if base else "",
-        base=base or f"a {config.model_type} model", family=config.model_type,
-        weights=weights, **vars(config.dms),
-        results=textwrap.indent(table_of(run), "    ") if run else "It has not been measured.",
-        recipe="\n".join(recipe) or "Not known.")
+    results = textwrap.indent(table_of(run), "    ") if run else "It has not been measured."
+    facts = dict(base_model=f"base_model: {base}\n" if base else "", weights=weights,
+                 base=base or f"a {config.model_type} model", family=config.model_type,
+                 recipe="\n".join(recipe) or "Not known.", results=results, **vars(config.dms))
     return read_text(Path(__file__).with_name("model_card.md")).format(**facts)
 
 
@@ -48,7 +46,7 @@ def add_remote_code(config, out):
         text = read_text(Path(__file__).with_name(f"{name}.py"))
         text = re.sub(r"^from (dms|model|kv_cache) import", r"from .\1 import", text, flags=re.M)
         text = re.sub(r"^import dms$", "from . import dms", text, flags=re.M)
-        write_text(out / f"{name}.py", text)
+        (out / f"{name}.py").write_text(text, encoding="utf-8")
     classes = dict(AutoConfig="DMSEngineConfig", AutoModelForCausalLM="DMSForCausalLM")
     raw = read_json(out / "config.json")
     raw |= {"model_type": "dms", "dms_engine": asdict(config),
@@ -73,8 +71,7 @@ def write_release(options, out):
     if run:
         write_json(out / "results.json", run)
     weights = "the adapters alone, to be laid over the base" if is_alone else "all weights"
-    text = card(model.config, None if is_here else base, weights, run)
-    write_text(out / "README.md", text)
+    (out / "README.md").write_text(card(model.config, None if is_here else base, weights, run))
     # of --base another commit than the loaded one may be meant: "" leaves it open
     revision = "" if options.base else raw.get("dms_base_revision")
     save_model(model, out, None, base if is_alone else None, revision)
@@ -93,8 +90,7 @@ def main(argv=None):
         release.mkdir()
         write_release(options, release)
         release.rename(out)
-    print(f"{out}: written; read its README.md, put in the name of your repository, and\n"
-          f"hf upload owner/name {out}")
+    print(f"{out}: written; read its README.md, and then: hf upload owner/name {out}")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,8 @@ from tqdm import tqdm
 import dms
 from checkpoint import (copy_tokenizer, load_model, load_tokenizer, parse_config, read_settings,
                         resolve, save_model)
-from common import (all_reduce, choose_device, is_sharded, parse_options, read_json, require,
-                    run_script, shard, sharded_like, torchrun_place, whole, write_atomic,
-                    write_json)
+from common import (all_reduce, choose_device, is_sharded, parse_options, read_json, require, shard,
+                    run_script, sharded_like, torchrun_place, whole, write_atomic, write_json)
 from data import DEFAULT, TextData, settling_sequences
 from evaluate import evaluate, settle_offset
 
@@ -75,7 +74,6 @@ class Options:
     seq_len: int = None  # tokens per sequence (default: 512 for toy, else 8192, on a CPU 1024)
     compression_weight: float = 1.0  # of the compression loss
     reverse_kl: bool = False  # weigh the KL by the student's probabilities
-    compile: bool = False  # let torch.compile fuse each half of every block
     shard: bool = False  # spread the weights over the GPUs of torchrun (FSDP2)
     seed: int = 0
     save_every: int = 50  # steps between saved states
@@ -113,19 +111,7 @@ def load_pair(options):
         dms.start_retrofit(student, decision)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(train_all or "dms_proj_alpha" in name)
-    if options.compile:
-        student.compile()
     return student, teacher
-
-
-def choose_attention(device):
-    """What training attends with: a Triton kernel on a GPU, else dms.relaxed_attention."""
-    if device.type == "cuda":
-        with suppress(ImportError):  # without Triton, or without kernels/
-            from kernels.training import relaxed_attention
-
-            return relaxed_attention
-    return dms.relaxed_attention
 
 
 class Distillation:
@@ -135,7 +121,12 @@ class Distillation:
         self.student = student
         self.teacher = teacher
         self.options = options
-        self.attention = choose_attention(student.device)
+        self.attention = dms.relaxed_attention
+        if student.device.type == "cuda":
+            with suppress(ImportError):  # without Triton, or without kernels/
+                from kernels.training import relaxed_attention
+
+                self.attention = relaxed_attention
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
@@ -147,8 +138,7 @@ class Distillation:
         the step diverges."""
         options = self.options
         cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
-        sums = all_reduce(self.backward(step, ids, documents, cr))
-        kl, self.evicted_fraction = sums.tolist()
+        kl, self.evicted_fraction = all_reduce(self.backward(step, ids, documents, cr)).tolist()
         for parameter in self.parameters.values():
             if not is_sharded(parameter.grad):  # FSDP has summed what it shards
                 all_reduce(parameter.grad)
@@ -186,14 +176,13 @@ class Distillation:
 
     def compare(self, ids, packing, seeds):
         """(the KL, summed over tokens; the pairs evicted, the mean over heads), with gradients."""
-        student, teacher = self.student, self.teacher
         start = -packing.first  # positions count from where a document begins
         with torch.no_grad():
-            target = teacher.hidden(ids, dms.document_attention(packing), start)
-        relaxed = dms.RelaxedAttention(student.config.dms, packing, self.attention, seeds)
-        states = student.hidden(ids, relaxed, start, recompute=ids.shape[1] > RECOMPUTES)
+            target = self.teacher.hidden(ids, dms.document_attention(packing), start)
+        relaxed = dms.RelaxedAttention(self.student.config.dms, packing, self.attention, seeds)
+        states = self.student.hidden(ids, relaxed, start, recompute=ids.shape[1] > RECOMPUTES)
         # asked for only now: under --shard they are whole after a forward pass
-        heads = (student.lm_head.weight, teacher.lm_head.weight)
+        heads = (self.student.lm_head.weight, self.teacher.lm_head.weight)
         counts = packing.predicts()
         kl = dms.distillation_loss(states, target, *heads, counts, self.options.reverse_kl)
         return kl, relaxed.evicted_pairs()
@@ -239,8 +228,7 @@ def make_data(options):
         from toy.data import ToyData
 
         return ToyData(tokenizer, *sizes)
-    vocab_size = config_of(options.model).vocab_size
-    return TextData(options.data, tokenizer, vocab_size, *sizes)
+    return TextData(options.data, tokenizer, config_of(options.model).vocab_size, *sizes)
 
 
 def train(options, data, out):
@@ -250,16 +238,20 @@ def train(options, data, out):
     run = Distillation(*load_pair(options), options)
     state = out / "state.safetensors"
     done = run.load(state) if state.exists() else 0
+    log = out / "metrics.jsonl"
     if is_main:
-        begin_folder(options, out, done)
+        write_json(out / "settings.json", options.settings())
+        copy_tokenizer(resolve(options.model), out)
+        lines = log.read_text().splitlines(keepends=True)[:done] if done else []
+        log.write_text("".join(lines))  # what comes after the saved state will come again
     bar = tqdm(range(done, options.steps), "retrofit", disable=not is_main,
                initial=done, total=options.steps)
     for step, (ids, documents) in zip(bar, data.batches(done)):
         begin = time.time()
         metrics = run.step(step, ids, documents)
         if is_main:
-            with open(out / "metrics.jsonl", "a") as log:
-                print(json.dumps(metrics), file=log)
+            with open(log, "a") as file:
+                print(json.dumps(metrics), file=file)
         speed = sum(map(sum, documents)) / (time.time() - begin)
         peak = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
         bar.set_postfix_str(f"KL {metrics['kl']:.4f}, target {metrics['target_cr']:.2f}x, actual "
@@ -273,17 +265,6 @@ def train(options, data, out):
     base = options.model if options.train == "adapters" else None
     # what was trained is float32; whole models are published in half precision
     save_model(run.student, out, torch.float32 if base else torch.bfloat16, base)
-
-
-def begin_folder(options, out, done):
-    """What a run's folder holds from the first step on. done: steps that it has behind it."""
-    write_json(out / "settings.json", options.settings())
-    copy_tokenizer(resolve(options.model), out)
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True)[:done] if done else []
-    metrics.write_text("".join(lines))  # what comes after the saved state will come again
-    if done:
-        print(f"{out}: goes on after step {done}")
 
 
 # -------------------------------------------------------------------------------------- The script
@@ -340,26 +321,14 @@ def check(options):
     require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
     require((options.window + 1) * options.target_cr <= options.seq_len,
             f"--window {options.window} is too much of {options.seq_len} tokens; take less")
-    require(options.decision == "adapter" or options.train == "all",
-            "--decision neuron needs --train all")
+    require(options.decision == "adapter" or options.train == "all", "neuron needs --train all")
     require(not options.device.startswith("cuda") or torch.cuda.get_device_capability()[0] >= 8,
             "no kernel trains on a GPU before Ampere (sm_80); use --device cpu")
     world = torchrun_place()[1]
-    require(options.batch_size % world == 0,
-            f"--batch-size {options.batch_size} is no multiple of the {world} processes")
+    require(options.batch_size % world == 0, f"--batch-size: give a multiple of {world} processes")
     require(world > 1 or not options.shard, "--shard needs several processes; use torchrun")
     require(options.resume or not any(Path(options.out).glob("*")),
             f"{options.out}: holds something; continue it with --resume, or choose another --out")
-
-
-def check_data(options, data):
-    """Refuse held-out text that is too short for the target."""
-    _, documents = data.held_out(settling_sequences(options.seq_len))
-    lengths = sum(documents, [])  # of the documents of all sequences
-    windows = sum(min(n, options.window + 1) for n in lengths)
-    reachable = sum(lengths) / windows  # if nothing were kept
-    require(reachable >= options.target_cr,
-            f"--window {options.window} is 1/{reachable:.1f} of these short documents; take less")
 
 
 def main(argv=None):
@@ -377,7 +346,10 @@ def main(argv=None):
         if data.revision and "@" not in options.data:
             options.data += f"@{data.revision}"  # settings.json keeps the commit for --resume
         if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
-            check_data(options, data)
+            lengths = sum(data.held_out(settling_sequences(options.seq_len))[1], [])
+            in_windows = sum(min(n, options.window + 1) for n in lengths)
+            require(sum(lengths) / in_windows >= options.target_cr,
+                    f"--window {options.window} is too much of these short documents; take less")
             # "medium" allows less than float32 inside products: a GPU takes TF32, a CPU oneDNN
             torch.set_float32_matmul_precision("medium")
             train(options, data, out)
@@ -385,7 +357,6 @@ def main(argv=None):
         if world > 1:
             distributed.destroy_process_group()
         if rank == 0:
-            print(f"{out}: checkpoint written, {time.time() - begin:.0f} s")
             evaluate(data, options, out)
             print(f"\n{out / 'results.json'}: written, {time.time() - begin:.0f} s in all")
 

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from common import read_text, write_text
+from common import read_text
 
 def held_by_heads(cache, index):
     """The positions that each head holds of a sequence, at an index of the batch: [L][Hkv][n]."""
@@ -30,7 +30,7 @@ def show_evictions(file, cache, sequence, stream):
     if file == "-":
         print_tokens(texts, held)
     else:
-        write_text(file, page(texts, held))
+        Path(file).write_text(page(texts, held), encoding="utf-8")
 
 
 def texts_of(stream, ids):

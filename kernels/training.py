@@ -67,10 +67,9 @@ def scores(x, y, bias, query, key, together, window, scale):
 
 @triton.jit(do_not_specialize=["N", "window"])
 def _by_queries(
-    N, window, scale,
-    q_ptr, k_ptr, v_ptr, bias_ptr, first_ptr, y_ptr, lse_ptr, dy_ptr, delta_ptr, dq_ptr,
-    Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
-    OWN: tl.constexpr, OTHER: tl.constexpr, BACKWARD: tl.constexpr):
+    N, window, scale, q_ptr, k_ptr, v_ptr, bias_ptr, first_ptr, y_ptr, lse_ptr, dy_ptr, delta_ptr,
+    dq_ptr, Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr,
+    OTHER: tl.constexpr, BACKWARD: tl.constexpr):
     """Program (block of queries, query head): y and lse, or in backward dq and delta. The last
     blocks, which have the longest walks, begin first."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * OWN
@@ -84,8 +83,7 @@ def _by_queries(
     total = tl.zeros((OWN, D), tl.float32)  # of p v, or of dscore k
     if BACKWARD:
         dy = tl.load(dy_ptr + own)
-        y = tl.load(y_ptr + own)
-        delta = tl.sum(y * dy.to(tl.float32), 1)
+        delta = tl.sum(tl.load(y_ptr + own) * dy.to(tl.float32), 1)
         tl.store(delta_ptr + line, delta)
         lse = tl.load(lse_ptr + line)
     else:
@@ -177,8 +175,8 @@ class BiasedAttention(torch.autograd.Function):
         ctx.by_keys = partial(_by_keys[N // own, Hkv], *settings, OTHER=few, **options)
         y = torch.empty_like(q)
         lse = bias.new_empty(Hq, N)
-        unused = (y, lse, y)  # in place of dy, delta and dq
-        ctx.by_queries(q, k, v, bias, first, y, lse, *unused, BACKWARD=False)
+        # y, lse and y again: in place of dy, delta and dq, which only backward has
+        ctx.by_queries(q, k, v, bias, first, y, lse, y, lse, y, BACKWARD=False)
         ctx.save_for_backward(q, k, v, bias, first, y, lse)
         return y
 
@@ -213,8 +211,7 @@ def relaxed_attention(q, k, v, bias, first, window):
     inputs = (flat(q), flat(k), flat(v))  # of less than 2**31 numbers each: offsets are 32 bits
     bias = F.pad(bias.transpose(0, 1).flatten(1), (0, more)).contiguous()
     starts = T * torch.arange(B, device=first.device)
-    first = (first + starts[:, None]).int().flatten()
-    first = F.pad(first, (0, more), value=N)
+    first = F.pad((first + starts[:, None]).int().flatten(), (0, more), value=N)
     check_launch(D, *inputs, bias, first)
     y = BiasedAttention.apply(*inputs, bias, first, min(window, T), D**-0.5, sizes)
     return y[:N, :, :D].unflatten(0, (B, T)).transpose(1, 2)

@@ -27,10 +27,9 @@ def place_of(slot, table_ptr, PAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _store(
-    k_ptr, v_ptr, evict_ptr, new_ptr, seen_ptr, length_ptr, table_ptr, ring_ptr,
-    keys_ptr, values_ptr, position_ptr, evicted_ptr, free_ptr, free_count_ptr,
-    table_stride, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
-    W: tl.constexpr, SHIFT: tl.constexpr):
+    k_ptr, v_ptr, evict_ptr, new_ptr, seen_ptr, length_ptr, table_ptr, ring_ptr, keys_ptr,
+    values_ptr, position_ptr, evicted_ptr, free_ptr, free_count_ptr, table_stride,
+    D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
     """Program (row,). Its threads wait for one another at a barrier: all have read what is changed
     behind it, and behind it all see what was changed before."""
     row = tl.program_id(0)

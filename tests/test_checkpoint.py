@@ -15,9 +15,8 @@ from oracle import (FAMILIES, TEXTS, YARN, edit, make_tokenizer, plain_forward, 
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import (ADAPTER_FILE, BLOCK_SIZE, INDEX, config_to_dict, end_ids,
-                        generation_defaults, load_model, load_tokenizer, parse_config,
-                        read_settings, resolve, save_model)
+from checkpoint import (ADAPTER_FILE, config_to_dict, end_ids, generation_defaults, load_model,
+                        load_tokenizer, parse_config, read_settings, resolve, save_model)
 from common import InputError, read_json, write_json
 from dms import DMSConfig
 from kv_cache import KVCache
@@ -178,9 +177,10 @@ def test_what_is_not_stated_is_assumed_and_what_contradicts_itself_refused(tmp_p
 
 
 @pytest.mark.parametrize("window, shift, size", [
-    (1, 1, 256), (2, 1, 1), (3, 1, 2), (256, 1, 128), (257, 1, 256), (512, 0, 512)])
+    (2, 1, 1), (3, 1, 2), (256, 1, 128), (257, 1, 256), (512, 0, 512)])
 def test_nvidias_code_gets_a_block_that_fits_and_refuses_what_it_would_shift(window, shift, size):
-    assert config_to_dict(small_config(dms=DMSConfig(window, shift=shift)))[BLOCK_SIZE] == size
+    raw = config_to_dict(small_config(dms=DMSConfig(window, shift=shift)))
+    assert raw["dms_paged_attention_block_size"] == size
 
 
 def test_adapters_are_small_find_their_base_and_may_be_laid_over_it(tmp_path):
@@ -231,7 +231,8 @@ def test_adapters_find_the_commit_of_their_base_in_the_hubs_cache(tmp_path, monk
 
 def test_of_a_hub_repository_only_what_is_read_is_fetched(tmp_path, monkeypatch):
     wanted = ("config.json tokenizer.json chat_template.jinja dms_metadata.json model.safetensors "
-              f"{INDEX} model-00001-of-00002.safetensors dms_adapters.safetensors").split()
+              "model.safetensors.index.json model-00001-of-00002.safetensors "
+              "dms_adapters.safetensors").split()
     others = ("original/consolidated.safetensors checkpoint-500/model.safetensors fp16/config.json "
               "consolidated.safetensors pytorch_model.bin model.fp16.safetensors README.md").split()
     fetch = mock.Mock(return_value="folder")
@@ -288,7 +289,8 @@ def test_large_models_are_saved_in_shards_and_a_failed_save_is_never_whole(tmp_p
         save_model(model, tmp_path, torch.float32)
     assert not (tmp_path / "config.json").exists()
     save_model(model, tmp_path, torch.float32)
-    assert (tmp_path / INDEX).exists() and not (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert not (tmp_path / "model.safetensors").exists()
     same(load_model(tmp_path)(IDS), model(IDS))
 
 
