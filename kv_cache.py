@@ -246,6 +246,8 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
     these tokens; new: (N,) int64, how many of the T are real. Returns (N, G, T, D); its padding is
     finite but means nothing. Rows are taken one by one, which bounds the memory of the mask.
     """
+    if not (rows.length.any() or evict.any()):  # nothing but causal, which is faster said so
+        return attention(q, k[:, None], v[:, None])
     y = torch.zeros_like(q)
     for row, n in enumerate(new.tolist()):
         if n == 0:
@@ -257,8 +259,6 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
         # keys and values (S + n, D), position and evicted (S + n,): what is held, then the block
         keys, values, position, evicted = (torch.cat(pair) for pair in zip(old, block))
         mask = visible(token[:, None], position, evicted, window)  # (n, S + n)
-        if len(position) == n and not evicted.any():
-            mask = None  # nothing but causal, which is faster said so
         # as a batch of one, and of one KV head
         query = q[None, row, :, :n]
         out = attention(query, keys[None, None], values[None, None], mask)
@@ -379,12 +379,12 @@ class KVCache:
         N = batch_size * self.kv_heads  # rows of a layer
         # a slot has a key, a value, a position (4 bytes) and a decision (1 byte)
         pair_bytes = 2 * config.head_dim * dtype.itemsize
-        slot_bytes = pair_bytes + 4 + 1
+        slot_bytes = pair_bytes + 5
         self.page_bytes = page_size * slot_bytes
         pages = L * N * -(-config.context // page_size)  # the whole context
         if memory is None:
             memory = min(pages * self.page_bytes, 0.8 * usable_memory(self.device))
-        pages = max(int(memory / self.page_bytes), 1)
+        pages = int(memory / self.page_bytes)
         self.pool = PagePool(pages, page_size, config.head_dim, dtype, self.device)
         seen = torch.zeros(N, dtype=torch.int64, device=self.device)
         zeros = partial(seen.new_zeros, dtype=torch.int32)
