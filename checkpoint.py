@@ -6,10 +6,13 @@ Everything on disk: a model folder's config.json, weights, DMS settings, tokeniz
     save_model(model, "out/mine")
 
 Only safetensors and JSON are read; a chat template runs in jinja2's sandbox, as in transformers.
-Where several files or keys state one thing, they rank as in transformers. A folder is refused where
-they contradict each other and logits depend on it, and where it asks of the model what this engine
-cannot do. What it asks beyond that is named in one line. This file knows nothing of how a model
-computes, generates or is trained.
+Where several files or keys state one thing, they rank as in transformers. A folder is refused
+
+- where they contradict each other and the logits depend on it,
+- where its config asks for something that this engine would compute wrongly.
+
+What else it asks for without effect here is named in one line. This file knows nothing of how a
+model computes, generates or is trained.
 """
 
 import contextlib
@@ -56,7 +59,7 @@ def parse_config(raw, where="config.json"):
     what this engine would compute wrongly."""
     raw = stated(raw)
     with explained(f"{where}: missing or unusable", LookupError, TypeError, ArithmeticError):
-        raw["model_type"] = raw.get("dms_engine", raw)["model_type"]  # see publish.py
+        raw["model_type"] = raw.get("dms_engine", raw)["model_type"]  # a release states it there
         rope = read_rope(raw, where)
         check_supported(raw, rope, where)
         heads = raw["num_attention_heads"]
@@ -66,7 +69,7 @@ def parse_config(raw, where="config.json"):
                   "rope_theta": rope.pop("rope_theta"),
                   "rope_scaling": None if rope["rope_type"] == "default" else rope}
         config = ModelConfig(**{name: values[name] for name in CONFIG_FIELDS & values.keys()})
-        rope_frequencies(config)
+        rope_frequencies(config)  # so that a parameter of RoPE that is missing fails here
     written_back = "bos_token_id eos_token_id pad_token_id".split()
     config.extra = {key: raw[key] for key in written_back if key in raw}
     return config
@@ -77,7 +80,8 @@ def read_rope(raw, where):
     theta, or the older rope_scaling with rope_theta beside it. Both may be there if they agree:
     otherwise it depends on the reader which one counts."""
     found = [stated(raw[key]) for key in ("rope_parameters", "rope_scaling") if key in raw] or [{}]
-    for rope in found:  # one entry, or two that must be equal
+    # one entry, or two that must be equal once both are complete; theta may stand beside them
+    for rope in found:
         rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
         theta = rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
         require(rope == found[0] and theta == raw.get("rope_theta", theta),
@@ -90,7 +94,7 @@ def read_rope(raw, where):
 def check_supported(raw, rope, where):
     """Refuse by name what would be computed wrongly."""
     layer_types = {*raw.get("layer_types", [])}
-    slides = layer_types - {"full_attention"}
+    slides = bool(layer_types - {"full_attention"})
     if raw.get("use_sliding_window") and not layer_types:  # defaults as in transformers
         slides = raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
     refused = {
@@ -114,7 +118,8 @@ def config_to_dict(config):
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
         raw[SEPARATE] = settings.source == "adapter"
         # NVIDIA's code wants a block of 256 on a GPU, and refuses one not smaller than the window.
-        # It always shifts by one. So a model without a shift is given a block that it refuses.
+        # It always shifts by one. So that it refuses a model without a shift, whose decisions it
+        # would misread, that gets a block as large as the window.
         block = min(256, 2 ** (max(settings.window - 1, 1).bit_length() - 1))
         raw["dms_paged_attention_block_size"] = block if settings.shift else settings.window
     return raw
@@ -168,7 +173,7 @@ def resolve(path_or_hub_id, relative_to=".", revision=None):
         if folder.is_dir():
             return folder
     files = ("*.json", "*.jinja", WEIGHTS, "*-of-*.safetensors", "*adapter*.safetensors")
-    # Exception: of its HTTP library, too, which differs between versions
+    # any Exception, since the errors of its HTTP library differ between versions
     with explained(f"{path_or_hub_id}: no such folder, and not on the hub", Exception):
         return Path(download(
             str(path_or_hub_id), revision=revision, allow_patterns=files, ignore_patterns="*/*",
@@ -193,7 +198,7 @@ def read_tensors(files, device, dtype):
         with damaged, safe_open(file, "pt", str(device)) as stored:
             for name in stored.keys():
                 if name.endswith("rotary_emb.inv_freq"):
-                    continue  # computed, but in some older files
+                    continue  # computed here, though some older files store it
                 tensor = stored.get_tensor(name)
                 require(tensor.is_floating_point() and tensor.itemsize > 1,
                         f"{file}: {name} is {tensor.dtype}; not supported: quantized weights")
@@ -220,7 +225,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
     if adapter:
         files.append(find_adapters(adapter))
-        folder = files[-1].parent
+        folder = files[-1].parent  # from here on the adapters' folder and config.json
         # its tensors say that adapters decide, even where no config.json does
         raw = read_optional(folder / "config.json") | {SEPARATE: True}
     config.dms = read_settings(folder, raw)
@@ -292,7 +297,8 @@ def compile_template(text):
     # defaults: what render() gets counts before them
     sandbox.globals.update(raise_exception=raise_exception, strftime_now=time.strftime, tools=None,
                            documents=None, add_generation_prompt=False)
-    # {% generation %} marks what a trainer takes as the answer: here it is a scope, nothing else
+    # {% generation %} marks what a trainer takes as the answer. Here it becomes {% with %}, which
+    # only opens a scope.
     text = re.sub(r"({%[-+]?\s*)(end)?generation(?=\s*[-+]?%})", r"\1\2with", text)
     return sandbox.from_string(text)
 

@@ -31,7 +31,8 @@ import torch
 from common import explained, read_text, require, say
 
 DEFAULT = "open-r1/OpenR1-Math-220k"
-# The columns that make a document. OpenR1's come before its "messages", whose answers may be wrong.
+# The columns that make a document: what is asked, what is told, and more (see document_of).
+# OpenR1's come before its "messages", whose answers may be wrong.
 COLUMNS = """problem+generations+correctness_math_verify+is_reasoning_complete
     problem+generations+correctness_math_verify messages conversations prompt+response
     prompt+completion question+answer instruction+output+input instruction+output text""".split()
@@ -61,9 +62,10 @@ def document_of(record):
     problem without a solution that is right (and complete, where that is stated)."""
     names = document_columns(record)
     asked, *others = (record[name] for name in names)
-    if not others:  # a string in place of messages becomes letters here, which no template takes
+    # messages; a string in their place becomes a list of letters, which no template takes
+    if not others:
         return asked if names == ["text"] else list(asked)
-    told, *more = others
+    told, *more = others  # more: flags of solutions, or the input of an instruction
     if "generations" in names:  # several solutions; in each further column a flag for each of them
         flags = (flag or [] for flag in more)  # a null column: none counts as right
         told = next((text for text, *good in zip(told, *flags) if all(good)), None)
@@ -113,7 +115,7 @@ def open_file(file):
     """For each record of a file a function that gives it, a dict: so a broken line is one bad
     record, and a table's rows become Python objects one by one."""
     if file.endswith(".parquet"):
-        # Exception: of many kinds; truncated, an unsupported type, out of memory
+        # any Exception: the file is truncated, has an unsupported type, memory is short, ...
         with explained(file, Exception):
             import pyarrow.parquet
 

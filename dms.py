@@ -29,7 +29,7 @@ class DMSConfig:
     """How a checkpoint decides. Every field belongs to the checkpoint; nothing is hard-wired."""
 
     window: int = 512  # a query always sees this many tokens behind it, and itself
-    source: str = "adapter"  # of the score s: adapter_score, or "neuron": borrowed_score
+    source: str = "adapter"  # "adapter" or "neuron": which gives the score s
     shift: int = 1  # the logit computed at token t decides the fate of token t - shift (0 or 1)
     scale: float = 100.0  # makes small scores decide, so that adapters can learn at a small rate
     offset: float = 5.0  # a score of 0, which a fresh adapter gives, means z = -5: keep
@@ -136,6 +136,7 @@ def start_retrofit(model, settings):
             block.self_attn.add_adapter()
             continue
         for parameter in block.self_attn.q_proj.parameters():  # (Hq * D, C), perhaps bias (Hq * D)
+            # one row in G * D: the last channel of the first query head of each group
             group = len(parameter) // config.num_key_value_heads  # G * D
             parameter.data[config.head_dim - 1 :: group] = 0  # s = 0 from now on
     return model
@@ -153,14 +154,14 @@ class Packing:
     documents: an index for each, which selects its part (1, H, n, ...) of (B, H, T, ...).
     """
 
-    def __init__(self, documents, T, device):
-        """documents: for each sequence the lengths of its documents, in order, T tokens at most."""
+    def __init__(self, lengths_by_sequence, T, device):
+        """lengths_by_sequence: of each sequence's documents, in order, T tokens at most in all."""
         self.token = torch.arange(T, device=device)
-        shape = (len(documents), T)
+        shape = (len(lengths_by_sequence), T)
         self.first = torch.zeros(shape, dtype=torch.int32, device=device)
         self.end = torch.zeros_like(self.first)
         self.documents = []
-        for b, lengths in enumerate(documents):
+        for b, lengths in enumerate(lengths_by_sequence):
             begin = 0
             for length in lengths:
                 end = begin + length
@@ -312,7 +313,8 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
     time. A slice's gradients are computed while its logits are there.
     """
     student, teacher, counts = (x.flatten(0, 1) for x in (student, teacher, counts))
-    # leaves of their own: each slice's graph ends here, and is freed before the next one
+    # Copies of what may need gradients, as leaves: each slice's graph ends at them, and is freed
+    # before the next slice. (The teacher's states and head need none.)
     states, head = (x.detach().requires_grad_(x.requires_grad) for x in (student, student_head))
     total = torch.zeros((), device=student.device)
     for begin in range(0, len(counts), KL_SLICE):
@@ -322,7 +324,8 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
         if kl.requires_grad:
             kl.backward()
         total += kl.detach()
-    # The gradients are computed already: total.backward() only hands them on, by a 0 that has them.
+    # The gradients are computed already, and total.backward() only hands them on: x - x.detach() is
+    # 0 with a gradient of 1, so its product with leaf.grad passes leaf.grad to x.
     for x, leaf in ((student, states), (student_head, head)):
         if leaf.grad is not None:  # somebody asked for it
             zero = x - x.detach()

@@ -52,7 +52,8 @@ def kl_on_text(model, reference, data, count):
 def settle_offset(model, data):
     """Set the decisions' offset so that the cache compresses held-out text by 2 to 4% more than the
     target, since other text may be compressed by less. The one-sided loss overshoots by much more,
-    which costs quality. The offset may fall by 1 at most, which is less than the noise in training.
+    which costs quality. The offset may fall by 1 at most: decisions whose logits are that near to 0
+    were not certain in training either, where the noise is larger.
     Returns the compression ratio."""
     settings = model.config.dms
     least = 1.02 * settings.target_cr
@@ -81,7 +82,7 @@ def settle_offset(model, data):
             high = middle
         else:
             low = middle
-    return try_offset(low)  # few texts, of which none lies between; or it is out of reach
+    return try_offset(low)  # the ratio jumps over the range, or does not reach it
 
 
 def sliding_window(model, pairs):

@@ -56,8 +56,9 @@ def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
 
     At a temperature below 1e-5 the likeliest token is taken. Otherwise the distribution is cut to
     the top_k likeliest tokens (0: all), then to the fewest that hold top_p of the mass, then to
-    those at least min_p times as likely as the first. The token is where the running sum of what is
-    left passes `uniform`, in order of likelihood if it was sorted, else of token ids.
+    those at least min_p times as likely as the first. What is left is sampled by its inverse
+    distribution function: the token is where the running sum of the mass passes `uniform`. The sum
+    runs in order of likelihood where the logits were sorted, else in order of token ids.
     """
     if not temperature >= 1e-5:  # NaN, too
         return logits.argmax(-1)
@@ -92,10 +93,10 @@ def next_tokens(sequences, logits):
     together; what runs beside a sequence changes nothing for it."""
     tokens = {}
     for sampling in {s.sampling for s in sequences}:
-        rows = {s: penalized(row, s) for s, row in zip(sequences, logits) if s.sampling == sampling}
-        uniform = torch.tensor([s.uniform() for s in rows], device=logits.device)
-        new = sample(torch.stack([*rows.values()]), uniform, *sampling[:4])
-        tokens |= zip(rows, new.tolist())
+        alike = {s: penalized(x, s) for s, x in zip(sequences, logits) if s.sampling == sampling}
+        uniform = torch.tensor([s.uniform() for s in alike], device=logits.device)
+        new = sample(torch.stack([*alike.values()]), uniform, *sampling[:4])
+        tokens.update(zip(alike, new.tolist()))
     return tokens
 
 
@@ -232,8 +233,8 @@ class Scheduler:
             require(0 in self.cache.seen, "no place is free in the cache; ask for release=True")
             sequence.index = self.cache.seen.tolist().index(0)
         self.running.append(sequence)  # already here: if no page is left, `step` takes it off
-        # last.ids[: last.fed] is its prompt, or [], which no prompt equals, if it is over already
-        # and has given up its place
+        # It has said one token by now, so last.ids[: last.fed] is its prompt. (If that token ended
+        # it, and it has given up its place, fed is 0, and no prompt equals [].)
         if last and sequence.fed == 0 and sequence.ids == last.ids[: last.fed]:
             places = range(self.cache.batch_size)
             self.cache.select([last.index if i == sequence.index else i for i in places])
@@ -307,8 +308,9 @@ class Stream:
         self.show = show
         self.text = ""
         self.stopped = False
-        # The last tokens, and how many characters of their text are out. The first of them has been
-        # let out before: without it the next would lose its space (Llama 2's), as a text's first.
+        # The last tokens, and how many characters of their text are out. The first token is out
+        # already. It stays, since some decoders (Llama 2's) drop a text's first space: so they
+        # would drop that of any token that is decoded alone.
         self.ids = []
         self.out = 0
 
@@ -317,9 +319,10 @@ class Stream:
         text = self.decode(self.ids)
         name = str(self.name_of(token))
         has_no_text = not self.decode([token])
-        # A later token may change the text after a token without any (a special one, with bytes on
-        # both sides), after a token of one byte, <0x0A> (a wrong byte makes U+FFFD of all bytes
-        # beside it), and after the first bytes of a character, which are U+FFFD until it is whole.
+        # A later token may still change the text
+        # - after a token without text: a special one may stand between two bytes of a character,
+        # - after a token that is one byte, <0x0A>: a wrong one makes U+FFFD of all bytes beside it,
+        # - after the first bytes of a character, which are U+FFFD until it is whole.
         may_change = has_no_text or name.startswith("<0x") or text.endswith("\ufffd")
         if has_no_text and name in self.stops:
             self.stopped = True
@@ -418,7 +421,8 @@ class Session:
             own["stop"] = [own["stop"]]
         options = replace(self.options, seed=seed)
         for key, value in own.items():
-            if key in OWN_OPTIONS:  # JSON may have "5" or 5.0 for 5
+            # these annotations are types, which convert: JSON may have "5" or 5.0 for 5
+            if key in OWN_OPTIONS:
                 setattr(options, key, Options.__annotations__[key](value))
             elif key not in OF_PROMPT:
                 say(f"what requests say about {key} has no effect")
@@ -477,7 +481,9 @@ def chat(session):
         turns.append({"role": "user", "content": line.rstrip("\n")})
         text = session.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         if chain.ids and chain.ids[-1] in session.end_ids:
-            chain.ids.pop()  # the cache does not hold it yet, and the text has it
+            # The cache holds chain.ids[: chain.fed], all but this end token. The template's text
+            # begins with it, so it comes from there.
+            chain.ids.pop()
         ids = chain.ids + session.tokenizer.encode(text.split(mark)[-1], add_special_tokens=False)
         [turn] = session.chains({"n": 1}, session.options.seed, ids)
         chain = replace(turn, index=chain.index, fed=chain.fed)
@@ -513,7 +519,7 @@ def answer_of(chains):
             "finish_reason": [chain.finish_reason for chain in chains]}
 
 
-BEGINNING = '{"generated": {"line": '  # of each line of --out
+BEGINNING = '{"generated": {"line": '  # of each line of --out, by which a torn one is known
 
 
 def line_of(generated, request):

@@ -122,10 +122,11 @@ class Rows:
 
     def pages_to_be_written(self, page_size):
         """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window.
-        The row's last slot is always one: when its token leaves the window and is kept, a newer one
-        is appended behind it. So a last page with room is among them. A row that has not yet filled
-        its ring marks pages by stale entries, too. That does no harm: all that it holds is in its
-        window, so all its pages are among them anyway."""
+
+        A last page with room is among them, since the row's last slot always is of the window: as
+        soon as its token leaves and is kept, a newer one is appended behind it. Entries of the ring
+        that are not filled yet mark pages for nothing, which does no harm: as long as there are
+        any, all that the row holds is in its window."""
         column = self.ring // page_size
         written = torch.zeros_like(self.table, dtype=torch.bool)
         written.scatter_(2, column.long(), True)
@@ -141,7 +142,7 @@ def fork(rows, index, pool):
     is_same = index[:, None] == index
     is_copy = is_same.tril(-1).any(dim=1)  # of an earlier row
     to_copy = forked.pages_to_be_written(pool.page_size) & is_copy[:, None]
-    originals = forked.table[to_copy]
+    originals = forked.table[to_copy]  # in use: the first that continues a row keeps them
     in_use = forked.pages_in_use(pool.page_size)
     pool.free_all_but(forked.table[in_use], needed=len(originals))
     own = pool.take(len(originals))
@@ -200,15 +201,17 @@ def store(k, v, evict, new, rows, pool, window):
         survivors       x  y  z               the new tokens that are stored
         afterwards      a  x  c  y  e  z
 
-    No hole is left below the new length: at most min(new, W) tokens leave the window, and the last
-    min(new, W) new ones are in it, so at least that many survive.
+    No hole is left below the new length. At most min(new, W) tokens leave the window, so there are
+    at most so many holes. And at least so many tokens survive: the last min(new, W) new ones, which
+    are in the window.
 
     k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
     (N,) int64, how many of the T are real. All of the rows' state is updated but `seen`. Pages that
     are written to must not be shared, and the tables must have room. Raises CacheFull, after which
     the rows must be released.
     """
-    position = pool.position[rows.table].flatten(1)  # (N, S), S = M * page_size
+    # (N, S), S = M * page_size. Entries that name no page give anything, which in_use leaves out.
+    position = pool.position[rows.table].flatten(1)
     evicted = pool.evicted[rows.table].flatten(1)
     slot = torch.arange(position.shape[1], device=k.device)
     in_use = slot < rows.length[:, None]
@@ -286,8 +289,8 @@ def choose_kernels(device, dtype):
             from kernels import cpu
 
             return Kernels(cpu.store_one, cpu.attend_one, attend_block)
-    except (ImportError, RuntimeError):  # no Triton, no kernels/, no numba or no folder for it
-        pass
+    except (ImportError, RuntimeError):
+        pass  # no Triton, numba or kernels/, or no folder in which numba may keep compiled code
     return PLAIN
 
 
@@ -465,12 +468,15 @@ class KVCache:
                 self.widen_tables(T, longest)
             part = self.rows.select(rows)
             new = count.clamp(max=T).repeat_interleave(self.kv_heads)  # (N,)
-            attended = part.length + new  # by a block, (L, N): what was held, and itself
+            # (L, N), what a block attends to: the pairs held before it, and its own
+            attended = part.length + new
             start = part.seen[:: self.kv_heads, None]  # (B, 1)
             yield piece, PieceAttention(self, part, new, start)
             count = (count - T).clamp(min=0)
             part.seen += new  # a view of the cache's own
-            if T == 1:  # a single token reuses a slot before it attends
+            # a single token attends to what its rows hold now, when the caller has stored it: part
+            # is a view, and a slot may have been reused
+            if T == 1:
                 attended = part.length
             self.reads += (attended * (new > 0)).sum()
             self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
@@ -482,15 +488,15 @@ class KVCache:
         CacheFull before anything has changed. It waits for the GPU, once."""
         part = self.rows.select(rows)
         new = count.repeat_interleave(self.kv_heads)
-        # The slot of the token that leaves the window is reused if that was evicted. (With shift 1
-        # and window 0 the token that leaves is the newest, which only this step decides about. Here
-        # it counts as kept: so at worst a page too many is asked for.)
+        # The slot of the token that leaves the window is reused if that was evicted.
         W = self.window + 1
         entry = (part.seen % W)[None, :, None]  # of the ring, in all layers
         leaving = part.ring.take_along_dim(entry, dim=2).long()  # slots, (L, N, 1)
         page = part.table.take_along_dim(leaving // self.page_size, dim=2)
         was_evicted = self.pool.evicted[page, leaving % self.page_size]
         was_evicted = was_evicted[..., 0]  # (L, N)
+        # With shift 1 and window 0 the token that leaves is the newest, which only this step
+        # decides about. Here it counts as kept, so at worst a page too many is asked for.
         reused = was_evicted & (part.seen >= W)
         is_full = part.length % self.page_size == 0  # the row's last page
         needed = (is_full & ~reused & (new > 0)).sum()
@@ -533,10 +539,11 @@ class KVCache:
         dropped = set(range(self.batch_size)).difference(sequences)
         self.count_ended(self.rows_of(dropped))
         if len(sequences) != self.batch_size:
-            self.rows = chosen  # of another batch size a step is captured anew
+            self.rows = chosen
             return
+        # in place where the shapes allow it, since a CUDA graph (generate.py) holds these addresses
         for name, mine in vars(self.rows).items():
-            mine.copy_(getattr(chosen, name))  # since a captured step goes on reading these
+            mine.copy_(getattr(chosen, name))
 
     # ------------------------------------------------------------------------------------ Counting
 

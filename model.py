@@ -63,6 +63,7 @@ class ModelConfig:
         """The tokens that the model can take: as its RoPE is scaled, which may be more than
         config.json states. Qwen's instructions for YaRN leave max_position_embeddings as it was."""
         rope = self.rope_scaling or {}
+        # llama3 is scaled, too, but its config.json states the context that it comes to
         if rope.get("rope_type") not in ("linear", "yarn"):
             return self.max_position_embeddings
         scaled = original_context(self) * rope.get("factor", 1)
@@ -171,7 +172,8 @@ class Attention(nn.Module):
     def add_adapter(self):
         """The decision's own weights, which decide nothing yet (s = 0), in float32."""
         config = self.config
-        with self.q_proj.weight.device:  # the names are NVIDIA's
+        with self.q_proj.weight.device:
+            # the names are NVIDIA's
             self.dms_proj_alpha_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.dms_proj_alpha = nn.Linear(
                 config.hidden_size, config.num_key_value_heads, bias=config.attention_bias)
@@ -192,8 +194,9 @@ class Attention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         logits = self.decide(residual, q)
-        # The borrowed channel is silenced before RoPE, so that it does not leak into its partner
-        # D/2 - 1, and after it, since the partner leaks into it. Released models expect both.
+        # RoPE mixes each channel with its partner. Silenced before, the borrowed channel does not
+        # leak into channel D/2 - 1; silenced after, it does not keep what that one leaks into it.
+        # Released models expect both.
         q = apply_rope(self.without_borrowed(q), *rope)
         q = self.without_borrowed(q)
         k = apply_rope(k, *rope)

@@ -53,6 +53,7 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
         return False  # `forward` makes the cache
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **others):
+        # "cache" is its name since transformers 5.24
         cache = others.get("cache", others.get("past_key_values"))
         seen = cache.columns if cache is not None else 0
         return dict(input_ids=input_ids[:, seen:], attention_mask=attention_mask, cache=cache)
@@ -62,6 +63,7 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
         """Next-token logits of the new columns, input_ids (B, T). attention_mask: 0 for padding, on
         either side. The tokens of a sequence move to the front, and their states back."""
         engine = self.engine
+        # no module of this one, it has not moved with it
         engine.rope_freq = engine.rope_freq.to(input_ids.device)
         B, T = input_ids.shape
         if cache is None:

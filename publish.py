@@ -60,22 +60,23 @@ def write_release(options, out):
     folder = resolve(options.model)
     raw = read_json(folder / "config.json")
     base = options.base or raw.get("dms_base_model")
-    is_alone = "dms_base_model" in raw and not options.merge  # only adapters are written
-    # a folder, which nobody else has
-    is_here = base and ((folder / base).is_dir() or Path(base).is_dir())
+    only_adapters = "dms_base_model" in raw and not options.merge  # only adapters are written
+    # is the base a folder here, which nobody else has?
+    is_local = base and ((folder / base).is_dir() or Path(base).is_dir())
     require(model.config.dms, f"{options.model}: is a dense model; retrofit it")
-    require(not (is_alone and is_here), f"{base}: is a folder here; give its hub id with --base")
+    require(not (only_adapters and is_local), f"{base}: is a folder; give its hub id: --base")
 
     copy_tokenizer(folder, out)
     run = read_optional(folder / "results.json")
     if run:
         write_json(out / "results.json", run)
-    weights = "the adapters alone, to be laid over the base" if is_alone else "all weights"
-    (out / "README.md").write_text(card(model.config, None if is_here else base, weights, run))
-    # of --base another commit than the loaded one may be meant: "" leaves it open
+    weights = "the adapters alone, to be laid over the base" if only_adapters else "all weights"
+    (out / "README.md").write_text(card(model.config, None if is_local else base, weights, run))
+    # revision: a commit, None for the one that was loaded, or "" for none: of --base another may be
+    # meant
     revision = "" if options.base else raw.get("dms_base_revision")
-    save_model(model, out, None, base if is_alone else None, revision)
-    if not is_alone:
+    save_model(model, out, None, base if only_adapters else None, revision)
+    if not only_adapters:
         add_remote_code(model.config, out)
 
 

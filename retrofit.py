@@ -83,7 +83,7 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] = None  # of frozen weights (GPU: bfloat16)
 
     def settings(self):
-        """What is written down of a run: all but where and how it runs."""
+        """What is written down of a run: all but the options that --resume may change."""
         changing = ("resume", "out", "device", "shard")
         return {k: v for k, v in vars(self).items() if k not in changing}
 
@@ -92,10 +92,11 @@ class Options:
 
 
 def load_pair(options):
-    """(student, ready to be trained; teacher). "all": two models, the student in float32, and what
-    start_retrofit changes is sharded with the rest. "adapters": one model, its own teacher where
-    attention ignores the decisions; it is sharded first, so that every process has the adapters,
-    which are small, in whole."""
+    """(student, ready to be trained; teacher).
+
+    "all": two models. The student is in float32, and is sharded after start_retrofit.
+    "adapters": one model, which is its own teacher when attention ignores the decisions. It is
+    sharded before start_retrofit, so that every process has the small adapters in whole."""
     train_all = options.train == "all"
     device = "cpu" if options.shard else options.device  # shard() moves it, piece by piece
     teacher = load_model(options.model, device, getattr(torch, options.dtype))
@@ -181,7 +182,7 @@ class Distillation:
             target = self.teacher.hidden(ids, dms.document_attention(packing), start)
         relaxed = dms.RelaxedAttention(self.student.config.dms, packing, self.attention, seeds)
         states = self.student.hidden(ids, relaxed, start, recompute=ids.shape[1] > RECOMPUTES)
-        # asked for only now: under --shard they are whole after a forward pass
+        # asked for only now: FSDP2 leaves the root's own weights whole after a forward pass
         heads = (self.student.lm_head.weight, self.teacher.lm_head.weight)
         counts = packing.predicts()
         kl = dms.distillation_loss(states, target, *heads, counts, self.options.reverse_kl)
@@ -299,7 +300,7 @@ def complete(options):
 def parse(argv=None):
     """The Options: what the command line states, then a resumed run's own, then defaults."""
     stated = parse_options(Options, argv)
-    options = Options(**stated)  # enough to know the folder
+    options = Options(**stated)  # for the folder alone, which follows from --model and --target-cr
     out = options.out or f"out/{Path(options.model).name}-dms-{options.target_cr:g}x"
     if options.resume:
         saved = read_json(Path(out) / "settings.json")

@@ -34,8 +34,8 @@ def show_evictions(file, cache, sequence, stream):
 
 
 def texts_of(stream, ids):
-    """Yield the text of each token. What several tokens make together stands at the one that makes
-    it certain; the others are dots."""
+    """Yield the text of each token. Where several make one character, as the bytes of an emoji do,
+    it stands at the last of them, and the others are dots."""
     for token in ids:
         begin = len(stream.text)
         stream(token)

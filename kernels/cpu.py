@@ -81,8 +81,13 @@ def _store(shift, k, v, evict, new, seen, length, table, ring,
 
 @numba.njit(fastmath=fast, cache=True)
 def attend_page(q, keys, values, weight, out):
-    """Add one page's part to out (D + 2,): the weighted values, the sum of the weights, both
-    relative to the highest score so far, and that score. weight: room for one number a slot."""
+    """Add one page's part to out (D + 2,).
+
+    out[:D]     the sum of weighted values      weight of a slot: exp(its score - out[D + 1])
+    out[D]      the sum of the weights
+    out[D + 1]  the highest score so far
+
+    weight: room for one number a slot, first its score."""
     D = len(q)
     top = out[D + 1]
     for t in range(len(keys)):

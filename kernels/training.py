@@ -89,7 +89,8 @@ def _by_queries(
     else:
         norm = tl.zeros((OWN,), tl.float32)
         top = norm - 1e30  # the highest score so far, which weights are relative to
-    begin = tl.load(first_ptr + start) // OTHER * OTHER  # where a block of keys begins
+    # `first` never falls, so that of the first query is the least; down to a whole block of keys
+    begin = tl.load(first_ptr + start) // OTHER * OTHER
     for block in range(begin, start + OWN, OTHER):
         key = block + tl.arange(0, OTHER)
         other = vectors(key, kv_head, Hkv, D)
@@ -213,5 +214,6 @@ def relaxed_attention(q, k, v, bias, first, window):
     starts = T * torch.arange(B, device=first.device)
     first = F.pad((first + starts[:, None]).int().flatten(), (0, more), value=N)
     check_launch(D, *inputs, bias, first)
+    # min: key + window must fit 32 bits
     y = BiasedAttention.apply(*inputs, bias, first, min(window, T), D**-0.5, sizes)
     return y[:N, :, :D].unflatten(0, (B, T)).transpose(1, 2)

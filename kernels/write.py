@@ -30,8 +30,8 @@ def _store(
     k_ptr, v_ptr, evict_ptr, new_ptr, seen_ptr, length_ptr, table_ptr, ring_ptr, keys_ptr,
     values_ptr, position_ptr, evicted_ptr, free_ptr, free_count_ptr, table_stride,
     D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
-    """Program (row,). Its threads wait for one another at a barrier: all have read what is changed
-    behind it, and behind it all see what was changed before."""
+    """Program (row,). Its threads wait for one another at each barrier: what is read above it is
+    read before anything below is written, and what is written above it is seen below."""
     row = tl.program_id(0)
     if tl.load(new_ptr + row) == 0:
         return

@@ -162,8 +162,8 @@ def test_what_cannot_be_released_is_refused_and_a_failure_leaves_nothing(run, mo
     adapters, new = run / "adapters", run / "new" / "release"
     before = sorted(run.rglob("*"))
     for model, out, more, named in (
-            (adapters, new, [], "is a folder here; give its hub id with --base"),
-            (adapters, new, ["--base", str(run / "base")], "is a folder here"),
+            (adapters, new, [], "is a folder; give its hub id: --base"),
+            (adapters, new, ["--base", str(run / "base")], "is a folder"),
             (run / "base", new, [], "is a dense model"), (run / "no", new, [], "no such folder"),
             (adapters, adapters, ["--merge"], "is already there")):
         with pytest.raises(InputError, match=named):
