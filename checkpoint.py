@@ -118,8 +118,8 @@ def config_to_dict(config):
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
         raw[SEPARATE] = settings.source == "adapter"
         # NVIDIA's code wants a block of 256 on a GPU, and refuses one not smaller than the window.
-        # It always shifts by one. So that it refuses a model without a shift, whose decisions it
-        # would misread, that gets a block as large as the window.
+        # Shift 1: the largest power of two below the window, at most 256. Shift 0: the window
+        # itself. That is refused, as it should be, since NVIDIA's code always shifts by one.
         block = min(256, 2 ** (max(settings.window - 1, 1).bit_length() - 1))
         raw["dms_paged_attention_block_size"] = block if settings.shift else settings.window
     return raw

@@ -62,10 +62,13 @@ def document_of(record):
     problem without a solution that is right (and complete, where that is stated)."""
     names = document_columns(record)
     asked, *others = (record[name] for name in names)
-    # messages; a string in their place becomes a list of letters, which no template takes
+    # Alone, `asked` is a text, or messages. (A string in their place becomes a list of letters,
+    # which no template takes.)
     if not others:
         return asked if names == ["text"] else list(asked)
-    told, *more = others  # more: flags of solutions, or the input of an instruction
+    # Else it is a question, `told` its answer or answers, and `more` flags for each of these, or an
+    # instruction's input.
+    told, *more = others
     if "generations" in names:  # several solutions; in each further column a flag for each of them
         flags = (flag or [] for flag in more)  # a null column: none counts as right
         told = next((text for text, *good in zip(told, *flags) if all(good)), None)

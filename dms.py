@@ -215,8 +215,8 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
     q_by_group = scaled.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, T, D)
     k = k.float()
     v = v.float()
-    outputs = []
-    for start in range(0, T, block):
+
+    def attend(start):  # what it needs only for a moment is free again when it returns
         end = min(start + block, T)  # all keys from there on lie in the future
         query = torch.arange(start, end, device=q.device)[:, None]
         key = torch.arange(end, device=q.device)
@@ -226,10 +226,13 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
         added = added.masked_fill(unseen[:, None], float("-inf"))
         q_block = q_by_group[:, :, :, start:end]
         score = torch.einsum("bhgid,bhjd->bhgij", q_block, k[:, :, :end])
-        weight = (score + added[:, :, None]).softmax(dim=-1)
+        score = score + added[:, :, None]
+        weight = score.softmax(dim=-1)
         y = torch.einsum("bhgij,bhjd->bhgid", weight, v[:, :, :end])
-        outputs.append(y.flatten(1, 2))  # (B, Hq, n, D)
-    return torch.cat(outputs, dim=2).to(q.dtype)
+        return y.flatten(1, 2)  # (B, Hq, n, D)
+
+    blocks = [attend(start) for start in range(0, T, block)]
+    return torch.cat(blocks, dim=2).to(q.dtype)
 
 
 @dataclass

@@ -233,8 +233,8 @@ class Scheduler:
             require(0 in self.cache.seen, "no place is free in the cache; ask for release=True")
             sequence.index = self.cache.seen.tolist().index(0)
         self.running.append(sequence)  # already here: if no page is left, `step` takes it off
-        # It has said one token by now, so last.ids[: last.fed] is its prompt. (If that token ended
-        # it, and it has given up its place, fed is 0, and no prompt equals [].)
+        # `last` has said one token by now, so last.ids[: last.fed] is its prompt. (If that token
+        # ended it, and it has given up its place, last.fed is 0, and no prompt equals [].)
         if last and sequence.fed == 0 and sequence.ids == last.ids[: last.fed]:
             places = range(self.cache.batch_size)
             self.cache.select([last.index if i == sequence.index else i for i in places])

@@ -193,8 +193,8 @@ def store(k, v, evict, new, rows, pool, window):
     """Store new tokens, and free the slots of what nobody will see any more.
 
     Afterwards only what the last new token sees is of use. So every pair held that it does not see
-    leaves its slot open, and a new token that it does not see is never stored. The others, the
-    survivors, take the open slots in order, and so do those behind the row's last slot:
+    leaves its slot open, and a new token that it does not see is never stored. All slots behind the
+    row's last one are open, too. The other new tokens, the survivors, take the open slots in order:
 
         slots held      a  b  c  d  e         b and d were evicted, and now leave the window
         open            -  1  -  3  -  5  6   their slots, and all behind the last

@@ -229,8 +229,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, C, bias=config.mlp_bias)
 
     def forward(self, x):
-        gate = F.silu(self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):

@@ -72,8 +72,8 @@ def write_release(options, out):
         write_json(out / "results.json", run)
     weights = "the adapters alone, to be laid over the base" if only_adapters else "all weights"
     (out / "README.md").write_text(card(model.config, None if is_local else base, weights, run))
-    # revision: a commit, None for the one that was loaded, or "" for none: of --base another may be
-    # meant
+    # With --base no commit is stated, since the recorded one may belong to another repository.
+    # (None would be the one that was loaded.)
     revision = "" if options.base else raw.get("dms_base_revision")
     save_model(model, out, None, base if only_adapters else None, revision)
     if not only_adapters:

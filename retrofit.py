@@ -347,6 +347,7 @@ def main(argv=None):
         if data.revision and "@" not in options.data:
             options.data += f"@{data.revision}"  # settings.json keeps the commit for --resume
         if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
+            # The most that held-out documents allow: if all is evicted, their windows stay.
             lengths = sum(data.held_out(settling_sequences(options.seq_len))[1], [])
             in_windows = sum(min(n, options.window + 1) for n in lengths)
             require(sum(lengths) / in_windows >= options.target_cr,

@@ -134,7 +134,7 @@ def attend_block(q, k, v, evict, new, rows, pool, window, is_block=True):
     tensors += [rows.seen, rows.length, rows.table, *pool.slots]
     check_launch(D, *tensors)
     width = max(triton.next_power_of_2(D), 16)
-    queries, _, keys = block_sizes(q, width)
+    queries, _, keys = block_sizes(q, width)  # few keys: a block's queries take the registers
     warps = 8
     parts = 1
     if not is_block:  # reading is what takes time: few queries, and 16 KiB of keys at a time
