@@ -1,8 +1,6 @@
-"""
-What several test files need: small random models, dense and DMS, that decide at random but
+"""What several test files need: small random models, dense and DMS, that decide at random but
 reproducibly; a random life of a cache, and what each of its rows must hold; how Triton's kernels
-run without a GPU, and how they are compiled for one.
-"""
+run without a GPU, and how they are compiled for one."""
 import os
 import random
 import re

@@ -1,11 +1,6 @@
-"""
-The kernels against the plain functions that they equal: on a GPU where there is one, and else under
-Triton's interpreter in processes of their own (test_interpreter), or by hand:
-
-    TRITON_INTERPRET=1 pytest tests/test_kernels.py
-
-On a GPU most of the time goes into compiling; several processes share it: pytest -n 12.
-"""
+"""The kernels against the plain functions that they equal: on a GPU where there is one (pytest -n 12
+shares the compiling), else under Triton's interpreter in processes of their own, or by hand:
+TRITON_INTERPRET=1 pytest tests/test_kernels.py"""
 import math
 import random
 import sys
