@@ -1,5 +1,5 @@
-"""A GPU made of a CPU's memory, to find what a real one would refuse. Within `simulated_gpu()` there
-is a device "cuda:0", whose tensors say that they are there, and are computed by the CPU; to mix them
+"""A GPU made of a CPU's memory, to find what a real one would refuse. In `simulated_gpu()` there is
+a device "cuda:0". Its tensors say that they are there, and are computed by the CPU. To mix them
 with a CPU's raises, as on a GPU. There is no Triton, so the plain functions run."""
 
 import sys

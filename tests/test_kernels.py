@@ -1,5 +1,5 @@
-"""The kernels against the plain functions that they equal: on a GPU where there is one (pytest -n 12
-shares the compiling), else under Triton's interpreter in processes of their own, or by hand:
+"""The kernels against the plain functions that they equal: on a GPU, where there is one (pytest
+-n 12 shares the compiling), else under Triton's interpreter in processes of their own, or by hand:
 TRITON_INTERPRET=1 pytest tests/test_kernels.py"""
 import math
 import random
