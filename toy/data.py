@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
@@ -50,10 +51,19 @@ class ToyData:
         return ids[:, :longest], lengths
 
     def batches(self, step):
-        """Endless: (ids (B, T), the lengths of each sequence's documents) from a step on."""
-        for number in itertools.count(step):
+        """Endless: (ids (B, T), the lengths of each sequence's documents) from a step on. While one
+        batch is trained on, a thread makes the next."""
+
+        def make(number):
             rng = random.Random(f"{self.seed} {number}")
-            yield self.sequences(rng, "train", self.batch_size)
+            return self.sequences(rng, "train", self.batch_size)
+
+        with ThreadPoolExecutor(1) as thread:
+            upcoming = thread.submit(make, step)
+            for number in itertools.count(step + 1):
+                batch = upcoming.result()
+                upcoming = thread.submit(make, number)
+                yield batch
 
     def held_out(self, count):
         return self.sequences(random.Random("held out"), "test", count)
