@@ -84,6 +84,8 @@ def read_rope(raw, where):
     for rope in found:
         rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
         theta = rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+        if beside := raw.get("original_max_position_embeddings"):  # it counts before rope's own
+            rope["original_max_position_embeddings"] = beside
         require(rope == found[0] and theta == raw.get("rope_theta", theta),
                 f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other")
     if "attn_factor" in rope:
@@ -194,7 +196,7 @@ def read_tensors(files, device, dtype):
     """{name: tensor} of safetensors files, straight onto the device."""
     tensors = {}
     for file in files:
-        damaged = explained(f"{file}: damaged; download or write it again", SafetensorError)
+        damaged = explained(f"{file}: damaged, or not a safetensors file", SafetensorError)
         with damaged, safe_open(file, "pt", str(device)) as stored:
             for name in stored.keys():
                 if name.endswith("rotary_emb.inv_freq"):
@@ -232,8 +234,12 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
     with torch.device("meta"):
         model = Model(config)
     tensors = read_tensors(files, device, dtype)
-    if config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings:  # one of the two is stored, or both
+        embedding = tensors.setdefault("model.embed_tokens.weight", tensors.get("lm_head.weight"))
+        head = tensors.setdefault("lm_head.weight", embedding)
+        require(head is embedding or head.equal(embedding),
+                f"{folder}: its lm_head is not tied; set tie_word_embeddings to false")
+        tensors["lm_head.weight"] = embedding
     # the error lists what is missing, unexpected or of another shape
     with explained(f"{folder}: does not fit its config.json", RuntimeError):
         model.load_state_dict(tensors, assign=True)
@@ -313,12 +319,17 @@ class Tokenizer:
             self.fast = tokenizers.Tokenizer.from_file(str(file))
         self.fast.no_truncation()
         self.fast.no_padding()
-        self.settings = read_optional(folder / "tokenizer_config.json")
-        self.template = self.settings.get("chat_template")
-        if isinstance(self.template, list):
-            self.template = {t["name"]: t["template"] for t in self.template}.get("default")
+        # the map is from older versions of transformers
+        self.settings = read_optional(folder / "special_tokens_map.json")
+        self.settings |= read_optional(folder / "tokenizer_config.json")
+        template = self.settings.get("chat_template")
         if (folder / "chat_template.jinja").exists():
-            self.template = read_text(folder / "chat_template.jinja")
+            template = read_text(folder / "chat_template.jinja")
+        if not isinstance(template, list):
+            template = [{"name": "default", "template": template}]
+        named = {t["name"]: t["template"] for t in template}
+        self.template = named.get("default")
+        self.tool_template = named.get("tool_use", self.template)
         self.end_id = self.fast.token_to_id(self.special("eos_token") or "")
 
     def special(self, name):
@@ -332,7 +343,8 @@ class Tokenizer:
         if isinstance(text, list):
             text = self.apply_chat_template(text, **template)
             add_special_tokens = False
-        return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        with explained("not a text", TypeError):  # or bytes that are not UTF-8
+            return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids, skip_special_tokens=False):
         return self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -342,12 +354,13 @@ class Tokenizer:
         add_special_tokens=False. The template gets the messages as they are, but for nulls, which
         it would write out. variables: what else it knows, as add_generation_prompt, tools or
         enable_thinking. Raises InputError with what it says of them."""
-        require(self.template, "there is no chat template; give a plain prompt instead")
+        require(self.template, "the model has no chat template; give plain text, or another model")
         names = "bos_token eos_token unk_token pad_token".split()
         known = stated({name: self.special(name) for name in names}) | variables
         with explained("the chat template refused these messages", Exception):
             messages = [stated(message) for message in messages]
-            return compile_template(self.template).render(known, messages=messages)
+            template = self.tool_template if known.get("tools") else self.template
+            return compile_template(template).render(known, messages=messages)
 
 
 load_tokenizer = Tokenizer
@@ -358,7 +371,8 @@ load_tokenizer = Tokenizer
 SAMPLING = "temperature top_k top_p min_p repetition_penalty".split()
 NOT_DONE = """num_beams no_repeat_ngram_size typical_p min_length min_new_tokens suppress_tokens
     begin_suppress_tokens bad_words_ids sequence_bias stop_strings penalty_alpha guidance_scale
-    presence_penalty frequency_penalty epsilon_cutoff eta_cutoff top_h""".split()
+    presence_penalty frequency_penalty epsilon_cutoff eta_cutoff top_h forced_eos_token_id
+    watermarking_config exponential_decay_length_penalty encoder_repetition_penalty""".split()
 
 
 def generation_defaults(folder):
@@ -369,7 +383,7 @@ def generation_defaults(folder):
         say(f"{folder}: generation_config.json asks for {', '.join(ignored)}, which is not done")
     if raw.get("do_sample") is False:
         raw["temperature"] = 0.0
-    return {name: raw[name] for name in SAMPLING if name in raw}
+    return {name: float(raw[name]) for name in SAMPLING if name in raw}
 
 
 def end_ids(folder, tokenizer):

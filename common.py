@@ -97,8 +97,9 @@ def choose_device(options):
     own GPU. GPUs before Ampere (sm_80) compute float16, not bfloat16."""
     if options.device == "cuda":
         options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    with explained(f"--device {options.device}: not to be had here", Exception):
+        torch.empty(0, device=options.device)
     if options.device.startswith("cuda"):
-        require(torch.cuda.is_available(), f"--device {options.device}: PyTorch finds no GPU here")
         torch.cuda.set_device(options.device)
         # cuDNN's attention plans for each new shape; 0.4 s each have been reported
         torch.backends.cuda.enable_cudnn_sdp(False)

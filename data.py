@@ -28,7 +28,7 @@ from pathlib import Path
 import huggingface_hub as hub
 import torch
 
-from common import explained, read_text, require, say
+from common import InputError, explained, read_text, require, say
 
 DEFAULT = "open-r1/OpenR1-Math-220k"
 # The columns that make a document: what is asked, what is told, and more (see document_of).
@@ -36,7 +36,8 @@ DEFAULT = "open-r1/OpenR1-Math-220k"
 COLUMNS = """problem+generations+correctness_math_verify+is_reasoning_complete
     problem+generations+correctness_math_verify messages conversations prompt+response
     prompt+completion question+answer instruction+output+input instruction+output text""".split()
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words for them
+ROLES = {"human": "user", "observation": "tool",  # ShareGPT's words for them, and others'
+         **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "assistant")}
 HELD_OUT = 50  # one record in so many
 
 
@@ -54,6 +55,8 @@ def document_columns(columns):
     """The names of the columns that make the document: the first of COLUMNS that are there."""
     names = next((names for names in COLUMNS if set(names.split("+")) <= set(columns)), None)
     require(names, f"its columns are {list(columns)}; wanted are one of: {', '.join(COLUMNS)}")
+    if ignored := {"system", "tools", "history"} & set(columns):
+        say(f"what the columns {sorted(ignored)} say has no effect")
     return names.split("+")
 
 
@@ -89,8 +92,9 @@ def conversation(tokenizer, turns):
     end the prompt with <think>, and leave thoughts out of the messages that they show. Then the
     answer is put together from the last message's thought and text.
     """
-    if "from" in turns[0]:  # in ShareGPT's words
-        turns = [{"role": ROLES.get(t["from"], t["from"]), "content": t["value"]} for t in turns]
+    if "from" in turns[0]:  # ShareGPT's keys
+        turns = [{"role": turn["from"], "content": turn["value"]} for turn in turns]
+    turns = [turn | {"role": ROLES.get(turn["role"], turn["role"])} for turn in turns]
     *asked, last = turns
     text = last["content"] if isinstance(last.get("content"), str) else ""
     inline, _, text = text.rpartition("</think>")  # without the mark `inline` is empty
@@ -100,7 +104,8 @@ def conversation(tokenizer, turns):
     template = partial(tokenizer.apply_chat_template, enable_thinking=bool(thought),
                        strftime_now=lambda form: "26 Jul 2024")
     whole = template(turns).rstrip()  # without the line break behind the end token
-    if last["role"] != "assistant" or not text:  # a call of a tool only the template can write
+    # a call of a tool only the template can write
+    if last["role"] != "assistant" or last.get("tool_calls") or not text:
         return whole
     prompt = template(asked, add_generation_prompt=True)
     if whole.startswith(prompt) and thought in whole:  # it shows all that the model would say
@@ -127,7 +132,7 @@ def open_file(file):
         return [row.as_py for row in table.to_struct_array()]
     text = read_text(file).rstrip()
     if file.endswith(".jsonl"):
-        return [partial(json.loads, line) for line in text.split("\n")]
+        return [partial(json.loads, line) for line in text.split("\n") if line.strip()]
     return [partial(dict, text=paragraph) for paragraph in re.split(r"\n\s*\n", text)]
 
 
@@ -214,13 +219,18 @@ class TextData:
             order = sorted if held_out else partial(shuffled, key=f"{self.seed} {epoch}")
             for name in order(self.files):
                 file = self.fetch(name)
-                records = open_file(file)
+                try:
+                    records = open_file(file)
+                except InputError as e:  # one bad file ends no run
+                    say(f"{e}; it is skipped")
+                    continue
                 for n in order(range(len(records))):
                     is_ours = (n % HELD_OUT == 1) == held_out
                     if is_ours and (ids := self.encode(f"{file}: document {n + 1}", records[n])):
                         found_any = True
                         yield ids
-            require(found_any, f"{self.source}: no usable document, a text or a verified solution")
+            of_what = "to hold out (the 2nd of every 50)" if held_out else "to train on"
+            require(found_any, f"{self.source}: no text and no verified solution {of_what}")
 
     def encode(self, where, read):
         """The token ids of a document with one end token; [] if it is left out, or skipped."""

@@ -37,7 +37,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from checkpoint import SAMPLING, end_ids, generation_defaults, load_model, load_tokenizer, resolve
-from common import InputError, choose_device, parse_options, read_text, require, run_script, say
+from common import (InputError, choose_device, explained, parse_options, read_text, require,
+                    run_script, say)
 from kv_cache import PLAIN, CacheFull, KVCache
 from show import show_evictions
 
@@ -346,14 +347,18 @@ class Stream:
 
 
 # the contents of a box, in which braces may be nested three deep: \frac{\sqrt{x_{1}}}{2}
-BOXED = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
+BOXED = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})+)\}"
 # 12; -4, but not the -4 of 3-4; 12,345; 2.5e3; 1/2
-NUMBER = r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d+)?(?:/\d+)?"
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+)(?:\.\d+)?"
+NUMBER = rf"(?:(?<![\w.)])-)?{DIGITS}(?:[eE][+-]?\d+)?(?:/\d+)?"
+SPELLINGS = {"\u2212": "-", "{,}": ",", r"\!": "", r"\$": "", "$": "", r"\dfrac": r"\frac"}
 
 
 def final_answer(text):
     """What chains vote on: the contents of the last \\boxed{}, else the last number, else the last
     line. \\text{(A)} is A, and 12,345 is 12345."""
+    for spelling, usual in SPELLINGS.items():
+        text = text.replace(spelling, usual)
     found = re.findall(BOXED, text) or re.findall(NUMBER, text) or text.strip().split("\n")
     answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", found[-1]).strip()
     answer = re.sub(r"^\((\w)\)$", r"\1", answer)
@@ -423,7 +428,8 @@ class Session:
         for key, value in own.items():
             # these annotations are types, which convert: JSON may have "5" or 5.0 for 5
             if key in OWN_OPTIONS:
-                setattr(options, key, Options.__annotations__[key](value))
+                with explained(key, TypeError, ValueError):
+                    setattr(options, key, Options.__annotations__[key](value))
             elif key not in OF_PROMPT:
                 say(f"what requests say about {key} has no effect")
         if ids is None:
@@ -432,12 +438,14 @@ class Session:
             if isinstance(prompt, str) and self.tokenizer.template and not options.raw:
                 prompt = [{"role": "user", "content": prompt}]
             variables = {key: own[key] for key in ("tools", "enable_thinking") if key in own}
-            variables |= own.get("chat_template_kwargs", {})
-            ids = self.tokenizer.encode(prompt, add_generation_prompt=True, **variables)
+            variables |= {"add_generation_prompt": True} | own.get("chat_template_kwargs", {})
+            ids = self.tokenizer.encode(prompt, **variables)
         length = len(ids) + options.max_new_tokens
         config = self.model.config
-        require(options.n > 0 and 0 < len(ids) < length <= config.context,
+        require(min(options.n, options.max_new_tokens) > 0, "n, max_new_tokens: give 1 or more")
+        require(0 < len(ids) and length <= config.context,
                 f"{len(ids)} + {options.max_new_tokens} tokens: the context has {config.context}")
+        require(max(ids) < config.vocab_size, "it has a token that the model does not know")
         if length > config.max_position_embeddings:
             say("warning: longer than the context that config.json states, as its RoPE allows")
         sampling = Sampling(*[getattr(options, name) for name in Sampling._fields])
@@ -453,7 +461,7 @@ class Session:
         model = self.model
         if self.cache is None:
             memory = self.options.memory and self.options.memory * 1e9
-            places = min(self.options.batch, len(key_of) or 1)
+            places = max(min(self.options.batch, len(key_of)), 1)
             self.cache = KVCache(model.config, places, model.device, model.dtype, memory=memory)
         begin = time.perf_counter()
         for new in generate(model, self.cache, list(key_of), self.end_ids, release):
@@ -485,7 +493,12 @@ def chat(session):
             # begins with it, so it comes from there.
             chain.ids.pop()
         ids = chain.ids + session.tokenizer.encode(text.split(mark)[-1], add_special_tokens=False)
-        [turn] = session.chains({"n": 1}, session.options.seed, ids)
+        try:
+            [turn] = session.chains({"n": 1}, session.options.seed, ids)
+        except InputError as problem:  # too long: as if it had not been said
+            print(problem, file=sys.stderr)
+            turns.pop()
+            continue
         chain = replace(turn, index=chain.index, fed=chain.fed)
         list(session.run({0: [chain]}, release=False))  # to its end
         answer_of([chain])
@@ -557,6 +570,7 @@ def serve(session):
         for number in sorted(requests.keys() - answered_lines(out, requests)):
             try:
                 request = json.loads(requests[number])
+                require(isinstance(request, dict), "a request is a JSON object")
                 require("generated" not in request, 'a request must not have a key "generated"')
                 chains[number] = session.chains(request, f"{options.seed} {number}")
             except Exception as e:  # as there may be anything

@@ -387,7 +387,7 @@ class KVCache:
         pages = L * N * -(-config.context // page_size)  # the whole context
         if memory is None:
             memory = min(pages * self.page_bytes, 0.8 * usable_memory(self.device))
-        pages = int(memory / self.page_bytes)
+        pages = max(int(memory / self.page_bytes), 1)
         self.pool = PagePool(pages, page_size, config.head_dim, dtype, self.device)
         seen = torch.zeros(N, dtype=torch.int64, device=self.device)
         zeros = partial(seen.new_zeros, dtype=torch.int32)

@@ -52,17 +52,19 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls):
         return False  # `forward` makes the cache
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **others):
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         # "cache" is its name since transformers 5.24
-        cache = others.get("cache", others.get("past_key_values"))
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         seen = cache.columns if cache is not None else 0
         return dict(input_ids=input_ids[:, seen:], attention_mask=attention_mask, cache=cache)
 
     @torch.no_grad()
-    def forward(self, input_ids, attention_mask=None, cache=None, logits_to_keep=0, **others):
+    def forward(self, input_ids, attention_mask=None, cache=None, logits_to_keep=0,
+                past_key_values=None, labels=None, **others):
         """Next-token logits of the new columns, input_ids (B, T). attention_mask: 0 for padding, on
         either side. The tokens of a sequence move to the front, and their states back."""
         engine = self.engine
+        cache = past_key_values if cache is None else cache
         # no module of this one, it has not moved with it
         engine.rope_freq = engine.rope_freq.to(input_ids.device)
         B, T = input_ids.shape
@@ -76,4 +78,6 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
         states = torch.zeros_like(states).scatter(1, order[..., None].expand_as(states), states)
         cache.columns += T
         logits = engine.lm_head(states[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(None, logits, cache)  # by place: the names changed in 5.24
+        V = engine.config.vocab_size
+        loss = None if labels is None else self.loss_function(logits, labels, V)
+        return CausalLMOutputWithPast(loss, logits, cache)  # by place: the names changed in 5.24

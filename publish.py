@@ -68,6 +68,8 @@ def write_release(options, out):
 
     copy_tokenizer(folder, out)
     run = read_optional(folder / "results.json")
+    if "settings" not in run:  # of another program
+        run = {}
     if run:
         write_json(out / "results.json", run)
     weights = "the adapters alone, to be laid over the base" if only_adapters else "all weights"

@@ -278,6 +278,8 @@ def config_of(model):
 
 def complete(options):
     """Fill in what the command line leaves open, by the data, device, context and width."""
+    counts = (options.target_cr, options.steps, options.batch_size, options.eval_sequences)
+    require(all(n is None or n > 0 for n in counts), "give ratio, steps and sizes above 0")
     choose_device(options)
     is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
     if options.data == "toy" or is_teacher:

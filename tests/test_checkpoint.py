@@ -265,8 +265,11 @@ def test_weights_that_are_not_the_models_are_named_and_leftovers_ignored(tmp_pat
     sound = load_file(file)
     name = "model.layers.1.self_attn.q_norm.weight"
     rotary = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    save_file({**sound, rotary: torch.ones(8), "lm_head.weight": torch.zeros(64, 64)}, file)
+    head = {"lm_head.weight": sound["model.embed_tokens.weight"].clone()}
+    save_file({**sound, rotary: torch.ones(8), **head}, file)
     same_logits(load_model(folder), theirs)
+    save_file({**sound, "lm_head.weight": torch.zeros(64, 64)}, file)
+    refuse(lambda: load_model(folder), "lm_head is not tied")
     for changes, named in (({"odd": torch.ones(1)}, 'Unexpected key(s) in state_dict: "odd"'),
                            ({name: torch.ones(5)}, "shape torch.Size([5])"),
                            ({name: torch.ones(16).to(torch.float8_e4m3fn)}, "quantized"),
@@ -352,7 +355,7 @@ def test_templates_render_as_in_transformers_whatever_they_get(style, messages, 
             assert ours.encode(messages, **more) == ids
 
 
-DEFAULT = [{"name": "default", "template": "b"}, {"name": "rag", "template": "c"}]
+DEFAULT = [{"name": "default", "template": "b"}, {"name": "tool_use", "template": "c"}]
 
 
 @pytest.mark.parametrize("stated, file", [("a", ""), (DEFAULT, ""), (DEFAULT, "d"), (None, "d")])
@@ -364,8 +367,9 @@ def test_the_template_is_found_where_transformers_finds_it(stated, file, tmp_pat
     if file:
         (tmp_path / "chat_template.jinja").write_text(file)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    text = theirs.apply_chat_template([USER], tokenize=False)
-    assert load_tokenizer(tmp_path).apply_chat_template([USER]) == text
+    for tools in (None, TOOLS):
+        text = theirs.apply_chat_template([USER], tokenize=False, tools=tools)
+        assert load_tokenizer(tmp_path).apply_chat_template([USER], tools=tools) == text
 
 
 @pytest.mark.parametrize("template", [

@@ -71,7 +71,7 @@ BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n"
     ({"messages": [{**ASKED, "tool_calls": None}, TOLD]}, CHAT),
     ({"conversations": [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Six."}]},
      CHAT),
-    ({"conversations": [ASKED, TOLD]}, CHAT),
+    ({"conversations": [ASKED, {**TOLD, "role": "gpt"}]}, CHAT),
     ({"prompt": [SYSTEM, ASKED], "completion": [TOLD]}, BRIEF + CHAT),
     *[({asked: "How many?", told: "Six."}, CHAT) for asked, told in (
         ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
@@ -222,7 +222,7 @@ WANTED = "its columns are .'id'.; wanted are one of: .*messages.* question.answe
     ("some.csv", b"a,b", "some.csv: no .txt, .jsonl or .parquet file"),
     ("", None, "no .txt, .jsonl or .parquet file"),
     ("a.txt", b"\xe9\n\n\xe9", "a.txt: not readable as text"),
-    ("a.txt", b"One.\n\n", "a.txt: no usable document"),  # none that may be held out
+    ("a.txt", b"One.\n\n", "a.txt: no text .* to hold out"),  # none that may be held out
     ("a.parquet", b"PAR1 and no more", "a.parquet .*magic bytes"),
     ("a.parquet", [{"id": 2}], "a.parquet .*" + WANTED),
     ("a.jsonl", [{"id": 2}] * 200, "document 2 is skipped: " + WANTED),

@@ -169,7 +169,7 @@ def folder(tmp_path_factory):
     t.normalizer = normalizers.Sequence(space)
     t.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
                                    decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    t.add_special_tokens(special)
+    t.add_special_tokens([*special, "<|new|>"])  # the last of them beyond the model's vocabulary
     t.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": {"content": "</s>", "special": True}, "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -229,7 +229,8 @@ def test_stream_holds_back_half_characters_and_half_stop_strings(folder, capsys)
 
 @pytest.mark.parametrize("text, answer", [
     ("so \\boxed{12} and \\boxed{7}. I checked it 3 times.", "7"), ("it is 1,234.5.", "1234.5"),
-    ("yes\nno\n", "no"), ("\n", ""), ("\\boxed{\\text{(A)}} or so, 3 of 4", "A"),
+    ("x = \u22124", "-4"), (".5 or 2.5E3", "2.5E3"), ("\\boxed{5}, not \\boxed{}", "5"),
+    ("\\boxed{\\$12{,}345}", "12345"), ("yes\nno\n", "no"), ("\n", ""), ("\\boxed{\\text{(A)}} or so, 3 of 4", "A"),
     ("\\boxed{ (A) }", "A"), ("\\boxed{12,345}", "12345"), ("1/2", "1/2"), ("so 2.5e3.", "2.5e3"),
     ("3-4", "4"), ("f(2)-4", "4"), ("x=-4", "-4"), ("\\boxed{(1,2)}", "(1,2)"), ("1,2", "2"),
     ("cut \\boxed{9", "9"), ("\\boxed{\\frac{\\sqrt{x_{1}}}{2}}", "\\frac{\\sqrt{x_{1}}}{2}")])
@@ -361,7 +362,7 @@ def test_options_of_the_script_and_of_a_request_are_obeyed(run, folder, tmp_path
 
 
 def test_a_bad_line_does_not_stop_the_others(run, folder, tmp_path):
-    bad = ["no JSON\n", "[1]\n", {"text": "x"}, {"prompt": ""}, {"prompt": "x" * 600},
+    bad = ["no JSON\n", "[1]\n", {"prompt": "<|new|>"}, {"prompt": ""}, {"prompt": "x" * 600},
            {"prompt": "x", "temperature": "hot"}, {"prompt": "x", "n": 0}, {"prompt": 5},
            {"prompt": "x", "max_tokens": 0}, {"prompt": "x", "generated": 1},
            {"prompt": "x", "chat_template_kwargs": "x"},

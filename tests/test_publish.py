@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import REPOSITORY, small_model
 from huggingface_hub import ModelCard
@@ -145,6 +146,13 @@ def test_a_merged_release_works_and_compresses_in_transformers(
     ids = padded.flip(1)[:, :9]  # behind the tokens padding does no harm either
     logits = theirs(ids, attention_mask=(ids > 0).long(), logits_to_keep=9).logits
     torch.testing.assert_close(logits[ids > 0], model(ids)[ids > 0], rtol=1e-4, atol=1e-4)
+    first, rest = torch.tensor([ours[0].ids]).split([7, len(ours[0].ids) - 7], dim=1)
+    begun = theirs(first)  # by hand, in two parts
+    logits = theirs(rest, past_key_values=begun.past_key_values).logits
+    torch.testing.assert_close(logits[0], model(torch.tensor([ours[0].ids]))[0, 7:], rtol=1e-4,
+                               atol=1e-4)
+    assert theirs(first, labels=first).loss.item() == pytest.approx(
+        F.cross_entropy(model(first)[0, :-1], first[0, 1:]).item(), rel=1e-4)
     beams = theirs.generate(torch.tensor(prompts[:1]), num_beams=3, **greedy)
     chosen, likeliest = (model(x[None])[0].log_softmax(-1)[-31:-1].gather(1, x[-30:, None]).sum()
                          for x in (beams[0], torch.tensor(ours[0].ids)))
