@@ -17,7 +17,9 @@ model computes, generates or is trained.
 
 import contextlib
 import functools
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -30,7 +32,8 @@ import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import explained, read_json, read_text, require, say, torchrun_place, whole, write_json
+from common import (InputError, explained, read_json, read_text, require, say, torchrun_place,
+                    whole, write_json)
 from dms import DMSConfig
 from model import ROPE_KINDS, Model, ModelConfig, rope_frequencies
 
@@ -65,12 +68,12 @@ def parse_config(raw, where="config.json"):
         heads = raw["num_attention_heads"]
         # what transformers takes where the file does not say
         head_dim = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // heads
-        values = {"num_key_value_heads": heads, "head_dim": head_dim, **raw,
-                  "rope_theta": rope.pop("rope_theta"),
+        theta = rope.pop("rope_theta")
+        values = {"num_key_value_heads": heads, "head_dim": head_dim, **raw, "rope_theta": theta,
                   "rope_scaling": None if rope["rope_type"] == "default" else rope}
         config = ModelConfig(**{name: values[name] for name in CONFIG_FIELDS & values.keys()})
         rope_frequencies(config)  # so that a parameter of RoPE that is missing fails here
-    written_back = "bos_token_id eos_token_id pad_token_id".split()
+    written_back = ("bos_token_id", "eos_token_id", "pad_token_id")
     config.extra = {key: raw[key] for key in written_back if key in raw}
     return config
 
@@ -129,10 +132,11 @@ def config_to_dict(config):
 
 # ------------------------------------------------------------------------------------ DMS settings
 
-# DMSConfig's name -> config.json's key (dms_shift is ours: NVIDIA's code always shifts by one)
+# DMSConfig's name -> config.json's key (dms_offsets and dms_shift are ours: NVIDIA's always is 1)
 NVIDIA_KEYS = {"window": "dms_window_size", "scale": "dms_alpha_scale", "tau": "dms_tau",
                "offset": "dms_initial_alpha_offset", "target_cr": "dms_cr", "shift": "dms_shift",
-               "per": "dms_alpha_per", "disable_eviction": "dms_disable_eviction"}
+               "per": "dms_alpha_per", "disable_eviction": "dms_disable_eviction",
+               "offsets": "dms_offsets"}
 # dms_metadata.json's key -> config.json's key; that file always belongs to a borrowed neuron
 METADATA_KEYS = {"window_size": "dms_window_size", "alpha_offset": "dms_initial_alpha_offset",
                  "alpha_scale": "dms_alpha_scale", "shift": "dms_shift", "target_cr": "dms_cr"}
@@ -177,9 +181,9 @@ def resolve(path_or_hub_id, relative_to=".", revision=None):
     files = ("*.json", "*.jinja", WEIGHTS, "*-of-*.safetensors", "*adapter*.safetensors")
     # any Exception, since the errors of its HTTP library differ between versions
     with explained(f"{path_or_hub_id}: no such folder, and not on the hub", Exception):
-        return Path(download(
-            str(path_or_hub_id), revision=revision, allow_patterns=files, ignore_patterns="*/*",
-            local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE))
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        return Path(download(str(path_or_hub_id), revision=revision, allow_patterns=files,
+                             ignore_patterns="*/*", local_files_only=offline))
 
 
 def find_adapters(path_or_hub_id):
@@ -209,15 +213,26 @@ def read_tensors(files, device, dtype):
     return tensors
 
 
-def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
+def offset_for(settings, cr):
+    """The offset at which a retrofit compresses by cr: of those that it has settled, or between
+    two of them, linear in the logarithm of the ratio."""
+    offsets = settings.offsets if settings else []
+    for (low, below), (high, above) in itertools.pairwise(offsets):
+        if low <= cr <= high:
+            return below + (above - below) * math.log(cr / low, high / low)
+    raise InputError(f"{cr:g}x: the model has settled these ratios: {[x for x, _ in offsets]}")
+
+
+def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None, cr=None):
     """Load a checkpoint, dense or DMS as it says of itself, onto `device` in `dtype` (None: as it
     is stored). adapter: a safetensors file, or a folder or hub id, of DMS adapters to be laid over
-    the model. Returns a Model in eval mode whose parameters do not require gradients."""
+    the model. cr: another compression ratio than its own. Returns a Model in eval mode whose
+    parameters do not require gradients."""
     folder = resolve(path_or_hub_id)
     raw = read_json(folder / "config.json")
     if "dms_base_model" in raw:  # adapters alone, which name their base
         base = resolve(raw["dms_base_model"], folder, raw.get("dms_base_revision") or None)
-        return load_model(base, device, dtype, adapter or folder)
+        return load_model(base, device, dtype, adapter or folder, cr)
     config = parse_config(raw, folder / "config.json")
     files = [folder / WEIGHTS]
     index = folder / f"{WEIGHTS}.index.json"
@@ -231,12 +246,14 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None):
         # its tensors say that adapters decide, even where no config.json does
         raw = read_optional(folder / "config.json") | {SEPARATE: True}
     config.dms = read_settings(folder, raw)
+    if cr:
+        config.dms.offset = offset_for(config.dms, cr)
     with torch.device("meta"):
         model = Model(config)
     tensors = read_tensors(files, device, dtype)
     if config.tie_word_embeddings:  # one of the two is stored, or both
         embedding = tensors.setdefault("model.embed_tokens.weight", tensors.get("lm_head.weight"))
-        head = tensors.setdefault("lm_head.weight", embedding)
+        head = tensors.get("lm_head.weight", embedding)
         require(head is embedding or head.equal(embedding),
                 f"{folder}: its lm_head is not tied; set tie_word_embeddings to false")
         tensors["lm_head.weight"] = embedding

@@ -66,8 +66,7 @@ def write_atomic(file, write):
 
 
 def write_json(file, data):
-    text = json.dumps(data, indent=2) + "\n"
-    write_atomic(file, lambda temporary: temporary.write_text(text))
+    write_atomic(file, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
 
 
 # ----------------------------------------------------------------------------------------- Scripts
@@ -162,5 +161,4 @@ def sharded_like(tensor, parameter):
     tensor = tensor.to(parameter.device)
     if not is_sharded(parameter):
         return tensor
-    shards = (parameter.device_mesh, parameter.placements)
-    return distributed.tensor.distribute_tensor(tensor, *shards)
+    return distributed.tensor.distribute_tensor(tensor, parameter.device_mesh, parameter.placements)

@@ -28,7 +28,7 @@ from pathlib import Path
 import huggingface_hub as hub
 import torch
 
-from common import InputError, explained, read_text, require, say
+from common import explained, read_text, require, say
 
 DEFAULT = "open-r1/OpenR1-Math-220k"
 # The columns that make a document: what is asked, what is told, and more (see document_of).
@@ -42,10 +42,10 @@ HELD_OUT = 50  # one record in so many
 
 
 def settling_sequences(seq_len):
-    """How many of the first held-out sequences settle the decisions' offset: some 16,000 tokens, in
+    """How many of the first held-out sequences settle the decisions' offset: some 8,000 tokens, in
     which the share of evicted pairs hardly varies, but at least 8 sequences, since each is text of
     its own kind. What evaluate.py measures comes after them, so that it is new to the offset."""
-    return max(8, min(2**14 // seq_len, 32))
+    return max(8, min(2**13 // seq_len, 32))
 
 
 # ---------------------------------------------------------------------------------------- Documents
@@ -165,6 +165,12 @@ def find_on_hub(name, revision=None):
 # ------------------------------------------------------------------------------------------ Packing
 
 
+def split_documents(ids, documents):
+    """The documents (1, n) of sequences ids (B, T), by the lengths in each; no padding."""
+    for sequence, lengths in zip(ids, documents):
+        yield from sequence[None, : sum(lengths)].split(lengths, dim=1)
+
+
 def shuffled(things, key):
     return random.Random(key).sample(things, len(things))
 
@@ -219,11 +225,7 @@ class TextData:
             order = sorted if held_out else partial(shuffled, key=f"{self.seed} {epoch}")
             for name in order(self.files):
                 file = self.fetch(name)
-                try:
-                    records = open_file(file)
-                except InputError as e:  # one bad file ends no run
-                    say(f"{e}; it is skipped")
-                    continue
+                records = open_file(file)
                 for n in order(range(len(records))):
                     is_ours = (n % HELD_OUT == 1) == held_out
                     if is_ours and (ids := self.encode(f"{file}: document {n + 1}", records[n])):

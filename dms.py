@@ -37,6 +37,7 @@ class DMSConfig:
     tau: float = 0.1  # temperature of the relaxed decision, in training only
     target_cr: float = 8.0  # the compression it was trained for; documentation only
     disable_eviction: bool = False  # then the model runs as a dense one
+    offsets: list = field(default_factory=list)  # [ratio, offset], settled, rising
 
     def logits(self, s):
         """The decision logits z = scale * s - offset. A pair is evicted where z > 0.

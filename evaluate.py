@@ -11,23 +11,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as distributed
+import torch.nn.functional as F
+from tqdm import tqdm
 
 import dms
 from checkpoint import load_model
-from common import write_json
-from data import settling_sequences
+from common import torchrun_place, write_json
+from data import settling_sequences, split_documents
 from kv_cache import KVCache
 
+RATIOS = (2, 3, 4, 6, 8, 12)  # that one retrofit serves, each by an offset of its own
 PRINTED = "kl compression_ratio peak_pairs reads peak_page_bytes".split()  # of a measurement
-
-
-def read_through(cache, model, ids, documents):
-    """Read the documents of some sequences through an empty cache of batch size 1, and yield each
-    (1, n) with its final states (1, n, C). The cache goes on counting."""
-    for sequence, lengths in zip(ids.to(model.device), documents):
-        for document in sequence[None, : sum(lengths)].split(lengths, dim=1):
-            yield document, model.states(document, cache)
-            cache.release([0])
 
 
 @torch.inference_mode()
@@ -39,7 +33,9 @@ def kl_on_text(model, reference, data, count):
     cache = KVCache(model.config, 1, model.device, model.dtype)
     nats = []
     tokens = 0
-    for document, states in read_through(cache, model, ids[first:], documents[first:]):
+    for document in split_documents(ids[first:].to(model.device), documents[first:]):
+        states = model.states(document, cache)
+        cache.release([0])  # it goes on counting
         length = document.shape[1]
         packing = dms.Packing([[length]], length, model.device)
         target = reference.hidden(document, dms.document_attention(packing))
@@ -49,40 +45,50 @@ def kl_on_text(model, reference, data, count):
     return sum(nats).item() / tokens, len(nats), cache
 
 
-def settle_offset(model, data):
-    """Set the decisions' offset so that the cache compresses held-out text by 2 to 4% more than the
-    target, since other text may be compressed by less. The one-sided loss overshoots by much more,
-    which costs quality. The offset may fall by 1 at most: decisions whose logits are that near to 0
-    were not certain in training either, where the noise is larger.
-    Returns the compression ratio."""
-    settings = model.config.dms
-    least = 1.02 * settings.target_cr
-    ids, documents = data.held_out(settling_sequences(data.seq_len))
+@torch.inference_mode()
+def settle_offset(model, data, cr, biased_attention=dms.relaxed_attention):
+    """Set the decisions' offset so that a cache compresses held-out text by about 3% more than cr,
+    since other text may be compressed by less. Returns whether the window allows that.
 
-    def try_offset(offset):
-        """Set it, and return the compression ratio."""
-        settings.offset = offset
-        cache = KVCache(model.config, 1, model.device, model.dtype)
-        for _ in read_through(cache, model, ids, documents):
-            pass
-        ratio = torch.tensor(cache.compression_ratio(), device=model.device)
+    The logits of the text give the offset at which the right share of pairs would be evicted. But
+    what is evicted changes the logits of later layers a little, so this takes two rounds."""
+    settings = model.config.dms
+    shift = settings.shift
+    ids, documents = data.held_out(settling_sequences(data.seq_len))
+    packing = dms.Packing(documents, ids.shape[1], model.device)
+    expires = packing.expires(settings.window)  # (B, T)
+    tokens = sum(map(sum, documents))
+    expired = expires.sum().item()
+    kept = tokens / (1.03 * cr) - (tokens - expired)  # of the expired ones, by a head
+    by_layer = []  # the logits about the expired tokens
+
+    def attend(layer, q, k, v, logits):
+        about = F.pad(logits[..., shift:], (0, shift), value=dms.UNDECIDED)  # (B, Hkv, T)
+        by_layer.append(about.transpose(0, 1)[:, expires].flatten())
+        bias = dms.UNDECIDED * (about > 0).float()
+        return biased_attention(q, k, v, bias, packing.first, settings.window)
+
+    for _ in range(2 if kept > 0 else 0):
+        by_layer.clear()
+        model.hidden(ids.to(model.device), attend, -packing.first)
+        lowest_first = torch.cat(by_layer).sort().values
+        step = lowest_first[int(kept / expired * len(lowest_first))]
         if distributed.is_initialized():
             # one process decides for all: if each went by its own last bits, they would part
-            distributed.broadcast(ratio, src=0)
-        return ratio.item()
+            distributed.broadcast(step, src=0)
+        settings.offset += step.item()
+    return kept > 0
 
-    low = settings.offset - 1  # the lower, the more is evicted
-    high = low + 128  # more than scores reach; 14 halvings leave less than 0.01
-    for _ in range(14):
-        middle = (low + high) / 2
-        ratio = try_offset(middle)
-        if least <= ratio <= 1.02 * least:
-            return ratio
-        if ratio < least:
-            high = middle
-        else:
-            low = middle
-    return try_offset(low)  # the ratio jumps over the range, or does not reach it
+
+def settle_offsets(model, data, biased_attention):
+    """Settle the offsets of all RATIOS that the window allows, and at last of the target."""
+    settings = model.config.dms
+    offsets = []
+    for cr in tqdm(RATIOS, "settling", leave=False, disable=torchrun_place()[0] > 0):
+        if settle_offset(model, data, cr, biased_attention):
+            offsets.append([cr, settings.offset])
+    settings.offsets = offsets
+    settle_offset(model, data, settings.target_cr, biased_attention)
 
 
 def sliding_window(model, pairs):

@@ -37,8 +37,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from checkpoint import SAMPLING, end_ids, generation_defaults, load_model, load_tokenizer, resolve
-from common import (InputError, choose_device, explained, parse_options, read_text, require,
-                    run_script, say)
+from common import InputError, choose_device, parse_options, read_text, require, run_script, say
 from kv_cache import PLAIN, CacheFull, KVCache
 from show import show_evictions
 
@@ -392,6 +391,7 @@ class Options:
     repetition_penalty: float = 1.0
     stop: list = ()  # a string or special token that ends the text; may be repeated
     seed: int = 0
+    cr: float = None  # compression ratio, of those that the retrofit has settled, or between
     dense: bool = False  # switch eviction off
     show_evictions: str = ""  # each token by how many heads hold it: printed, or a .html file
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -412,7 +412,7 @@ class Session:
         self.tokenizer = load_tokenizer(options.model)
         self.end_ids = end_ids(options.model, self.tokenizer)
         dtype = getattr(torch, options.dtype)
-        self.model = load_model(options.model, options.device, dtype, options.adapter)
+        self.model = load_model(options.model, options.device, dtype, options.adapter, options.cr)
         self.cache = None
         if options.dense and self.model.config.dms:
             self.model.config.dms.disable_eviction = True
@@ -424,14 +424,11 @@ class Session:
         own = {ALIASES.get(key, key): x for key, x in request.items() if x is not None}
         if isinstance(own.get("stop"), str):
             own["stop"] = [own["stop"]]
-        options = replace(self.options, seed=seed)
-        for key, value in own.items():
-            # these annotations are types, which convert: JSON may have "5" or 5.0 for 5
-            if key in OWN_OPTIONS:
-                with explained(key, TypeError, ValueError):
-                    setattr(options, key, Options.__annotations__[key](value))
-            elif key not in OF_PROMPT:
-                say(f"what requests say about {key} has no effect")
+        if unknown := own.keys() - {*OWN_OPTIONS, *OF_PROMPT}:
+            say(f"what requests say about {', '.join(sorted(unknown))} has no effect")
+        # these annotations are types, which convert: JSON may have "5" or 5.0 for 5
+        stated = {key: Options.__annotations__[key](own[key]) for key in OWN_OPTIONS if key in own}
+        options = replace(self.options, **{"seed": seed} | stated)
         if ids is None:
             prompt = own.get("messages") or own.get("prompt")
             require(prompt, 'a request needs "prompt" or "messages"')
@@ -493,12 +490,7 @@ def chat(session):
             # begins with it, so it comes from there.
             chain.ids.pop()
         ids = chain.ids + session.tokenizer.encode(text.split(mark)[-1], add_special_tokens=False)
-        try:
-            [turn] = session.chains({"n": 1}, session.options.seed, ids)
-        except InputError as problem:  # too long: as if it had not been said
-            print(problem, file=sys.stderr)
-            turns.pop()
-            continue
+        [turn] = session.chains({"n": 1}, session.options.seed, ids)
         chain = replace(turn, index=chain.index, fed=chain.fed)
         list(session.run({0: [chain]}, release=False))  # to its end
         answer_of([chain])
@@ -515,8 +507,8 @@ def one_prompt(session):
     print("\n---\n".join(answer["texts"]) if options.n > 1 else "", flush=True)
     print(f"[answer {answer['answer']}; {answer['votes']} of {options.n} agree]", file=sys.stderr)
     if options.show_evictions:
-        stream = Stream(session.tokenizer, skip_special_tokens=False)
-        show_evictions(options.show_evictions, session.cache, chains[0], stream)
+        show_evictions(options.show_evictions, session.cache, chains[0],
+                       Stream(session.tokenizer, skip_special_tokens=False))
 
 
 def answer_of(chains):

@@ -278,10 +278,10 @@ Kernels = namedtuple("Kernels", "store_one attend_one attend_block")
 PLAIN = Kernels(None, None, attend_block)
 
 
-def choose_kernels(device, dtype):
+def choose_kernels(device, dtype, head_dim):
     """Triton's on a GPU, numba's for single tokens on a CPU, and the plain ones elsewhere."""
     try:
-        if device.type == "cuda":
+        if device.type == "cuda" and head_dim <= 256:
             from kernels import attention, write
 
             return Kernels(write.store_one, attention.attend_one, attention.attend_block)
@@ -376,7 +376,7 @@ class KVCache:
         eviction = config.eviction
         self.window = eviction.window if eviction else 0
         self.shift = eviction.shift if eviction else 0
-        self.kernels = choose_kernels(self.device, dtype)
+        self.kernels = choose_kernels(self.device, dtype, config.head_dim)
         self.decode_step = None  # generate.py's CUDA graph, which lives as long as these tensors
 
         N = batch_size * self.kv_heads  # rows of a layer

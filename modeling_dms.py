@@ -73,8 +73,7 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         is_token = mask[:, -T:].bool()
         order = is_token.byte().argsort(dim=1, descending=True, stable=True)
-        ids = input_ids.gather(1, order)
-        states = engine.states(ids, cache.cache, is_token.sum(1))
+        states = engine.states(input_ids.gather(1, order), cache.cache, is_token.sum(1))
         states = torch.zeros_like(states).scatter(1, order[..., None].expand_as(states), states)
         cache.columns += T
         logits = engine.lm_head(states[:, -logits_to_keep:])

@@ -32,7 +32,9 @@ class Options:
 def card(config, base, weights, run):
     """README.md of a release. base: hub id or None; run: what results.json holds, or nothing."""
     recipe = [f"- `{key}`: `{value}`" for key, value in run.get("settings", {}).items()]
-    results = textwrap.indent(table_of(run), "    ") if run else "It has not been measured."
+    results = "It has not been measured."
+    if "settings" in run:
+        results = textwrap.indent(table_of(run), "    ")
     facts = dict(base_model=f"base_model: {base}\n" if base else "", weights=weights,
                  base=base or f"a {config.model_type} model", family=config.model_type,
                  recipe="\n".join(recipe) or "Not known.", results=results, **vars(config.dms))
@@ -68,9 +70,7 @@ def write_release(options, out):
 
     copy_tokenizer(folder, out)
     run = read_optional(folder / "results.json")
-    if "settings" not in run:  # of another program
-        run = {}
-    if run:
+    if "settings" in run:  # else it is another program's
         write_json(out / "results.json", run)
     weights = "the adapters alone, to be laid over the base" if only_adapters else "all weights"
     (out / "README.md").write_text(card(model.config, None if is_local else base, weights, run))

@@ -38,17 +38,19 @@ from checkpoint import (copy_tokenizer, load_model, load_tokenizer, parse_config
 from common import (all_reduce, choose_device, is_sharded, parse_options, read_json, require, shard,
                     run_script, sharded_like, torchrun_place, whole, write_atomic, write_json)
 from data import DEFAULT, TextData, settling_sequences
-from evaluate import evaluate, settle_offset
+from evaluate import evaluate, settle_offset, settle_offsets
+from warm_start import warm_start
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
 # Defaults, where the command line says nothing: for the toy data,
-TOY_DEFAULTS = dict(data="toy", window=16, train="all", steps=500, lr=1e-3, batch_size=4,
-                    seq_len=512, eval_sequences=32)
-# for text on a GPU (65 million tokens, what NVIDIA's recipe takes to reach 8x),
-GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", steps=1000, batch_size=8, seq_len=8192,
-                    eval_sequences=32)
-# and for text on a CPU (1.2 million tokens: some hours for a model of 135 million weights)
-CPU_DEFAULTS = dict(GPU_DEFAULTS, steps=300, batch_size=4, seq_len=1024, eval_sequences=8)
+TOY_DEFAULTS = dict(data="toy", window=16, train="all", warm_start=64, steps=250, lr=1e-3,
+                    batch_size=4, seq_len=512, compression_weight=1.0, eval_sequences=32)
+# for text on a GPU,
+GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", warm_start=32, steps=200, batch_size=8,
+                    seq_len=8192, compression_weight=4.0, eval_sequences=32)
+# and for text on a CPU
+CPU_DEFAULTS = dict(GPU_DEFAULTS, warm_start=24, steps=200, batch_size=1, seq_len=1024,
+                    eval_sequences=8)
 TOKENS_AT_A_TIME = 4096  # of a step; its sequences are taken one by one, or a few if short
 RECOMPUTES = 2048  # tokens; for longer sequences blocks are computed again in backward
 MAX_KL = 10.0  # nats; a step beyond it ends the run
@@ -66,13 +68,14 @@ class Options:
     window: int = None  # tokens that stay readable (default: 16 for toy, else 512 or what fits)
     train: Literal["adapters", "all"] = None  # (default: all for toy data, else adapters)
     decision: Literal["adapter", "neuron"] = "adapter"  # where decisions come from
-    shift: Literal[0, 1] = 1  # the logit at token t decides token t - shift
+    warm_start: int = None  # documents that adapters are fitted to before the first step; 0: none
+    shift: Literal[0, 1] = 0  # the logit at token t decides token t - shift
     per: Literal["head", "layer"] = "head"  # granularity of decisions
-    steps: int = None  # (default: 500 for toy data, else 1000, on a CPU 300)
-    lr: float = None  # (default: 1e-3 for toy data, else 0.12 / hidden size, 3e-5 for 8B)
-    batch_size: int = None  # sequences per step (default: 8, for toy data or on a CPU 4)
+    steps: int = None  # (default: 250 for toy data, else 200)
+    lr: float = None  # (default: 1e-3 for toy data, else 0.06 / hidden size, 1.5e-5 for 8B)
+    batch_size: int = None  # sequences per step (default: 8, on a CPU 1, for toy data 4)
     seq_len: int = None  # tokens per sequence (default: 512 for toy, else 8192, on a CPU 1024)
-    compression_weight: float = 1.0  # of the compression loss
+    compression_weight: float = None  # of the compression loss (default: 4, for toy data 1)
     reverse_kl: bool = False  # weigh the KL by the student's probabilities
     shard: bool = False  # spread the weights over the GPUs of torchrun (FSDP2)
     seed: int = 0
@@ -123,7 +126,7 @@ class Distillation:
         self.teacher = teacher
         self.options = options
         self.attention = dms.relaxed_attention
-        if student.device.type == "cuda":
+        if student.device.type == "cuda" and student.config.head_dim <= 256:
             with suppress(ImportError):  # without Triton, or without kernels/
                 from kernels.training import relaxed_attention
 
@@ -131,14 +134,17 @@ class Distillation:
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
-        self.evicted_fraction = 0.0  # of the last step's pairs
+        # of the last step's pairs; before the first, of what the warm start has settled
+        self.evicted_fraction = 1 - 1 / options.target_cr if options.warm_start else 0.0
 
     def step(self, step, ids, documents):
         """Step number `step`, on ids (B, T) and the lengths of each sequence's documents. All
         processes are given the same. Returns metrics. Raises InputError, before weights change, if
         the step diverges."""
         options = self.options
-        cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
+        cr = 1.03 * options.target_cr
+        if not options.warm_start:
+            cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
         kl, self.evicted_fraction = all_reduce(self.backward(step, ids, documents, cr)).tolist()
         for parameter in self.parameters.values():
             if not is_sharded(parameter.grad):  # FSDP has summed what it shards
@@ -160,8 +166,7 @@ class Distillation:
         predictions = tokens - sum(map(len, documents))  # a document's last token predicts none
         sums = torch.zeros(2, device=self.student.device)
         B, T = ids.shape
-        mine = torch.arange(rank, B, world)
-        for part in mine.split(max(TOKENS_AT_A_TIME // T, 1)):
+        for part in torch.arange(rank, B, world).split(max(TOKENS_AT_A_TIME // T, 1)):
             packing = dms.Packing([documents[b] for b in part], T, sums.device)
             seeds = [f"{self.options.seed} {step} {b}" for b in part]
             kl, evicted = self.compare(ids[part].to(sums.device), packing, seeds)
@@ -195,7 +200,7 @@ class Distillation:
         for name, parameter in self.parameters.items():
             for key, tensor in {"weight": parameter, **self.optimizer.state[parameter]}.items():
                 tensors[f"{key}.{name}"] = whole(tensor.detach()).cpu().contiguous()
-        notes = json.dumps([step, self.evicted_fraction])
+        notes = json.dumps([step, self.evicted_fraction, self.student.config.dms.offset])
         if torchrun_place()[0] == 0:
             write_atomic(file, lambda new: save_file(tensors, new, {"notes": notes}))
 
@@ -203,19 +208,24 @@ class Distillation:
         """The inverse of save; returns the step. Tensors go by name and are sharded anew, as the
         number of processes may be another one."""
         with safe_open(file, "pt") as saved:
-            for name, parameter in self.parameters.items():
-                state = {key: sharded_like(saved.get_tensor(f"{key}.{name}"), parameter)
-                         for key in ("weight", "exp_avg", "exp_avg_sq")}
-                parameter.data.copy_(state.pop("weight"))
-                state["step"] = saved.get_tensor(f"step.{name}")
-                self.optimizer.state[parameter] = state
-            step, self.evicted_fraction = json.loads(saved.metadata()["notes"])
+            for key in saved.keys():
+                kind, name = key.split(".", 1)
+                tensor = saved.get_tensor(key)
+                if kind != "step":
+                    tensor = sharded_like(tensor, self.parameters[name])
+                if kind == "weight":
+                    self.parameters[name].data.copy_(tensor)
+                else:
+                    self.optimizer.state[self.parameters[name]][kind] = tensor
+            notes = json.loads(saved.metadata()["notes"])
+        step, self.evicted_fraction, self.student.config.dms.offset = notes
         return step
 
 
 def learning_rate(step, steps, peak):
-    """Linear from 0 over the first 20 steps, constant, linear to 0 over the last 40%."""
-    return peak * min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))
+    """Linear from 0 over the first steps (an eighth, 20 at most), constant, linear to 0 over the
+    last 40%."""
+    return peak * min(1.0, (step + 1) / min(20, steps / 8), (steps - step) / (0.4 * steps))
 
 
 # ---------------------------------------------------------------------------------------- The loop
@@ -236,13 +246,20 @@ def train(options, data, out):
     """Run the steps that are still to do, and write the checkpoint into `out`: adapters with the
     name of their base, or all weights."""
     is_main = torchrun_place()[0] == 0
-    run = Distillation(*load_pair(options), options)
-    state = out / "state.safetensors"
-    done = run.load(state) if state.exists() else 0
-    log = out / "metrics.jsonl"
     if is_main:
         write_json(out / "settings.json", options.settings())
         copy_tokenizer(resolve(options.model), out)
+    run = Distillation(*load_pair(options), options)
+    state = out / "state.safetensors"
+    done = 0
+    if state.exists():
+        done = run.load(state)
+    elif options.warm_start:
+        warm_start(run.student, data, options.warm_start)
+        settle_offset(run.student, data, options.target_cr, run.attention)
+        run.save(state, 0)
+    log = out / "metrics.jsonl"
+    if is_main:
         lines = log.read_text().splitlines(keepends=True)[:done] if done else []
         log.write_text("".join(lines))  # what comes after the saved state will come again
     bar = tqdm(range(done, options.steps), "retrofit", disable=not is_main,
@@ -260,9 +277,7 @@ def train(options, data, out):
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             run.save(state, step + 1)
     # sets the decisions' offset, so that the cache reaches the target on held-out text
-    ratio = settle_offset(run.student, data)
-    if is_main:
-        print(f"{ratio:.2f}x on held-out text, by hard decisions")
+    settle_offsets(run.student, data, run.attention)
     base = options.model if options.train == "adapters" else None
     # what was trained is float32; whole models are published in half precision
     save_model(run.student, out, torch.float32 if base else torch.bfloat16, base)
@@ -278,8 +293,6 @@ def config_of(model):
 
 def complete(options):
     """Fill in what the command line leaves open, by the data, device, context and width."""
-    counts = (options.target_cr, options.steps, options.batch_size, options.eval_sequences)
-    require(all(n is None or n > 0 for n in counts), "give ratio, steps and sizes above 0")
     choose_device(options)
     is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
     if options.data == "toy" or is_teacher:
@@ -288,12 +301,13 @@ def complete(options):
         config = config_of(options.model)
         defaults = CPU_DEFAULTS if options.device == "cpu" else GPU_DEFAULTS
         seq_len = options.seq_len or min(defaults["seq_len"], config.context)
-        # the widest window that leaves room for the target, (window + 1) * cr <= seq_len, rounded
-        # down to a power of two
-        fits = max(int(seq_len / options.target_cr) - 1, 1)
-        window = min(512, 2 ** (fits.bit_length() - 1))
-        # A step moves a logit by about lr * C: as much as in NVIDIA's recipe, 3e-5 for C = 4096.
-        defaults = dict(defaults, seq_len=seq_len, window=window, lr=0.12 / config.hidden_size)
+        # a quarter of what the target leaves, rounded down to a power of two
+        quarter = max(int(seq_len / options.target_cr / 4), 1)
+        window = min(512, 2 ** (quarter.bit_length() - 1))
+        # A step moves a logit by about lr * C: half as much as in NVIDIA's recipe.
+        defaults = dict(defaults, seq_len=seq_len, window=window, lr=0.06 / config.hidden_size)
+    if options.decision == "neuron":  # there are no adapters to fit
+        defaults = dict(defaults, warm_start=0)
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -324,7 +338,8 @@ def check(options):
     require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
     require((options.window + 1) * options.target_cr <= options.seq_len,
             f"--window {options.window} is too much of {options.seq_len} tokens; take less")
-    require(options.decision == "adapter" or options.train == "all", "neuron needs --train all")
+    require(options.decision == "adapter" or options.train == "all" and not options.warm_start,
+            "neuron needs --train all, and no --warm-start")
     require(not options.device.startswith("cuda") or torch.cuda.get_device_capability()[0] >= 8,
             "no kernel trains on a GPU before Ampere (sm_80); use --device cpu")
     world = torchrun_place()[1]

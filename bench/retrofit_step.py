@@ -41,7 +41,7 @@ def operations(model, T):
 def measure(T, model, rate, args):
     """(a row for sequences of T tokens, a function that makes a step)."""
     options = retrofit.Options(train="adapters", steps=1000, lr=3e-5, batch_size=1, seq_len=T,
-                               device=args.device, dtype=args.dtype)
+                               compression_weight=4.0, device=args.device, dtype=args.dtype)
     dms.start_retrofit(model, dms.DMSConfig(window=min(512, T // 16)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("dms_proj_alpha" in name)

@@ -168,7 +168,8 @@ def start(options):
 
 def parse(folder, seed, steps):
     """retrofit.py's options."""
-    flags = f"--window 0 --train all --seed {seed} --steps {steps} --device cpu --out {folder}"
+    flags = f"--window 0 --shift 1 --train all --warm-start 0 --seed {seed} --steps {steps}"
+    flags += f" --device cpu --out {folder}"
     return retrofit.parse(["--model", str(TEACHER), *flags.split()])
 
 

@@ -175,7 +175,7 @@ def measure_dms_step(context, attend, dtype, args):
 
 def run_file(results, args):
     dtype = getattr(torch, args.dtype)
-    attend = choose_kernels(torch.device("cpu"), dtype).attend_one
+    attend = choose_kernels(torch.device("cpu"), dtype, 128).attend_one
     file = Path(args.file)
     file.parent.mkdir(parents=True, exist_ok=True)
     for context in args.contexts:

@@ -1,7 +1,7 @@
 """The methods that the real model's experiments compare, and what these share.
 
 dense        the model as it is
-DMS          its retrofits, experiments/smollm2-135m-dms-*x, those that are there
+DMS          its retrofit, experiments/smollm2-135m-dms, at each ratio by that one's offset
 window       a sliding window of 1/ratio of the prompt
 KeyDiff ...  kvpress's methods: the prompt is compressed to 1/ratio once it has been read
 """
@@ -14,16 +14,17 @@ from shared import ROOT, arguments, load, sliding_window
 
 MODEL = ROOT / "out" / "smollm2-135m"
 TEXT = ROOT / "out" / "text" / "held_out.jsonl"
-RETROFIT = "smollm2-135m-dms-{:g}x"  # in experiments/
+RETROFIT = ROOT / "experiments" / "smollm2-135m-dms"
 PRESSES = ("StreamingLLM", "TOVA", "SnapKV", "ExpectedAttention", "KeyDiff", "Knorm")
 
 
-def real_arguments(description, name, crs):
+def real_arguments(description, name, crs, dial):
     """The parser of an experiment on the real model, which has to be there."""
     if not MODEL.exists() or not TEXT.exists():
         sys.exit("run experiments/real_model.py and experiments/text.py first")
     p = arguments(description, name)
     p.add_argument("--crs", type=float, nargs="*", default=crs, help="compression ratios")
+    p.add_argument("--dial", type=float, nargs="*", default=dial, help="those of DMS")
     p.add_argument("--presses", nargs="*", default=PRESSES, choices=PRESSES)
     return p
 
@@ -37,10 +38,9 @@ def methods(args, prompt_tokens, by_engine, by_press):
     """(Name, ratio, run) of every method for prompts of so many tokens. run is what
     by_engine(model) or by_press(transformers' model, press) returns."""
     yield "dense", 1, by_engine(load(MODEL)[0])
+    for cr in args.dial:
+        yield "DMS", cr, by_engine(load(RETROFIT, cr)[0])
     for cr in args.crs:
-        folder = ROOT / "experiments" / RETROFIT.format(cr)
-        if folder.exists():
-            yield "DMS", cr, by_engine(load(folder)[0])
         window = sliding_window(load(MODEL)[0], round(prompt_tokens / cr))
         yield "window", cr, by_engine(window)
     if args.presses and args.crs:

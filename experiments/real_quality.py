@@ -88,7 +88,7 @@ def measure(run, rows, references):
 
 
 def main():
-    p = real_arguments(__doc__, "real-quality.json", crs=[2, 4, 8])
+    p = real_arguments(__doc__, "real-quality.json", crs=[2, 4, 8], dial=[2, 3, 4, 6, 8, 12])
     p.add_argument("--documents", type=int, default=16)
     args = p.parse_args()
     results = Results(args)

@@ -94,7 +94,7 @@ def measure(run, tokenizer, kind, length, depth, trials):
 
 
 def main():
-    p = real_arguments(__doc__, "real-retrieval.json", crs=[4, 8])
+    p = real_arguments(__doc__, "real-retrieval.json", crs=[4, 8], dial=[2, 3, 4, 8])
     p.add_argument("--kinds", nargs="+", default=["passkey", "needle"])
     p.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     p.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])

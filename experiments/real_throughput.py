@@ -39,10 +39,10 @@ def write_prompts(file, count, shortest, longest):
 
 
 def answer(model, prompts, args):
-    """Run generate.py; {seconds, new tokens, report}."""
+    """Run generate.py with the options that name the model; {seconds, new tokens, report}."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers.jsonl"
-        command = [sys.executable, ROOT / "generate.py", "--model", model, "--requests", prompts,
+        command = [sys.executable, ROOT / "generate.py", *model, "--requests", prompts,
                    "--out", out, "--memory", args.memory, "--max-new-tokens", args.new_tokens]
         begin = time.time()
         done = subprocess.run(
@@ -68,10 +68,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
         write_prompts(prompts, args.prompts, args.shortest, args.longest)
-        models = {"dense": MODEL}
-        models |= {f"DMS {cr:g}x": ROOT / "experiments" / RETROFIT.format(cr) for cr in args.crs}
+        models = {"dense": ["--model", MODEL]}
+        models |= {f"DMS {cr:g}x": ["--model", RETROFIT, "--cr", cr] for cr in args.crs}
         for name, model in models.items():
-            if model.exists() and not results.has(method=name):
+            if not results.has(method=name):
                 results.add(method=name, **answer(model, prompts, args))
 
 

@@ -4,8 +4,9 @@ Recipes: what a retrofit is made of, one thing changed at a time, all to 8x on t
     python experiments/recipes.py                                     # 40 minutes on two cores
     python experiments/recipes.py --steps 10 --problems 2             # a trial
 
-The usual recipe is retrofit.py's for the toy: decisions from adapters, all weights trained, forward
-KL, a shift of one, decisions per head, a window of 16. Two recipes differ in more than one thing:
+The usual recipe begins cold: decisions from adapters, all weights trained, forward KL, a shift of
+one, decisions per head, a window of 16. "warm" is retrofit.py's own for the toy, which begins with
+a regression and has no shift; half the steps are enough for it. Two differ in more than one thing:
 the paper's, a borrowed neuron that decides about its own token, and NVIDIA's later one, adapters on
 a frozen base with reverse KL; both at the toy's learning rate and length. A borrowed neuron is
 taken out of the model at once, where the paper fades it out over 2,000 steps (section 3.2).
@@ -18,23 +19,25 @@ that the cache counted while answering.
 import shared
 
 RATIO = 8
+COLD = ["--warm-start", "0"]
+USUAL = [*COLD, "--shift", "1"]
 NEURON = ["--decision", "neuron", "--train", "all"]
 RECIPES = {  # what retrofit.py is told besides ratio, steps and seed
-    "usual": [],
-    "frozen": ["--train", "adapters"],
-    "neuron": NEURON,
-    "reverse-kl": ["--reverse-kl"],
-    "shift-0": ["--shift", "0"],
-    "per-layer": ["--per", "layer"],
-    "paper": [*NEURON, "--shift", "0"],
-    "nvidia": ["--train", "adapters", "--reverse-kl"],
+    "usual": USUAL,
+    "frozen": [*USUAL, "--train", "adapters"],
+    "neuron": [*USUAL, *NEURON],
+    "reverse-kl": [*USUAL, "--reverse-kl"],
+    "shift-0": COLD,
+    "per-layer": [*USUAL, "--per", "layer"],
+    "paper": [*COLD, *NEURON],
+    "nvidia": [*USUAL, "--train", "adapters", "--reverse-kl"],
+    "warm": [],
+    "warm-frozen": ["--train", "adapters", "--lr", "3e-4", "--compression-weight", "4"],
 }
 
 
 def retrofit_of(recipe, steps, seed):
     """The folder of a retrofit by a recipe."""
-    if recipe == "usual":
-        return shared.standard(RATIO, seed, steps)
     flags = ["--target-cr", RATIO, "--seed", seed, "--steps", steps, *RECIPES[recipe]]
     return shared.retrofitted(f"dms-{RATIO}x-{recipe}-seed{seed}-{steps}steps", *flags)
 

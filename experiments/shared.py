@@ -33,7 +33,7 @@ RESULTS = ROOT / "experiments" / "results"
 RETROFITS = ROOT / "out" / "experiments"
 TEACHER = ROOT / "toy" / "teacher"
 SHIPPED = ROOT / "toy" / "retrofitted"
-STEPS = 500  # of retrofit.py on the toy
+STEPS = 250  # of retrofit.py on the toy
 
 
 # -------------------------------------------------------------------------- Commands and their rows
@@ -129,9 +129,9 @@ def download(package, folder, *flags):
 # -------------------------------------------------------------------------------- Models of the toy
 
 
-def load(folder):
-    """(model, tokenizer) of a folder."""
-    return load_model(folder), load_tokenizer(folder)
+def load(folder, cr=None):
+    """(model, tokenizer) of a folder. cr: another compression ratio than its own."""
+    return load_model(folder, cr=cr), load_tokenizer(folder)
 
 
 def window_of(pairs):

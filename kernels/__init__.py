@@ -42,13 +42,3 @@ def block_sizes(x, width):
     most = {7: 32, 9: 128}.get(capability(x), 64)
     other = min(64, 16384 // size)  # 16 KiB at a time
     return min(most, most * 256 // size), other, 32
-
-
-def check_launch(head_dim, *tensors):
-    """Raise ValueError where a kernel could not run, or would read other memory than was meant."""
-    device = tensors[0].device
-    dtype = tensors[0].dtype
-    if head_dim > 256 or dtype.itemsize > 4:
-        raise ValueError(f"head size {head_dim} in {dtype}: kernels cover 256 in 32 bits at most")
-    if any(x.device != device or not x.is_contiguous() for x in tensors):
-        raise ValueError("a kernel's tensors must be contiguous, and all on one device")

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import block_sizes, check_launch
+from kernels import block_sizes
 
 FOREVER = tl.constexpr(2**31 - 1)
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -132,7 +132,6 @@ def attend_block(q, k, v, evict, new, rows, pool, window, is_block=True):
     N, G, T, D = q.shape
     tensors = [x.contiguous() for x in (q, k, v, evict, new)]
     tensors += [rows.seen, rows.length, rows.table, *pool.slots]
-    check_launch(D, *tensors)
     width = max(triton.next_power_of_2(D), 16)
     queries, _, keys = block_sizes(q, width)  # few keys: a block's queries take the registers
     warps = 8
@@ -150,13 +149,11 @@ def attend_block(q, k, v, evict, new, rows, pool, window, is_block=True):
         G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=is_block,
         QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=3)
     if parts > 1:
-        weight = torch.softmax(lse, dim=3)
-        y = weight[:, :, :, None] @ y  # (N, G, T, 1, D)
+        y = torch.softmax(lse, dim=3)[:, :, :, None] @ y  # (N, G, T, 1, D)
     return y.view(N, G, T, D).to(q.dtype)
 
 
 def attend_one(q, rows, pool):
     """See Kernels in kv_cache.py."""
     no_block = 4 * (q,)  # anything: it is not read
-    y = attend_block(q[:, :, None], *no_block, rows, pool, 0, is_block=False)
-    return y[:, :, 0]
+    return attend_block(q[:, :, None], *no_block, rows, pool, 0, is_block=False)[:, :, 0]

@@ -27,10 +27,9 @@ def store_one(k, v, evict, new, rows, pool, shift):
 
 def attend_one(q, rows, pool):
     """By numba, in as many threads as PyTorch uses."""
-    query = q * q.shape[2] ** -0.5
-    y = torch.empty_like(query)
+    y = torch.empty_like(q)
     threads = torch.get_num_threads()
-    tensors = (query, pool.keys, pool.values, rows.table, rows.length, y)
+    tensors = (q * q.shape[2] ** -0.5, pool.keys, pool.values, rows.table, rows.length, y)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     with numba.parallel_chunksize(1):  # a thread that is done takes the next row
         _attend(*(x.numpy() for x in tensors))
@@ -60,8 +59,7 @@ def _store(shift, k, v, evict, new, seen, length, table, ring,
         t = seen[row]
         pages = table[row]
         if shift == 1 and t > 0:
-            newest = ring[row, (t - 1) % W]
-            evicted[locate(pages, newest, page_size)] = evict[row]
+            evicted[locate(pages, ring[row, (t - 1) % W], page_size)] = evict[row]
         slot = length[row]
         oldest = ring[row, t % W]
         if t >= W and evicted[locate(pages, oldest, page_size)]:

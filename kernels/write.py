@@ -16,8 +16,6 @@ Letters: N rows of a layer, M columns of the page table, P pages of the pool, D 
 import triton
 import triton.language as tl
 
-from kernels import check_launch
-
 
 @triton.jit
 def place_of(slot, table_ptr, PAGE: tl.constexpr):
@@ -74,9 +72,9 @@ def store_one(k, v, evict, new, rows, pool, shift):
     """By Triton, see Kernels in kv_cache.py. The free stack must hold a page for every row that
     needs one: KVCache.reserve sees to it, since a program could not say that there is none."""
     # seen, length, table and ring of the rows; keys, values, position and evicted of the pool
-    tensors = (k, v, evict, new, *vars(rows).values(), *pool.slots, pool.free, pool.free_count)
+    given = [x.contiguous() for x in (k, v, evict, new)]
+    tensors = (*given, *vars(rows).values(), *pool.slots, pool.free, pool.free_count)
     N, D = k.shape
-    check_launch(D, *tensors)
     _store[(N,)](  # one warp: 128 channels in 16 bits are 8 bytes a thread
         *tensors, rows.table.stride(0), D=D, WIDTH=triton.next_power_of_2(D),
         PAGE=pool.page_size, W=rows.ring.shape[1], SHIFT=shift, num_warps=1)

@@ -42,10 +42,9 @@ def run_interpreted(file, names):
     is_old = [int(x) for x in triton.__version__.split(".")[:2]] < [3, 7]
     if is_old and numpy.__version__ >= "2.4":
         pytest.skip("this triton's interpreter needs numpy < 2.4 (triton-lang/triton#9171)")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", file, "-k", names],
-        cwd=REPOSITORY, env={**os.environ, "TRITON_INTERPRET": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", file,
+                         "-k", names], cwd=REPOSITORY, env={**os.environ, "TRITON_INTERPRET": "1"},
+                         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert run.returncode == 0, run.stdout
 
 
@@ -55,10 +54,9 @@ SLOT = 2 * 8 * 4 + 5  # bytes: k and v of 8 float32 each, a position and a decis
 
 
 def small_config(**changes):
-    settings = dict(
-        model_type="qwen3", vocab_size=67, hidden_size=32, intermediate_size=48, head_dim=8,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, tie_word_embeddings=True)
+    settings = dict(model_type="qwen3", vocab_size=67, hidden_size=32, intermediate_size=48,
+                    head_dim=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    max_position_embeddings=512, tie_word_embeddings=True)
     return ModelConfig(**{**settings, **changes})
 
 

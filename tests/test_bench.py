@@ -12,11 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("part, kinds", [
-    ("decode", {"copy", "step", "last step's kernels"}),
+    ("decode", {"copy", "step", "last step's kernels"}), ("transformers", {"step"}),
     ("training", {"large products", "training step", "last step's kernels"}),
-    ("prefill", {"prefill", "last prefill's kernels"}),
-    ("transformers", {"step"}),
-])
+    ("prefill", {"prefill", "last prefill's kernels"})])
 def test_what_is_run_on_a_gpu(part, kinds, tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "SMALL": "1", "PATH": path, "CUDA_VISIBLE_DEVICES": ""}

@@ -45,11 +45,12 @@ def rows_of(tmp_path, monkeypatch):
 def test_recipes(rows_of, monkeypatch):
     """Each differs from the usual one in what its name says."""
     monkeypatch.setattr(shared, "measure", lambda *arguments: {})
-    usual = vars(retrofit.parse([]))
+    usual = vars(retrofit.parse("--warm-start 0 --shift 1".split()))
     recipes = [vars(retrofit.parse(row["flags"].split())) for row in rows_of("recipes", "")]
     changes = [[name for name in usual if recipe[name] != usual[name]] for recipe in recipes]
     assert changes == [[], ["train"], ["decision"], ["reverse_kl"], ["shift"], ["per"],
-                       ["decision", "shift"], ["train", "reverse_kl"]]
+                       ["decision", "shift"], ["train", "reverse_kl"], ["warm_start", "shift"],
+                       ["train", "warm_start", "shift", "lr", "compression_weight"]]
 
 
 def test_delay(rows_of):
@@ -158,13 +159,15 @@ def test_the_real_model_with_the_toy_in_its_place(rows_of, tmp_path, monkeypatch
     assert list(map(len, documents)) == [3 * 2502] * 2
     file = tmp_path / "text.jsonl"
     file.write_text(2 * (json.dumps({"text": " ".join(p.prompt for p in SHORT)}) + "\n"))
-    toy = {"MODEL": TEACHER, "TEXT": file, "RETROFIT": "../toy/retrofitted", "PROMPT": 100}
-    for name in ("methods", "quality", "retrieval", "throughput"):
+    toy = {"MODEL": TEACHER, "TEXT": file, "RETROFIT": SHIPPED, "PROMPT": 100}
+    for name in ("methods", "quality", "retrieval", "throughput", "drift"):
         for key, value in {**toy, "CONTINUATION": 100}.items():
             monkeypatch.setattr(import_module(f"real_{name}"), key, value, raising=False)
     dense, dms, *others = [(row["pairs_after_prompt"], row["pairs_at_end"]) for row in rows_of(
-        "real_quality", "--crs 4 --documents 1 --presses KeyDiff")]
+        "real_quality", "--crs 4 --dial 4 --documents 1 --presses KeyDiff")]
     assert dense == (100, 200) and dms[1] < 60 and others == [(25, 25), (25, 125)]
-    rows_of("real_retrieval", "--crs 8 --kinds passkey --lengths 80 --depths 0.5 --presses")
+    rows_of("real_retrieval", "--crs --dial 8 --kinds passkey --lengths 80 --depths 0.5 --presses")
     [row] = rows_of("real_throughput", "--prompts 2 --shortest 9 --longest 40 --new-tokens 4 --crs")
     assert row["tokens"] == 8 and row["answers"] == 2
+    monkeypatch.setattr(import_module("real_drift"), "kinds", lambda: {"a": SHORT[0].prompt * 9})
+    assert all(row["compression"] > 2 for row in rows_of("real_drift", "--lengths 200 400"))

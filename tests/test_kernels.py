@@ -231,28 +231,13 @@ def test_relaxed_attention_of_any_layout_and_again(rng):
     assert y.transpose(1, 2).is_contiguous()  # as the output projection takes it
 
 
-@compiles
-def test_refusals():
-    rows, pool = empty_rows(2, 64, 3, 4, 2, torch.float32)
-    q = torch.zeros(2, 2, 64, device=DEVICE)
-    (wide, *others), first = training_inputs(random, 4, 512, 1)
-    for says, call, *arguments in (
-        ("head size 320", attention.attend_one, q.repeat(1, 1, 5), rows, pool),
-        ("in torch.float64", attention.attend_one, q.double(), rows, pool),
-        ("on one device", attention.attend_one, q.to("meta"), rows, pool),
-        ("head size 512", training.relaxed_attention, wide, *others, first, 1),
-    ):
-        with pytest.raises(ValueError, match=says):
-            call(*arguments)
-
-
 @no_launch
 @pytest.mark.parametrize("numba", [None, mock.Mock(njit=mock.Mock(side_effect=RuntimeError))])
 def test_a_cache_works_without_numba_and_where_that_finds_no_folder(numba, monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", numba)  # None: importing it raises ImportError
     monkeypatch.delitem(sys.modules, "kernels.cpu", raising=False)
     monkeypatch.delattr(kernels, "cpu", raising=False)
-    assert kv_cache.choose_kernels(torch.device("cpu"), torch.float32) == kv_cache.PLAIN
+    assert kv_cache.choose_kernels(torch.device("cpu"), torch.float32, 64) == kv_cache.PLAIN
 
 
 @no_launch

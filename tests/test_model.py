@@ -54,8 +54,8 @@ IMPORTS = {  # module: what of ours it may import. Nothing imports upwards, and 
     "checkpoint": "common dms model kernels", "data": "common",
     "evaluate": "checkpoint common data dms kv_cache", "publish": "checkpoint common evaluate",
     "show": "common", "generate": "checkpoint common kv_cache model show kernels toy",
-    "retrofit": "checkpoint common data dms evaluate kernels toy",
-}
+    "warm_start": "common data dms",
+    "retrofit": "checkpoint common data dms evaluate kernels toy warm_start"}
 
 
 def test_imports_go_one_way():
@@ -77,5 +77,5 @@ def test_everything_runs_without_kernels():
         sys.modules["kernels"] = None  # importing it raises ImportError
         import torch, {', '.join(IMPORTS)}
         generate.main(["--max-new-tokens", "5", "--device", "cpu"])
-        assert kv_cache.choose_kernels(torch.device("cpu"), torch.float32) == kv_cache.PLAIN"""
+        assert kv_cache.choose_kernels(torch.device("cpu"), torch.float32, 64) == kv_cache.PLAIN"""
     subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)

@@ -28,6 +28,8 @@ import evaluate
 import retrofit
 from checkpoint import load_model, save_model
 from common import InputError, read_json
+from data import split_documents
+from kv_cache import KVCache
 from model import Model
 from retrofit import TEACHER, Distillation, Options, learning_rate
 
@@ -44,7 +46,8 @@ def run_of(seed, train="adapters", shift=1, reverse_kl=False, **sizes):
             torch.nn.init.normal_(parameter, std=0.1)
         parameter.requires_grad_(train == "all" or "dms_proj_alpha" in name)
     teacher = student if train == "adapters" else small_model(seed)
-    return Distillation(student, teacher, Options(steps=10, lr=0.01, reverse_kl=reverse_kl))
+    return Distillation(student, teacher, Options(steps=10, lr=0.01, reverse_kl=reverse_kl,
+                                                  compression_weight=1.0))
 
 
 def naive_sums(run, step, ids, documents):
@@ -168,7 +171,7 @@ def arguments(model, data, out, more=""):
     """Of a run of a few small steps, on the CPU."""
     return (f"--model {model} --data {data} --out {out} --steps 15 --batch-size 2 --seq-len 64 "
             "--window 4 --save-every 3 --lr 0.01 --eval-sequences 2 --eval-problems 1 --device cpu "
-            f"{more}").split()
+            f"--warm-start 4 {more}").split()
 
 
 def child(place, function, *given):
@@ -217,11 +220,16 @@ def results_in(out):
     return read_json(out / "results.json")["results"]
 
 
-@pytest.mark.parametrize("train", ["adapters --target-cr 1", "all", "all --decision neuron"])
+@pytest.mark.parametrize("train", [
+    "adapters --target-cr 1", "adapters --warm-start 3", "all",
+    "all --decision neuron --warm-start 0"])
 def test_killed_and_resumed_is_bit_for_bit_the_same(random_teacher, text, tmp_path, train):
     whole, cut = (tmp_path / name for name in ("whole", "cut"))
     run(retrofit.main, arguments(random_teacher, text, whole, f"--train {train}"))
     argv = arguments(random_teacher, text, cut, f"--train {train}")
+    if "3" in train:
+        run(killed, "warm_start.needs", 3, argv, exitcode=-signal.SIGKILL)
+        argv.append("--resume")
     run(killed, "retrofit.Distillation.backward", 8, argv, exitcode=-signal.SIGKILL)
     assert saved_step(cut) == 6 and len(metrics_in(cut)) == 7
     argv.append("--resume")
@@ -249,7 +257,7 @@ def test_two_processes_do_what_one_does(text, tmp_path, train, shard):
     assert saved_step(two) == 4
     run(retrofit.main, [*argv, "--resume"], count=2 if shard else 1)
     for ours, theirs in zip(metrics_in(one), metrics_in(two), strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-5 if ours["step"] <= 2 else 1e-2)
+        assert theirs == pytest.approx(ours, rel=2e-4 if ours["step"] <= 2 else 0.1)
     assert ours["grad_norm"] > 0 and ours["cr"] > 1
     ours, theirs = (load_model(out).state_dict() for out in (one, two))
     for name, weight in ours.items():
@@ -271,16 +279,16 @@ def test_a_model_and_a_text_are_enough(random_teacher, text, tmp_path, monkeypat
     assert "compression_ratio" in capsys.readouterr().out
     out = tmp_path / "out" / f"{random_teacher.name}-dms-8x"
     settings = read_json(out / "settings.json")
-    assert len(metrics_in(out)) == settings["steps"] == 300
-    assert load_model(out).config.dms.window == settings["window"] == 4
+    assert len(metrics_in(out)) == settings["steps"] == 200
+    assert load_model(out).config.dms.window == settings["window"] == 2
 
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
     """The folder of a few steps of the toy teacher at a high rate, and its data."""
     out = tmp_path_factory.mktemp("toy") / "out"
-    argv = ("--train adapters --window 4 --steps 12 --lr 0.01 --seq-len 128 --batch-size 2 "
-            f"--eval-sequences 8 --eval-problems 1 --device cpu --out {out}")
+    argv = ("--train adapters --warm-start 0 --window 4 --steps 12 --lr 0.01 --seq-len 128 "
+            f"--batch-size 2 --eval-sequences 8 --eval-problems 1 --device cpu --out {out}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "settling_sequences", lambda seq_len: 8)  # fewer than usual
         retrofit.main(argv.split())
@@ -299,17 +307,18 @@ def test_compression_is_learned(toy_run):
 
 
 def test_the_offset_is_settled_just_above_the_target(toy_run):
-    """Where that was not learned the offset falls by 1, no more."""
+    """At every ratio, and between two of them."""
     out, data = toy_run
-    model = load_model(out)
-    for target in (6, 2):
-        model.config.dms.target_cr = target
-        ratio = evaluate.settle_offset(model, data)
-        assert 1.01 * target <= ratio < 1.05 * target
-        cache = evaluate.kl_on_text(model, model, data, 8)[2]
-        assert cache.compression_ratio() == pytest.approx(ratio, rel=0.2)
-    model = dms.start_retrofit(load_model(TEACHER), dms.DMSConfig(window=4))
-    assert evaluate.settle_offset(model, data) == 1 and model.config.dms.offset == 4.0
+    assert [cr for cr, _ in load_model(out).config.dms.offsets] == [2, 3, 4, 6, 8, 12]
+    for target in (6, 2, 5):
+        model = load_model(out, cr=target)
+        cache = KVCache(model.config, 1)
+        for ids in split_documents(*data.held_out(8)):
+            model.states(ids, cache)
+            cache.release([0])
+        assert cache.compression_ratio() == pytest.approx(1.03 * target, rel=0.05)
+    with pytest.raises(InputError, match="20x: the model has settled these ratios: .2, 3"):
+        load_model(out, cr=20)
 
 
 def settle_apart(out, data, found):
@@ -317,7 +326,7 @@ def settle_apart(out, data, found):
     distributed.init_process_group("gloo")
     model = load_model(out)
     model.config.dms.scale += 10 * distributed.get_rank()
-    evaluate.settle_offset(model, data)
+    evaluate.settle_offset(model, data, 6)
     (found / str(model.config.dms.offset)).touch()
     distributed.destroy_process_group()
 
@@ -330,14 +339,14 @@ def test_all_processes_settle_on_one_offset(toy_run, tmp_path):
 def test_defaults_follow_from_device_context_and_width(tmp_path, monkeypatch):
     monkeypatch.setattr(retrofit, "choose_device", lambda options: None)
     for device, context, cr, *expected in (
-            ("cuda", 40960, 8, 8192, 512, 1000), ("cuda", 2048, 8, 2048, 128, 1000),
-            ("cpu", 40960, 8, 1024, 64, 300), ("cpu", 40960, 2, 1024, 256, 300)):
+            ("cuda", 40960, 8, 8192, 256, 200), ("cuda", 2048, 8, 2048, 64, 200),
+            ("cpu", 40960, 8, 1024, 32, 200), ("cpu", 40960, 2, 1024, 128, 200)):
         model = Model(small_config(max_position_embeddings=context))
         save_model(model, tmp_path, torch.float32)
         options = Options(model=str(tmp_path), device=device, target_cr=cr)
         retrofit.complete(options)
         assert [options.seq_len, options.window, options.steps] == expected
-        assert options.lr == pytest.approx(0.12 / 32) and options.train == "adapters"
+        assert options.lr == pytest.approx(0.06 / 32) and options.train == "adapters"
     toy = Options(device="cuda")
     retrofit.complete(toy)
     assert (toy.data, toy.train, toy.window) == ("toy", "all", 16)
@@ -351,7 +360,7 @@ def test_a_resumed_run_keeps_its_own_options_and_refuses_others(random_teacher, 
     for argv in (shortly, [*given, "--resume"]):
         assert retrofit.parse(argv).settings() == options.settings()
     for flag in ("--model toy/teacher", "--data toy", "--target-cr 4", "--window 5", "--train all",
-                 "--decision neuron", "--shift 0", "--per layer", "--steps 31", "--lr 0.02",
+                 "--decision neuron", "--shift 1", "--per layer", "--steps 31", "--lr 0.02",
                  "--batch-size 3", "--seq-len 63", "--compression-weight 2", "--reverse-kl",
                  "--seed 1", "--save-every 4", "--dtype bfloat16", "--eval-problems 7"):
         name = flag.split()[0][2:].replace("-", "_")
@@ -360,18 +369,14 @@ def test_a_resumed_run_keeps_its_own_options_and_refuses_others(random_teacher, 
 
 
 @pytest.mark.parametrize("more, message", [
-    ("--target-cr 64", "--window 4 is too much of 64"),
-    ("--decision neuron", "neuron needs --train all"),
-    ("--seq-len 5000", "the model's context is"),
-    ("--shard", "--shard needs several processes"),
-    ("--model /no/such", "/no/such"),
-    ("--data /no/such.txt", "/no/such.txt"),
+    ("--target-cr 64", "--window 4 is too much of 64"), ("--shard", "needs several processes"),
+    ("--decision neuron", "neuron needs --train all"), ("--seq-len 5000", "the model's context is"),
+    ("--model /no/such", "/no/such"), ("--data /no/such.txt", "/no/such.txt"),
     ("--resume", "No such file.*settings.json"),
     (f"--model {REPOSITORY}/toy/retrofitted", "already a DMS checkpoint"),
     ("--data short.txt", "--window 4 is too much of these short documents"),
     ("--save-every 2", "out.lock"),  # as another process writes there
-    ("", "holds something"),
-])
+    ("", "holds something")])
 def test_what_cannot_work_ends_before_any_work(
         random_teacher, text, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)

@@ -2,26 +2,14 @@
 results are the CPU's."""
 
 import pytest
-import torch
 from conftest import small_model
-from simulated_gpu import GPU, OnGPU, simulated_gpu
+from simulated_gpu import GPU, simulated_gpu
 from test_retrofit import arguments, metrics_in, random_teacher, results_in, text  # noqa: F401
 
 import retrofit
 from dms import DMSConfig
 from generate import Sampling, Sequence, generate
 from kv_cache import KVCache
-
-
-def test_tensors_of_both_devices_do_not_mix():
-    with simulated_gpu():
-        x = torch.arange(6.0, device=GPU).view(2, 3)
-        assert isinstance(x, OnGPU) and x.device == GPU
-        assert (x[1] * 2 + torch.tensor(1.0)).tolist() == [7, 9, 11]  # a CPU's scalar may take part
-        with pytest.raises(RuntimeError, match="tensors of a GPU, and of a CPU"):
-            x + torch.ones(3)
-        x[0] = torch.ones(3)  # a copy
-        assert type(x.cpu()) is torch.Tensor and x.sum().item() == 15
 
 
 @pytest.mark.parametrize("settings", [DMSConfig(window=3), DMSConfig(0, "neuron", 0), None])
