@@ -149,11 +149,13 @@ def attend_block(q, k, v, evict, new, rows, pool, window, is_block=True):
         G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=is_block,
         QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=3)
     if parts > 1:
-        y = torch.softmax(lse, dim=3)[:, :, :, None] @ y  # (N, G, T, 1, D)
+        weight = torch.softmax(lse, dim=3)
+        y = weight[:, :, :, None] @ y  # (N, G, T, 1, D)
     return y.view(N, G, T, D).to(q.dtype)
 
 
 def attend_one(q, rows, pool):
     """See Kernels in kv_cache.py."""
     no_block = 4 * (q,)  # anything: it is not read
-    return attend_block(q[:, :, None], *no_block, rows, pool, 0, is_block=False)[:, :, 0]
+    y = attend_block(q[:, :, None], *no_block, rows, pool, 0, is_block=False)
+    return y[:, :, 0]

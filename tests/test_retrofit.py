@@ -168,7 +168,6 @@ def text(tmp_path_factory):
 
 
 def arguments(model, data, out, more=""):
-    """Of a run of a few small steps, on the CPU."""
     return (f"--model {model} --data {data} --out {out} --steps 15 --batch-size 2 --seq-len 64 "
             "--window 4 --save-every 3 --lr 0.01 --eval-sequences 2 --eval-problems 1 --device cpu "
             f"--warm-start 4 {more}").split()
@@ -248,7 +247,6 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(random_teacher, text, tmp_pa
 @pytest.mark.parametrize("train", ["adapters", "all"])
 @pytest.mark.parametrize("shard", ["", "--shard"])
 def test_two_processes_do_what_one_does(text, tmp_path, train, shard):
-    """They are killed: then one process goes on, or two where the weights are sharded."""
     one, two = (tmp_path / name for name in ("one", "two"))
     more = f"--train {train} --steps 6 --save-every 1 --lr 0.0005"
     run(retrofit.main, arguments(TEACHER, text, one, more))
@@ -273,7 +271,6 @@ def test_torchrun_starts_processes(random_teacher, text, tmp_path):
 
 
 def test_a_model_and_a_text_are_enough(random_teacher, text, tmp_path, monkeypatch, capsys):
-    """To a table, on a CPU."""
     monkeypatch.chdir(tmp_path)
     retrofit.main(["--model", str(random_teacher), "--data", str(text), "--device", "cpu"])
     assert "compression_ratio" in capsys.readouterr().out
@@ -307,7 +304,6 @@ def test_compression_is_learned(toy_run):
 
 
 def test_the_offset_is_settled_just_above_the_target(toy_run):
-    """At every ratio, and between two of them."""
     out, data = toy_run
     assert [cr for cr, _ in load_model(out).config.dms.offsets] == [2, 3, 4, 6, 8, 12]
     for target in (6, 2, 5):

@@ -46,7 +46,6 @@ def test_need_equals_brute_force():
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_toy_forgets_well_before_the_first_step(shift):
-    """At 8x, on text that it has not seen: a window of as many pairs loses 0.4 nats."""
     student = dms.start_retrofit(load_model(TEACHER), dms.DMSConfig(16, shift=shift))
     data = ToyData(load_tokenizer(TEACHER), 512, 4, seed=0)
     warm_start(student, data, 12)
