@@ -4,8 +4,9 @@ Retrofit a checkpoint with DMS by distillation.
     loss = KL(teacher || student) + max(1 - 1/CR(step) - evicted fraction, 0)
 
 The teacher is the model as it was, the student the same with relaxed eviction decisions (dms.py).
-First the training step, in one process or several, then the loop around it and the script. At the
-end the decisions' offset is settled by what a cache really holds of held-out text (evaluate.py).
+Adapters begin with a regression (warm_start.py); then the target holds from the first step on. At
+the end the decisions' offset is settled on held-out text, for every ratio (evaluate.py). Here is
+first the training step, in one process or several, then the loop around it and the script.
 
     python retrofit.py                                     # the shipped toy teacher, on a laptop
     python retrofit.py --model Qwen/Qwen3-8B               # OpenR1-Math-220k from the hub
