@@ -375,6 +375,7 @@ def main(argv=None):
             train(options, data, out)
             torch.set_float32_matmul_precision("highest")
         if world > 1:
+            distributed.barrier()  # a process that ends while others still send may abort
             distributed.destroy_process_group()
         if rank == 0:
             evaluate(data, options, out)
