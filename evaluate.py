@@ -45,7 +45,7 @@ def kl_on_text(model, reference, data, count):
     return sum(nats).item() / tokens, len(nats), cache
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def settle_offset(model, data, cr, biased_attention=dms.relaxed_attention):
     """Set the decisions' offset so that a cache compresses held-out text by about 3% more than cr,
     since other text may be compressed by less. Returns whether the window allows that.
