@@ -62,14 +62,20 @@ def visible(query, key, evict, window):
     return (key <= query) & (in_window | ~evict)
 
 
-def decisions(logits, shift):
-    """Decisions by the token that they are about, from logits by the token that computed them.
+UNDECIDED = -1e4  # a logit that no noise turns into an eviction
 
-    logits: (..., T). Returns evict (..., T) bool. With shift 1 the last token is not decided yet:
-    it counts as kept, and every window holds it anyway.
-    """
-    evict = logits > 0
-    return F.pad(evict[..., shift:], (0, shift))  # by False
+
+def by_subject(logits, shift):
+    """Logits (..., T) by the token that they are about, from those by the token that computed them.
+    With shift 1 the last token is not decided yet: it counts as kept, and every window holds it
+    anyway."""
+    return F.pad(logits[..., shift:], (0, shift), value=UNDECIDED)
+
+
+def decisions(logits, shift):
+    """What was decided about each token, evict (..., T) bool, by the logits that the tokens
+    computed."""
+    return by_subject(logits, shift) > 0
 
 
 def attention(q, k, v, mask=None):
@@ -198,8 +204,6 @@ def document_attention(packing):
 
 # --------------------------------------------------------- Training: relaxed decisions, section 3.3
 
-UNDECIDED = -1e4  # a logit that no noise turns into an eviction
-
 
 def relaxed_attention(q, k, v, bias, first, window, block=128):
     """Attention under the rule with every decision relaxed to a bias on its key:
@@ -265,8 +269,7 @@ class RelaxedAttention:
     def noisy_logits(self, layer, logits):
         """(z + g1 - g2) / tau by the token that the decision is about, (B, Hkv, T)."""
         noisy = (logits + self.noise(layer, logits)) / self.dms.tau
-        shift = self.dms.shift
-        return F.pad(noisy[..., shift:], (0, shift), value=UNDECIDED)
+        return by_subject(noisy, self.dms.shift)
 
     def noise(self, layer, logits):
         """g1 - g2, a standard logistic, which is the logit of a uniform sample. It follows from a

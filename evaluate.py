@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as distributed
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import dms
@@ -20,6 +19,7 @@ from common import torchrun_place, write_json
 from data import settling_sequences, split_documents
 from kv_cache import KVCache
 
+MARGIN = 1.03  # to be compressed by more than asked for: other text may be compressed by less
 RATIOS = (2, 3, 4, 6, 8, 12)  # that one retrofit serves, each by an offset of its own
 PRINTED = "kl compression_ratio peak_pairs reads peak_page_bytes".split()  # of a measurement
 
@@ -47,23 +47,22 @@ def kl_on_text(model, reference, data, count):
 
 @torch.no_grad()
 def settle_offset(model, data, cr, biased_attention=dms.relaxed_attention):
-    """Set the decisions' offset so that a cache compresses held-out text by about 3% more than cr,
-    since other text may be compressed by less. Returns whether the window allows that.
+    """Set the decisions' offset so that a cache compresses held-out text by about MARGIN times cr.
+    Returns whether the window allows that.
 
     The logits of the text give the offset at which the right share of pairs would be evicted. But
     what is evicted changes the logits of later layers a little, so this takes two rounds."""
     settings = model.config.dms
-    shift = settings.shift
     ids, documents = data.held_out(settling_sequences(data.seq_len))
     packing = dms.Packing(documents, ids.shape[1], model.device)
     expires = packing.expires(settings.window)  # (B, T)
     tokens = sum(map(sum, documents))
     expired = expires.sum().item()
-    kept = tokens / (1.03 * cr) - (tokens - expired)  # of the expired ones, by a head
+    kept = tokens / (MARGIN * cr) - (tokens - expired)  # of the expired ones, by a head
     by_layer = []  # the logits about the expired tokens
 
     def attend(layer, q, k, v, logits):
-        about = F.pad(logits[..., shift:], (0, shift), value=dms.UNDECIDED)  # (B, Hkv, T)
+        about = dms.by_subject(logits, settings.shift)  # (B, Hkv, T)
         by_layer.append(about.transpose(0, 1)[:, expires].flatten())
         bias = dms.UNDECIDED * (about > 0).float()
         return biased_attention(q, k, v, bias, packing.first, settings.window)

@@ -285,7 +285,7 @@ def choose_kernels(device, dtype, head_dim):
             from kernels import attention, write
 
             return Kernels(write.store_one, attention.attend_one, attention.attend_block)
-        if dtype == torch.float32:
+        if device.type == "cpu" and dtype == torch.float32:
             from kernels import cpu
 
             return Kernels(cpu.store_one, cpu.attend_one, attend_block)

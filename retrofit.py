@@ -39,7 +39,7 @@ from checkpoint import (copy_tokenizer, load_model, load_tokenizer, parse_config
 from common import (all_reduce, choose_device, is_sharded, parse_options, read_json, require, shard,
                     run_script, sharded_like, torchrun_place, whole, write_atomic, write_json)
 from data import DEFAULT, TextData, settling_sequences
-from evaluate import evaluate, settle_offset, settle_offsets
+from evaluate import MARGIN, evaluate, settle_offset, settle_offsets
 from warm_start import warm_start
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
@@ -143,7 +143,7 @@ class Distillation:
         processes are given the same. Returns metrics. Raises InputError, before weights change, if
         the step diverges."""
         options = self.options
-        cr = 1.03 * options.target_cr
+        cr = MARGIN * options.target_cr
         if not options.warm_start:
             cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
         kl, self.evicted_fraction = all_reduce(self.backward(step, ids, documents, cr)).tolist()

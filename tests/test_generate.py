@@ -230,11 +230,11 @@ def test_stream_holds_back_half_characters_and_half_stop_strings(folder, capsys)
 @pytest.mark.parametrize("text, answer", [
     ("so \\boxed{12} and \\boxed{7}. I checked it 3 times.", "7"), ("it is 1,234.5.", "1234.5"),
     ("x = \u22124", "-4"), (".5 or 2.5E3", "2.5E3"), ("\\boxed{5}, not \\boxed{}", "5"),
-    ("\\boxed{\\$12{,}345}", "12345"),
-    ("yes\nno\n", "no"), ("\n", ""), ("\\boxed{\\text{(A)}} or so, 3 of 4", "A"),
-    ("\\boxed{ (A) }", "A"), ("\\boxed{12,345}", "12345"), ("1/2", "1/2"), ("so 2.5e3.", "2.5e3"),
-    ("3-4", "4"), ("f(2)-4", "4"), ("x=-4", "-4"), ("\\boxed{(1,2)}", "(1,2)"), ("1,2", "2"),
-    ("cut \\boxed{9", "9"), ("\\boxed{\\frac{\\sqrt{x_{1}}}{2}}", "\\frac{\\sqrt{x_{1}}}{2}")])
+    ("\\boxed{\\$12{,}345}", "12345"), ("yes\nno\n", "no"), ("\n", ""), ("1/2", "1/2"),
+    ("\\boxed{\\text{(A)}} or so, 3 of 4", "A"), ("\\boxed{ (A) }", "A"), ("so 2.5e3.", "2.5e3"),
+    ("\\boxed{12,345}", "12345"), ("3-4", "4"), ("f(2)-4", "4"), ("x=-4", "-4"), ("1,2", "2"),
+    ("\\boxed{(1,2)}", "(1,2)"), ("cut \\boxed{9", "9"),
+    ("\\boxed{\\frac{\\sqrt{x_{1}}}{2}}", "\\frac{\\sqrt{x_{1}}}{2}")])
 def test_final_answer(text, answer):
     assert final_answer(text) == answer
 

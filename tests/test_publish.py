@@ -7,7 +7,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from conftest import REPOSITORY, small_model
 from huggingface_hub import ModelCard
@@ -150,7 +149,7 @@ def test_a_merged_release_works_and_compresses_in_transformers(
     begun = theirs(ids[:, :7], labels=ids[:, :7])
     logits = theirs(ids[:, 7:], past_key_values=begun.past_key_values).logits  # by hand
     torch.testing.assert_close(logits, model(ids)[:, 7:], rtol=1e-4, atol=1e-4)
-    expected = F.cross_entropy(model(ids)[0, :6], ids[0, 1:7]).item()
+    expected = torch.nn.functional.cross_entropy(model(ids)[0, :6], ids[0, 1:7]).item()
     assert begun.loss.item() == pytest.approx(expected, rel=1e-4)
     beams = theirs.generate(torch.tensor(prompts[:1]), num_beams=3, **greedy)
     chosen, likeliest = (model(x[None])[0].log_softmax(-1)[-31:-1].gather(1, x[-30:, None]).sum()

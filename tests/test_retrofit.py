@@ -219,9 +219,8 @@ def results_in(out):
     return read_json(out / "results.json")["results"]
 
 
-@pytest.mark.parametrize("train", [
-    "adapters --target-cr 1", "adapters --warm-start 3", "all",
-    "all --decision neuron --warm-start 0"])
+@pytest.mark.parametrize("train", ["adapters --target-cr 1", "adapters --warm-start 3", "all",
+                                   "all --decision neuron --warm-start 0"])
 def test_killed_and_resumed_is_bit_for_bit_the_same(random_teacher, text, tmp_path, train):
     whole, cut = (tmp_path / name for name in ("whole", "cut"))
     run(retrofit.main, arguments(random_teacher, text, whole, f"--train {train}"))
@@ -244,7 +243,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(random_teacher, text, tmp_pa
     assert model.config.dms.source == ("neuron" if "neuron" in train else "adapter")
 
 
-@pytest.mark.parametrize("train", ["adapters", "all"])
+@pytest.mark.parametrize("train", ["adapters --warm-start 0", "all --warm-start 0", "all"])
 @pytest.mark.parametrize("shard", ["", "--shard"])
 def test_two_processes_do_what_one_does(text, tmp_path, train, shard):
     one, two = (tmp_path / name for name in ("one", "two"))
@@ -255,7 +254,8 @@ def test_two_processes_do_what_one_does(text, tmp_path, train, shard):
     assert saved_step(two) == 4
     run(retrofit.main, [*argv, "--resume"], count=2 if shard else 1)
     for ours, theirs in zip(metrics_in(one), metrics_in(two), strict=True):
-        assert theirs == pytest.approx(ours, rel=2e-4 if ours["step"] <= 2 else 0.1)
+        bounds = (1e-5, 1e-2) if "0" in train else (2e-4, 0.1)  # a regression's sums come first
+        assert theirs == pytest.approx(ours, rel=bounds[ours["step"] > 2])
     assert ours["grad_norm"] > 0 and ours["cr"] > 1
     ours, theirs = (load_model(out).state_dict() for out in (one, two))
     for name, weight in ours.items():
@@ -306,13 +306,13 @@ def test_compression_is_learned(toy_run):
 def test_the_offset_is_settled_just_above_the_target(toy_run):
     out, data = toy_run
     assert [cr for cr, _ in load_model(out).config.dms.offsets] == [2, 3, 4, 6, 8, 12]
-    for target in (6, 2, 5):
+    for target, within in ((6, 0.02), (2, 0.02), (5, 0.05)):  # 5 is between two of them
         model = load_model(out, cr=target)
         cache = KVCache(model.config, 1)
         for ids in split_documents(*data.held_out(8)):
             model.states(ids, cache)
             cache.release([0])
-        assert cache.compression_ratio() == pytest.approx(1.03 * target, rel=0.05)
+        assert cache.compression_ratio() == pytest.approx(1.03 * target, rel=within)
     with pytest.raises(InputError, match="20x: the model has settled these ratios: .2, 3"):
         load_model(out, cr=20)
 
