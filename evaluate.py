@@ -46,19 +46,19 @@ def kl_on_text(model, reference, data, count):
 
 
 @torch.no_grad()
-def settle_offset(model, data, cr, biased_attention=dms.relaxed_attention):
-    """Set the decisions' offset so that a cache compresses held-out text by about MARGIN times cr.
-    Returns whether the window allows that.
+def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_attention):
+    """Find the decisions' offset for each of `ratios` that the window allows, and for the target:
+    there a cache compresses held-out text by about MARGIN times the ratio. The target's is in force
+    then.
 
     The logits of the text give the offset at which the right share of pairs would be evicted. But
-    what is evicted changes the logits of later layers a little, so this takes two rounds."""
+    what is evicted changes the logits of later layers a little, so each takes two rounds."""
     settings = model.config.dms
     ids, documents = data.held_out(settling_sequences(data.seq_len))
     packing = dms.Packing(documents, ids.shape[1], model.device)
     expires = packing.expires(settings.window)  # (B, T)
     tokens = sum(map(sum, documents))
     expired = expires.sum().item()
-    kept = tokens / (MARGIN * cr) - (tokens - expired)  # of the expired ones, by a head
     by_layer = []  # the logits about the expired tokens
 
     def attend(layer, q, k, v, logits):
@@ -67,27 +67,23 @@ def settle_offset(model, data, cr, biased_attention=dms.relaxed_attention):
         bias = dms.UNDECIDED * (about > 0).float()
         return biased_attention(q, k, v, bias, packing.first, settings.window)
 
-    for _ in range(2 if kept > 0 else 0):
-        by_layer.clear()
-        model.hidden(ids.to(model.device), attend, -packing.first)
-        lowest_first = torch.cat(by_layer).sort().values
-        step = lowest_first[int(kept / expired * len(lowest_first))]
-        if distributed.is_initialized():
-            # one process decides for all: if each went by its own last bits, they would part
-            distributed.broadcast(step, src=0)
-        settings.offset += step.item()
-    return kept > 0
-
-
-def settle_offsets(model, data, biased_attention):
-    """Settle the offsets of all RATIOS that the window allows, and at last of the target."""
-    settings = model.config.dms
-    offsets = []
-    for cr in tqdm(RATIOS, "settling", leave=False, disable=torchrun_place()[0] > 0):
-        if settle_offset(model, data, cr, biased_attention):
-            offsets.append([cr, settings.offset])
-    settings.offsets = offsets
-    settle_offset(model, data, settings.target_cr, biased_attention)
+    settings.offsets = []
+    every = sorted({*ratios, settings.target_cr})
+    for cr in tqdm(every, "settling", leave=False, disable=torchrun_place()[0] > 0):
+        kept = tokens / (MARGIN * cr) - (tokens - expired)  # of the expired ones, by a head
+        if kept <= 0:
+            continue
+        for _ in range(2):
+            by_layer.clear()
+            model.hidden(ids.to(model.device), attend, -packing.first)
+            lowest_first = torch.cat(by_layer).sort().values
+            step = lowest_first[int(kept / expired * len(lowest_first))]
+            if distributed.is_initialized():
+                # one process decides for all: if each went by its own last bits, they would part
+                distributed.broadcast(step, src=0)
+            settings.offset += step.item()
+        settings.offsets.append([cr, settings.offset])
+    settings.offset = dict(settings.offsets)[settings.target_cr]
 
 
 def sliding_window(model, pairs):

@@ -392,6 +392,7 @@ class Options:
     stop: list = ()  # a string or special token that ends the text; may be repeated
     seed: int = 0
     cr: float = None  # compression ratio, of those that the retrofit has settled, or between
+    budget: int = None  # pairs of a head, on average, at the end of the longest text
     dense: bool = False  # switch eviction off
     show_evictions: str = ""  # each token by how many heads hold it: printed, or a .html file
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -451,6 +452,17 @@ class Session:
                          Stream(self.tokenizer, options.stop, show), sampling)
                 for i in range(options.n)]
 
+    def keep_rate(self, chains):
+        """The share of tokens behind the window to be kept for --budget, None without it."""
+        budget = self.options.budget
+        if budget is None:
+            return None
+        eviction = self.model.config.eviction
+        W = eviction.window + 1 if eviction else budget
+        require(budget > W, f"--budget: give a model that evicts, and more than its {W} recent pairs")
+        longest = max(len(chain.ids) + chain.max_new_tokens for chain in chains)
+        return (budget - W) / max(longest - W, 1)
+
     def run(self, requests, release=True):
         """Generate for requests, {key: its chains}, in a cache that is made once. Yields each key
         when its chains are over, and reports in the end."""
@@ -459,7 +471,8 @@ class Session:
         if self.cache is None:
             memory = self.options.memory and self.options.memory * 1e9
             places = max(min(self.options.batch, len(key_of)), 1)
-            self.cache = KVCache(model.config, places, model.device, model.dtype, memory=memory)
+            self.cache = KVCache(model.config, places, model.device, model.dtype, memory=memory,
+                                 keep_rate=self.keep_rate(key_of))
         begin = time.perf_counter()
         for new in generate(model, self.cache, list(key_of), self.end_ids, release):
             for key in {key_of[chain] for chain, _ in new if chain.over}:

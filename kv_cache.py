@@ -94,24 +94,19 @@ class Rows:
     """What every row holds, and where. rows.layer(l) is the same of one layer, without the L."""
 
     seen: torch.Tensor  # (N,) int64: tokens appended so far, which is the next one's position
+    extra_offset: torch.Tensor  # (N,) float32: beside the model's, of the next token's decision
     length: torch.Tensor  # (L, N) int32: pairs held, in slots 0 to length - 1 of the row
     table: torch.Tensor  # (L, N, M) int32: the row's pages, in order of its slots
     ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W
 
     def layer(self, layer):
-        return Rows(
-            self.seen,
-            self.length[layer],
-            self.table[layer],
-            self.ring[layer])
+        of_layer = (x[layer] for x in (self.length, self.table, self.ring))
+        return Rows(self.seen, self.extra_offset, *of_layer)
 
     def select(self, index):
         """The rows of an index: views for a slice, copies for a tensor of numbers."""
-        return Rows(
-            self.seen[index],
-            self.length[:, index],
-            self.table[:, index],
-            self.ring[:, index])
+        of_layers = (x[:, index] for x in (self.length, self.table, self.ring))
+        return Rows(self.seen[index], self.extra_offset[index], *of_layers)
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
@@ -306,6 +301,7 @@ class PieceAttention:
     rows: Rows  # those that the piece belongs to, of all layers
     new: torch.Tensor  # (N,) int64: the real tokens of each row, the rest being padding
     start: torch.Tensor  # (B, 1) int64: the position of each sequence's first token
+    is_step: bool  # a single token, for which `reserve` was called
 
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D)."""
@@ -319,8 +315,10 @@ class PieceAttention:
         if logits is None:
             logits = k.new_full((N, T), -1.0)  # keep everything
         logits = logits.reshape(N, T)
+        if cache.keep_rate:
+            logits = logits - rows.extra_offset[:, None]
         decided = logits[:, 0] > 0  # (N,): about the first new token, or the one before it
-        if T == 1 and cache.kernels.store_one:
+        if self.is_step and cache.kernels.store_one:
             new_pairs = (k[:, 0], v[:, 0], decided, self.new)
             cache.kernels.store_one(*new_pairs, rows, pool, cache.shift)
             y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, pool)
@@ -348,6 +346,10 @@ def usable_memory(device):
     return machine if container == "max" else min(machine, int(container))
 
 
+PERIOD = 128  # tokens between two settings of a sequence's extra offset; see KVCache.steer
+OFFSET_PER_NAT = 8.0  # logits that e times as many pairs lie above, after a warm start
+
+
 class KVCache:
     """The per-head paged cache of a batch of sequences, each of its own length.
 
@@ -361,21 +363,24 @@ class KVCache:
 
     def __init__(
             self, config, batch_size, device="cpu", dtype=torch.float32,
-            page_size=None, chunk=None, memory=None):
+            page_size=None, chunk=None, memory=None, keep_rate=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page. chunk: the
-        most tokens computed at a time, at least 3. memory: bytes of the pool. By default it has
-        room for the whole context without eviction, but takes at most 80% of a machine's memory, or
-        of what a GPU has free. (On a CPU a page takes memory only once it is written to.)"""
+        most tokens computed at a time. memory: bytes of the pool. By default it has room for the
+        whole context without eviction, but takes at most 80% of a machine's memory, or of what a
+        GPU has free. (On a CPU a page takes memory only once it is written to.) keep_rate: the
+        share of the tokens behind the window that each sequence's heads shall keep, on average; see
+        `steer`. By default the model's own offset decides, whatever share that comes to."""
         self.device = torch.device(device)
         default = 64 if config.head_dim >= 64 else 32
         self.page_size = page_size = page_size or default
         default = 2048 if self.device.type == "cuda" else 512
-        self.chunk = max(chunk or default, 3)  # see `pieces`
+        self.chunk = chunk or default
         self.layers = L = config.num_hidden_layers
         self.kv_heads = config.num_key_value_heads
         eviction = config.eviction
         self.window = eviction.window if eviction else 0
         self.shift = eviction.shift if eviction else 0
+        self.keep_rate = keep_rate if eviction else None
         self.kernels = choose_kernels(self.device, dtype, config.head_dim)
         self.decode_step = None  # generate.py's CUDA graph, which lives as long as these tensors
 
@@ -393,6 +398,7 @@ class KVCache:
         zeros = partial(seen.new_zeros, dtype=torch.int32)
         self.rows = Rows(
             seen,
+            extra_offset=zeros(N, dtype=torch.float32),
             length=zeros(L, N),
             table=zeros(L, N, 1),
             ring=zeros(L, N, self.window + 1))
@@ -454,33 +460,54 @@ class KVCache:
     def pieces(self, ids, count, rows=slice(None)):
         """Yield (piece of ids, its PieceAttention), for pieces of at most `chunk` tokens. A piece
         counts as seen when the next one is asked for, so the caller must run the loop to its end.
-        For a single token nothing here waits for a GPU, and the caller has called `reserve`.
-
-        tensor_split makes pieces whose sizes differ by one at most. So with a chunk of 3 or more no
-        piece of a longer input is a single token, which would need `reserve`. (3 tokens in chunks
-        of 2 would be 2 + 1.)
-        """
-        number = -(-ids.shape[1] // self.chunk)
-        for piece in ids.tensor_split(number, dim=1):
+        For a single token nothing here waits for a GPU, and the caller has called `reserve`."""
+        length = ids.shape[1]
+        is_step = length == 1
+        cuts = set(range(0, length, self.chunk))
+        if self.keep_rate and not is_step:
+            for seen in self.rows.seen[rows].unique().tolist():
+                cuts.update(range(-seen % PERIOD, length, PERIOD))
+        for piece in ids.tensor_split(sorted(cuts - {0}), dim=1):
             T = piece.shape[1]
-            if T > 1:
+            if not is_step:
                 longest = int(self.rows.length.max())
                 self.widen_tables(T, longest)
             part = self.rows.select(rows)
+            if self.keep_rate:
+                self.steer(part)
             new = count.clamp(max=T).repeat_interleave(self.kv_heads)  # (N,)
             # (L, N), what a block attends to: the pairs held before it, and its own
             attended = part.length + new
             start = part.seen[:: self.kv_heads, None]  # (B, 1)
-            yield piece, PieceAttention(self, part, new, start)
+            yield piece, PieceAttention(self, part, new, start, is_step)
             count = (count - T).clamp(min=0)
             part.seen += new  # a view of the cache's own
-            # a single token attends to what its rows hold now, when the caller has stored it: part
-            # is a view, and a slot may have been reused
-            if T == 1:
+            # in a step it attends to what its rows hold now, when the caller has stored it: part is
+            # a view, and a slot may have been reused
+            if is_step:
                 attended = part.length
             self.reads += (attended * (new > 0)).sum()
             self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
             self.least_free_pages.clamp_(max=self.pool.free_count)
+
+    def steer(self, part):
+        """Set the extra offset of sequences that have seen a multiple of PERIOD tokens, so that
+        their heads hold keep_rate times what is behind the window, on average, besides the window.
+
+        What is lacking, or held too much, shall be made up for within as many tokens as it takes
+        for a decision to show: a period, and a window. An offset higher by OFFSET_PER_NAT keeps e
+        times as many. As pairs held are a sum of decisions, this is integral control. It follows
+        from what is seen and held alone, so it is the same in every cut of the input."""
+        W = self.window + 1
+        behind = (part.seen - W).clamp(min=0)
+        wanted = part.seen - behind + self.keep_rate * behind  # (N,)
+        held = part.length.float().mean(0)  # (N,), over layers
+        by_sequence = held.view(-1, self.kv_heads).mean(1)  # (B,)
+        lacking = wanted - by_sequence.repeat_interleave(self.kv_heads)
+        usual = self.keep_rate * (PERIOD + W)  # what is kept in that time
+        offset = OFFSET_PER_NAT * lacking / usual
+        is_due = part.seen % PERIOD == 0
+        part.extra_offset.copy_(torch.where(is_due, offset, part.extra_offset))
 
     @torch.inference_mode()
     def reserve(self, count, rows=slice(None)):

@@ -39,7 +39,7 @@ from checkpoint import (copy_tokenizer, load_model, load_tokenizer, parse_config
 from common import (all_reduce, choose_device, is_sharded, parse_options, read_json, require, shard,
                     run_script, sharded_like, torchrun_place, whole, write_atomic, write_json)
 from data import DEFAULT, TextData, settling_sequences
-from evaluate import MARGIN, evaluate, settle_offset, settle_offsets
+from evaluate import MARGIN, evaluate, settle_offsets
 from warm_start import warm_start
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
@@ -257,7 +257,7 @@ def train(options, data, out):
         done = run.load(state)
     elif options.warm_start:
         warm_start(run.student, data, options.warm_start)
-        settle_offset(run.student, data, options.target_cr, run.attention)
+        settle_offsets(run.student, data, (), run.attention)
         run.save(state, 0)
     log = out / "metrics.jsonl"
     if is_main:
@@ -277,8 +277,7 @@ def train(options, data, out):
                             f"{metrics['cr']:.2f}x, {speed:,.0f} tokens/s, GPU {peak:.1f} GB")
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             run.save(state, step + 1)
-    # sets the decisions' offset, so that the cache reaches the target on held-out text
-    settle_offsets(run.student, data, run.attention)
+    settle_offsets(run.student, data, biased_attention=run.attention)
     base = options.model if options.train == "adapters" else None
     # what was trained is float32; whole models are published in half precision
     save_model(run.student, out, torch.float32 if base else torch.bfloat16, base)

@@ -14,7 +14,7 @@ residual: the mean over all queries i > j + window of its document, which are th
 it. As a share of the residual it compares across heads and layers, so one threshold serves all of
 them. An adapter's score is linear in what it sees of a token, hence
 
-    log(need_j) / 2  ~  centre + W RMSNorm(x_{j + shift})      ridge regression, from sums alone
+    log(need_j) / 2  ~  W RMSNorm(x_{j + shift})      ridge regression, from sums alone
     z = -SHARPNESS W RMSNorm(x) - offset                       z > 0, evict, where need is low
 
 The offset is settled afterwards (evaluate.py), for any compression ratio.
@@ -30,7 +30,7 @@ from data import split_documents
 from dms import attention
 
 SHARPNESS = 4.0  # logits to a nat of log(need) / 2: far above the noise of training
-RIDGE = 0.1  # of a feature's variance, which is 1
+RIDGE = 0.1  # of a feature's variance
 FIRST = 30.0  # weight of a document's first token, the sink, which nearly all heads need
 
 
@@ -82,9 +82,8 @@ def warm_start(model, data, documents):
     mine = itertools.islice((x for x in every if x.shape[1] >= least), rank, total, world)
 
     L, C, H = len(layers), model.config.hidden_size, model.config.num_key_value_heads
-    shapes = ((L, C, C), (L, C, H), (L, C), 3)
-    # the sums of x x^T, x y and x over tokens, and of 1, y and y^2 over tokens and heads
-    xx, xy, x_sum, y_sums = (torch.zeros(shape, device=model.device) for shape in shapes)
+    xx = torch.zeros(L, C, C, device=model.device)  # the sum of x x^T over tokens
+    xy = torch.zeros(L, C, H, device=model.device)  # and of x y
     outputs = {}  # layer: small_output, which is slow on a GPU
     seen = {}  # what a layer's adapter gets (1, T, C), and what its norm makes of it
 
@@ -103,8 +102,6 @@ def warm_start(model, data, documents):
         weighted[0] *= FIRST
         xx[layer] += weighted.T @ x
         xy[layer] += weighted.T @ y
-        x_sum[layer] += weighted.sum(0)
-        y_sums.add_(torch.stack((y**0, y, y**2)).sum((1, 2)))
         return attention(q, k, v)
 
     note = lambda norm, inputs, normed: seen.update(residual=inputs[0], normed=normed)
@@ -114,14 +111,11 @@ def warm_start(model, data, documents):
     for hook in hooks:
         hook.remove()
 
-    for sums in (xx, xy, x_sum, y_sums):
-        all_reduce(sums)
-    n, y_sum, squares = y_sums
-    # What the adapters do not know of a token counts as `centre`, where the thresholds of 4x to 8x
-    # lie: the mean of all y and a standard deviation more.
-    centre = y_sum / n + (squares / n - (y_sum / n) ** 2).sqrt()
-    ridge = RIDGE * n / (L * H) * torch.eye(C, device=model.device)
-    W = torch.linalg.solve(xx + ridge, xy - centre * x_sum[..., None])  # (L, C, Hkv)
+    all_reduce(xx)
+    all_reduce(xy)
+    variance = xx.diagonal(dim1=1, dim2=2).mean()
+    ridge = RIDGE * variance * torch.eye(C, device=model.device)
+    W = torch.linalg.solve(xx + ridge, xy)  # (L, C, Hkv)
     settings.offset = 0.0
     for block, w in zip(layers, W):
         weight = block.self_attn.dms_proj_alpha.weight

@@ -20,8 +20,8 @@ import torch
 
 def store_one(k, v, evict, new, rows, pool, shift):
     """By numba. The free stack must hold a page for every row that needs one."""
-    # seen, length, table and ring of the rows; keys, values, position and evicted of the pool
-    tensors = (k, v, evict, new, *vars(rows).values(), *pool.slots, pool.free, pool.free_count)
+    # of the pool keys, values, position and evicted
+    tensors = (k, v, evict, new, rows.seen, rows.length, rows.table, rows.ring, *pool.slots, pool.free, pool.free_count)
     _store(shift, *(x.numpy() for x in tensors))
 
 

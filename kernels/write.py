@@ -71,9 +71,9 @@ def _store(
 def store_one(k, v, evict, new, rows, pool, shift):
     """By Triton, see Kernels in kv_cache.py. The free stack must hold a page for every row that
     needs one: KVCache.reserve sees to it, since a program could not say that there is none."""
-    # seen, length, table and ring of the rows; keys, values, position and evicted of the pool
+    # of the pool keys, values, position and evicted
     given = [x.contiguous() for x in (k, v, evict, new)]
-    tensors = (*given, *vars(rows).values(), *pool.slots, pool.free, pool.free_count)
+    tensors = (*given, rows.seen, rows.length, rows.table, rows.ring, *pool.slots, pool.free, pool.free_count)
     N, D = k.shape
     _store[(N,)](  # one warp: 128 channels in 16 bits are 8 bytes a thread
         *tensors, rows.table.stride(0), D=D, WIDTH=triton.next_power_of_2(D),

@@ -57,7 +57,7 @@ def empty_rows(N, D, window, page_size, columns, dtype):
     for slots in pool.slots:
         slots.fill_(math.nan if slots.is_floating_point() else NOWHERE)
     pool.free.copy_(torch.randperm(len(pool)))
-    return Rows(zeros.long(), zeros, table, ring), pool
+    return Rows(zeros.long(), zeros.float(), zeros, table, ring), pool
 
 
 def filled_rows(rng, lengths, D, page_size, window, dtype):
@@ -276,7 +276,7 @@ def launches_of(kind, dtype, D):
         return launched(training, forward_and_backward, *inputs, first, 512)
     seen = pointer(8, dtype=torch.int64)
     integers = [pointer(8, *M, dtype=torch.int32) for M in ((), (128,), (513,))]
-    cache = Rows(seen, *integers), PagePool(100, 64, D, dtype, "meta")
+    cache = Rows(seen, seen, *integers), PagePool(100, 64, D, dtype, "meta")
     T = {"prefill": (2048,)}.get(kind, ())
     q, k = (pointer(8, *shape, D, dtype=dtype) for shape in ((4, *T), T))
     block = (k, k, pointer(8, *T, dtype=torch.bool), seen, *cache)

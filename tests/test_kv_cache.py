@@ -18,16 +18,29 @@ from kv_cache import PLAIN, KVCache
 close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 
 
-def oracle(model, ids):
+def oracle(model, ids, keep_rate=None):
     """Logits (T, V) of a sequence without a cache, and where heads say to evict, (L, H, T) bool."""
-    said = []
     masked = dms.masked_attention(model.config)
+    extra_offset = torch.zeros(len(ids))
 
     def attend(layer, q, k, v, logits):
+        if logits is not None:
+            logits = logits - extra_offset
         said.append(torch.zeros(k.shape[1:3]) > 0 if logits is None else logits[0] > 0)
         return masked(layer, q, k, v, logits)
 
-    logits = model.lm_head(model.hidden(ids[None], attend))[0]
+    # with a rate each period's offset follows from what is held where it begins
+    period = kv_cache.PERIOD if keep_rate and model.config.dms else len(ids)
+    for begin in range(0, len(ids), period):
+        if begin:
+            shift, window = model.config.dms.shift, model.config.dms.window
+            rows = torch.stack(said).flatten(0, 1)[:, :begin]
+            held = sum(len(rule(row, shift, window)[0]) for row in rows) / len(rows)
+            W = window + 1
+            lacking = min(begin, W) + keep_rate * max(begin - W, 0) - held
+            extra_offset[begin:] = 8 * lacking / (keep_rate * (period + W))
+        said = []
+        logits = model.lm_head(model.hidden(ids[None], attend))[0]
     return logits, torch.stack(said)
 
 
@@ -56,7 +69,8 @@ def test_a_random_life_of_a_batch(seed):
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_any_cut_equals_the_dense_masked_model(seed):
+def test_any_cut_equals_the_dense_masked_model(seed, monkeypatch):
+    monkeypatch.setattr(kv_cache, "PERIOD", 8)
     rng = random.Random(seed)
     config = random_dms(rng) if seed % 6 else None
     heads = rng.choice([1, 2, 4])
@@ -64,7 +78,8 @@ def test_any_cut_equals_the_dense_masked_model(seed):
     B = rng.choice([1, 2, 4])
     lengths = [rng.randint(1, rng.choice([3, 60, 120])) for _ in range(B)]
     ids = torch.randint(0, 67, (B, max(lengths)))
-    settings = dict(page_size=rng.choice([1, 2, 4, 16]), chunk=rng.choice([1, 2, 32]))
+    settings = dict(page_size=rng.choice([1, 2, 4, 16]), chunk=rng.choice([1, 2, 32]),
+                    keep_rate=rng.choice([None, 0.1, 0.4]))
     cache = KVCache(model.config, B, **settings)
     cache.kernels = rng.choice([PLAIN, cache.kernels])
     found = torch.zeros(*ids.shape, 67)
@@ -79,8 +94,12 @@ def test_any_cut_equals_the_dense_masked_model(seed):
         logits = model(new, cache=cache, lengths=step)
         for b, part in enumerate(parts):
             found[b, part] = logits[b, : step[b]]
+        order = rng.sample(range(B), B)
+        cache.select(order)
+        ids, found = ids[order], found[order]
+        lengths = [lengths[b] for b in order]
     for b, length in enumerate(lengths):
-        expected, said = oracle(model, ids[b, :length])
+        expected, said = oracle(model, ids[b, :length], settings["keep_rate"])
         close(found[b, :length], expected)
         check_held(cache, b, said)
 
