@@ -123,7 +123,7 @@ class DecodeStep:
         which the next call may overwrite. Raises CacheFull before anything has changed."""
         inputs = torch.tensor([(tokens.get(i, 0), i in tokens) for i in range(cache.batch_size)],
                               device=cache.device)  # (B, 2) int64
-        cache.reserve(inputs[:, 1])
+        cache.begin_step(inputs[:, 1])
         # the first run on a table compiles kernels, which no capture may
         if not self.captures or self.table is not cache.rows.table:
             self.table = cache.rows.table
@@ -221,7 +221,7 @@ class Scheduler:
             return False
         if not self.running or self.waiting[0].index is not None:
             return True
-        free = int(self.cache.pool.free_count)
+        free = self.cache.pool.free_count
         average = (len(self.cache.pool) - free) / len(self.running)
         return free >= average and 0 in self.cache.seen  # a place that has seen nothing is free
 
@@ -392,7 +392,7 @@ class Options:
     stop: list = ()  # a string or special token that ends the text; may be repeated
     seed: int = 0
     cr: float = None  # compression ratio, of those that the retrofit has settled, or between
-    budget: int = None  # pairs of a head, on average, at the end of the longest text
+    budget: int = None  # pairs a head holds on average where the longest text ends
     dense: bool = False  # switch eviction off
     show_evictions: str = ""  # each token by how many heads hold it: printed, or a .html file
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -455,11 +455,11 @@ class Session:
     def keep_rate(self, chains):
         """The share of tokens behind the window to be kept for --budget, None without it."""
         budget = self.options.budget
-        if budget is None:
-            return None
         eviction = self.model.config.eviction
-        W = eviction.window + 1 if eviction else budget
-        require(budget > W, f"--budget: give a model that evicts, and more than its {W} recent pairs")
+        if budget is None or eviction is None:
+            return None
+        W = eviction.window + 1
+        require(budget > W, f"--budget: the window alone holds {W} pairs; give more")
         longest = max(len(chain.ids) + chain.max_new_tokens for chain in chains)
         return (budget - W) / max(longest - W, 1)
 

@@ -15,10 +15,13 @@ it. A row's ring has window + 1 entries: entry t mod (window + 1) is the slot of
 New tokens attend first and are stored afterwards, since the first of them still see what expires
 within the block. A dense model's cache just evicts nothing.
 
-All of it is plain PyTorch. kernels/ has a faster attend_block, and for a single token two functions
-that store it first: then it sees all that its rows hold, itself included. Without that folder
-everything still runs. This file knows nothing of training, of tokenizers, or of how a decision was
-made.
+A single token for each row, a step of decoding, is simpler. No earlier token of its block is still
+to see what expires. So `begin_step` gives it its slot, in all layers at once; each layer stores its
+pair there first, and attends to all that its rows hold, itself included.
+
+All of it is plain PyTorch. kernels/ has faster functions for both kinds of attention; without that
+folder everything still runs. This file knows nothing of training, of tokenizers, or of how a
+decision was made.
 
 Letters: those of dms.py, and N = B * Hkv rows of a layer, where row b * Hkv + h is KV head h of
 sequence b; P pages in the pool; M columns of the page table; W = window + 1 entries of the ring.
@@ -27,7 +30,7 @@ sequence b; P pages in the pool; M columns of the page table; W = window + 1 ent
 import os
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,19 +48,21 @@ class CacheFull(RuntimeError):
 
 
 class PagePool:
-    """Pages of slots for all rows of all layers, and a stack of those that no row has."""
+    """Pages of slots for all rows of all layers, and a stack of those that no row has. A slot's
+    *place* is its number in the pool, page * page_size + slot of the page."""
 
     def __init__(self, pages, page_size, head_dim, dtype, device):
-        shape = (pages, page_size)
+        shape = (pages + 1, page_size)
         self.page_size = page_size
+        self.nowhere = pages * page_size  # a place in the last page, which no row ever has
         with torch.device(device):
-            self.keys = torch.empty(*shape, head_dim, dtype=dtype)  # (P, page_size, D)
+            self.keys = torch.empty(*shape, head_dim, dtype=dtype)  # (P + 1, page_size, D)
             self.values = torch.empty_like(self.keys)
             self.position = torch.empty(shape, dtype=torch.int32)  # of a slot's token
             self.evicted = torch.zeros(shape, dtype=torch.bool)  # the decision about it
             # the free pages are free[:free_count]; the last of them is the top of the stack
             self.free = torch.arange(pages, dtype=torch.int32)  # (P,)
-            self.free_count = torch.tensor([pages], dtype=torch.int32)
+        self.free_count = self.least_free = pages
         self.slots = (self.keys, self.values, self.position, self.evicted)
 
     def __len__(self):
@@ -72,10 +77,10 @@ class PagePool:
     def take(self, count):
         """The numbers of `count` free pages, (count,) int32, off the top of the stack. Raises
         CacheFull, taking none."""
-        top = int(self.free_count)
-        self.check(count, top)
+        self.check(count, self.free_count)
         self.free_count -= count
-        return self.free[top - count : top]
+        self.least_free = min(self.least_free, self.free_count)
+        return self.free[self.free_count : self.free_count + count]
 
     def free_all_but(self, in_use, needed=0):
         """Put every page on the stack that is not in `in_use`, an integer tensor. Since forks share
@@ -86,7 +91,7 @@ class PagePool:
         pages = is_free.nonzero()[:, 0]
         self.check(needed, len(pages))
         self.free[: len(pages)] = pages
-        self.free_count.fill_(len(pages))
+        self.free_count = len(pages)
 
 
 @dataclass
@@ -150,10 +155,14 @@ def fork(rows, index, pool):
 # --------------------------------------------------------- The rule in memory, for one layer's rows
 
 
-def locate(rows, row, slot, pool):
-    """Where slots lie in the pool: (page, place in the page) of slot[i] of row[i]."""
-    page = rows.table[row, slot // pool.page_size]
-    return page, slot % pool.page_size
+def place_of(rows, token, exists, pool):
+    """Where the pair of a token of each row lies in the pool, (..., N) int64: rows are those of all
+    layers or of one. token: (N,) positions, in the window; `nowhere` where not exists (N,) bool."""
+    entry = (token % rows.ring.shape[-1])[:, None].expand_as(rows.ring[..., :1])
+    slot = rows.ring.gather(-1, entry)
+    page = rows.table.gather(-1, (slot // pool.page_size).long())
+    place = page.long() * pool.page_size + slot % pool.page_size
+    return place[..., 0].where(exists, pool.nowhere)
 
 
 def held(slots, rows, row):
@@ -168,20 +177,19 @@ def held(slots, rows, row):
 def decide_newest(evict, new, rows, pool):
     """With a shift of 1, the first new token decides about the one before it, the newest that is
     held: note evict (N,) at its slot, in rows that get tokens (new > 0) and hold any."""
-    continues = torch.logical_and(new, rows.seen)  # (N,)
-    row = continues.nonzero()[:, 0]
-    newest = rows.seen[row] - 1
-    slot = rows.ring[row, newest % rows.ring.shape[1]]
-    pool.evicted[locate(rows, row, slot, pool)] = evict[row]
+    exists = torch.logical_and(new, rows.seen)
+    newest = place_of(rows, rows.seen - 1, exists, pool)
+    pool.evicted.flatten()[newest] = evict
 
 
 def add_pages(rows, pool, length):
-    """From now on the rows hold `length` (N,) pairs: give them the pages for it. Raises CacheFull,
-    after which the rows must be released."""
-    has = rows.pages_in_use(pool.page_size)  # (N, M)
+    """From now on the rows hold `length` (..., N) pairs: give them the pages for it. Raises
+    CacheFull before anything has changed."""
+    lacks = replace(rows, length=length).pages_in_use(pool.page_size)  # (..., N, M)
+    lacks &= ~rows.pages_in_use(pool.page_size)
+    pages = pool.take(int(lacks.sum()))
     rows.length.copy_(length)
-    lacks = rows.pages_in_use(pool.page_size) & ~has
-    rows.table[lacks] = pool.take(int(lacks.sum()))
+    rows.table[lacks] = pages
 
 
 def store(k, v, evict, new, rows, pool, window):
@@ -222,9 +230,9 @@ def store(k, v, evict, new, rows, pool, window):
     rank = survives.cumsum(1) - 1  # (N, T): a survivor's place among those of its row
     row, i = survives.nonzero(as_tuple=True)  # (n,) each: the survivors of all rows
     target = open_slots[row, rank[row, i]]
-    where = locate(rows, row, target, pool)
+    page = rows.table[row, target // pool.page_size]
     for slots, of_new in zip(pool.slots, (k, v, token, evict)):
-        slots[where] = of_new[row, i]
+        slots[page, target % pool.page_size] = of_new[row, i]
 
     W = window + 1
     # a kept token may be older than the window, and the ring has no entry for it
@@ -264,26 +272,31 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
     return y
 
 
-# What kernels/ may do. attend_block is as above. For one token of each row,
-#   store_one(k, v, evict, new, rows, pool, shift): k, v (N, D); evict (N,) bool, decided at this
-#     token about the one `shift` before it; new (N,) int64, 0 for a row that rests. As
-#     `decide_newest` and `store` do it.
-#   attend_one(q, rows, pool): q (N, G, D) to all that its row holds; 0 for an empty row.
-Kernels = namedtuple("Kernels", "store_one attend_one attend_block")
-PLAIN = Kernels(None, None, attend_block)
+def attend_one(q, rows, pool):
+    """Attention of a single query of each head, q (N, G, D), to all that its row holds. Returns
+    (N, G, D), 0 for a row that holds nothing."""
+    y = torch.zeros_like(q)
+    for row in rows.length.nonzero()[:, 0].tolist():
+        keys, values = held((pool.keys, pool.values), rows, row)
+        y[row] = F.scaled_dot_product_attention(q[None, row], keys[None], values[None])[0]
+    return y
+
+
+Kernels = namedtuple("Kernels", "attend_one attend_block")
+PLAIN = Kernels(attend_one, attend_block)
 
 
 def choose_kernels(device, dtype, head_dim):
-    """Triton's on a GPU, numba's for single tokens on a CPU, and the plain ones elsewhere."""
+    """Triton's on a GPU, numba's for a step on a CPU, and the plain ones elsewhere."""
     try:
         if device.type == "cuda" and head_dim <= 256:
-            from kernels import attention, write
+            from kernels import attention
 
-            return Kernels(write.store_one, attention.attend_one, attention.attend_block)
+            return Kernels(attention.attend_one, attention.attend_block)
         if device.type == "cpu" and dtype == torch.float32:
             from kernels import cpu
 
-            return Kernels(cpu.store_one, cpu.attend_one, attend_block)
+            return Kernels(cpu.attend_one, attend_block)
     except (ImportError, RuntimeError):
         pass  # no Triton, numba or kernels/, or no folder in which numba may keep compiled code
     return PLAIN
@@ -301,7 +314,9 @@ class PieceAttention:
     rows: Rows  # those that the piece belongs to, of all layers
     new: torch.Tensor  # (N,) int64: the real tokens of each row, the rest being padding
     start: torch.Tensor  # (B, 1) int64: the position of each sequence's first token
-    is_step: bool  # a single token, for which `reserve` was called
+    # in a step, where the new pairs lie in the pool, and those that are decided about, (L, N) each
+    place: torch.Tensor = None
+    about: torch.Tensor = None
 
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D)."""
@@ -318,9 +333,11 @@ class PieceAttention:
         if cache.keep_rate:
             logits = logits - rows.extra_offset[:, None]
         decided = logits[:, 0] > 0  # (N,): about the first new token, or the one before it
-        if self.is_step and cache.kernels.store_one:
-            new_pairs = (k[:, 0], v[:, 0], decided, self.new)
-            cache.kernels.store_one(*new_pairs, rows, pool, cache.shift)
+        if self.place is not None:
+            keys, values, _, evicted = (slots.flatten(0, 1) for slots in pool.slots)
+            keys[self.place[layer]] = k[:, 0]
+            values[self.place[layer]] = v[:, 0]
+            evicted[self.about[layer]] = decided
             y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, pool)
         else:
             evict = decisions(logits, cache.shift)  # (N, T)
@@ -380,6 +397,8 @@ class KVCache:
         eviction = config.eviction
         self.window = eviction.window if eviction else 0
         self.shift = eviction.shift if eviction else 0
+        if self.window < self.shift:
+            raise ValueError("shift 1 needs a window of 1 or more")
         self.keep_rate = keep_rate if eviction else None
         self.kernels = choose_kernels(self.device, dtype, config.head_dim)
         self.decode_step = None  # generate.py's CUDA graph, which lives as long as these tensors
@@ -406,7 +425,6 @@ class KVCache:
         # counted on the device, since a replayed CUDA graph adds to them; see stats
         self.reads = seen.new_zeros(1)
         self.peak_pairs = seen.new_zeros(1)
-        self.least_free_pages = self.pool.free_count.clone()
         self.ended_tokens = 0
         self.ended_pairs = 0
 
@@ -449,7 +467,7 @@ class KVCache:
         # a slice, by which Rows.select gives views
         rows = slice(sequences.start * self.kv_heads, sequences.stop * self.kv_heads)
         if T == 1:
-            self.reserve(count, rows)
+            self.begin_step(count, rows)
         try:
             yield self.pieces(ids, count, rows)
         except BaseException:
@@ -460,7 +478,7 @@ class KVCache:
     def pieces(self, ids, count, rows=slice(None)):
         """Yield (piece of ids, its PieceAttention), for pieces of at most `chunk` tokens. A piece
         counts as seen when the next one is asked for, so the caller must run the loop to its end.
-        For a single token nothing here waits for a GPU, and the caller has called `reserve`."""
+        For a single token nothing here waits for a GPU, and the caller has called `begin_step`."""
         length = ids.shape[1]
         is_step = length == 1
         cuts = set(range(0, length, self.chunk))
@@ -473,22 +491,23 @@ class KVCache:
                 longest = int(self.rows.length.max())
                 self.widen_tables(T, longest)
             part = self.rows.select(rows)
-            if self.keep_rate:
-                self.steer(part)
             new = count.clamp(max=T).repeat_interleave(self.kv_heads)  # (N,)
-            # (L, N), what a block attends to: the pairs held before it, and its own
-            attended = part.length + new
             start = part.seen[:: self.kv_heads, None]  # (B, 1)
-            yield piece, PieceAttention(self, part, new, start, is_step)
+            attend = PieceAttention(self, part, new, start)
+            attended = part.length
+            if is_step:
+                attend.place = attend.about = place_of(part, part.seen, new > 0, self.pool)
+                if self.shift == 1:
+                    exists = torch.logical_and(new, part.seen)
+                    attend.about = place_of(part, part.seen - 1, exists, self.pool)
+            else:
+                self.steer(part)
+                attended = part.length + new  # the pairs held before the block, and its own
+            yield piece, attend
             count = (count - T).clamp(min=0)
             part.seen += new  # a view of the cache's own
-            # in a step it attends to what its rows hold now, when the caller has stored it: part is
-            # a view, and a slot may have been reused
-            if is_step:
-                attended = part.length
             self.reads += (attended * (new > 0)).sum()
             self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
-            self.least_free_pages.clamp_(max=self.pool.free_count)
 
     def steer(self, part):
         """Set the extra offset of sequences that have seen a multiple of PERIOD tokens, so that
@@ -498,6 +517,8 @@ class KVCache:
         for a decision to show: a period, and a window. An offset higher by OFFSET_PER_NAT keeps e
         times as many. As pairs held are a sum of decisions, this is integral control. It follows
         from what is seen and held alone, so it is the same in every cut of the input."""
+        if self.keep_rate is None:
+            return
         W = self.window + 1
         behind = (part.seen - W).clamp(min=0)
         wanted = part.seen - behind + self.keep_rate * behind  # (N,)
@@ -510,29 +531,29 @@ class KVCache:
         part.extra_offset.copy_(torch.where(is_due, offset, part.extra_offset))
 
     @torch.inference_mode()
-    def reserve(self, count, rows=slice(None)):
-        """Make sure that one token for every sequence whose count (B,) is 1 finds its page. Raises
-        CacheFull before anything has changed. It waits for the GPU, once."""
+    def begin_step(self, count, rows=slice(None)):
+        """Give one token of every sequence whose count (B,) is 1 its slot, in all layers: that of
+        the token that leaves the window, if it was evicted, or the row's next one. Raises CacheFull
+        before anything has changed. It waits for the GPU, twice."""
+        self.widen_tables(1, int(self.rows.length.max()))
         part = self.rows.select(rows)
-        new = count.repeat_interleave(self.kv_heads)
-        # The slot of the token that leaves the window is reused if that was evicted.
+        pool = self.pool
+        self.steer(part)
+        is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
+        t = part.seen  # the new token's position
         W = self.window + 1
-        entry = (part.seen % W)[None, :, None]  # of the ring, in all layers
-        leaving = part.ring.take_along_dim(entry, dim=2).long()  # slots, (L, N, 1)
-        page = part.table.take_along_dim(leaving // self.page_size, dim=2)
-        was_evicted = self.pool.evicted[page, leaving % self.page_size]
-        was_evicted = was_evicted[..., 0]  # (L, N)
-        # With shift 1 and window 0 the token that leaves is the newest, which only this step
-        # decides about. Here it counts as kept, so at worst a page too many is asked for.
-        reused = was_evicted & (part.seen >= W)
-        is_full = part.length % self.page_size == 0  # the row's last page
-        needed = (is_full & ~reused & (new > 0)).sum()
-        # one transfer from the GPU for all three
-        longest = self.rows.length.max()
-        counts = torch.stack((needed, self.pool.free_count[0], longest))
-        needed, free, longest = counts.tolist()
-        self.pool.check(needed, free)
-        self.widen_tables(1, longest)
+        leaves = is_new & (t >= W)
+        oldest = place_of(part, t, leaves, pool)  # of token t - W, which has t's entry in the ring
+        is_reused = pool.evicted.flatten()[oldest] & leaves  # (L, N)
+        is_next = is_new & ~is_reused
+        slot = part.length.clone()
+        add_pages(part, pool, slot + is_next)
+        row = torch.arange(len(t), device=self.device)
+        present = part.ring[:, row, t % W]
+        part.ring[:, row, t % W] = torch.where(is_next, slot, present)
+        place = place_of(part, t, is_new, pool)
+        pool.position.flatten()[place] = t.int()
+        pool.evicted.flatten()[place] = False  # until it is decided
 
     def widen_tables(self, tokens, longest):
         """Make room in the page tables for the longest row and `tokens` more. A table that must
@@ -562,7 +583,6 @@ class KVCache:
         Raises CacheFull before anything has changed."""
         index = self.rows_of(sequences)
         chosen = fork(self.rows, index, self.pool)
-        self.least_free_pages.clamp_(max=self.pool.free_count)
         dropped = set(range(self.batch_size)).difference(sequences)
         self.count_ended(self.rows_of(dropped))
         if len(sequences) != self.batch_size:
@@ -604,8 +624,8 @@ class KVCache:
             peak_pairs      the most held at once, and peak_page_bytes
             reads           pairs attended to, summed over steps (a block counts as one step)
         """
-        pages = len(self.pool) - int(self.pool.free_count)
-        most_pages = len(self.pool) - int(self.least_free_pages)
+        pages = len(self.pool) - self.pool.free_count
+        most_pages = len(self.pool) - self.pool.least_free
         by_sequence = self.rows.length.view(self.layers, -1, self.kv_heads)  # (L, B, Hkv)
         by_head = by_sequence.sum(1)  # (L, Hkv)
         return {

@@ -23,9 +23,9 @@ import textwrap
 from pathlib import Path
 
 import torch
-from real_methods import MODEL, RETROFIT, texts
+from real_methods import MODEL, RETROFIT, cache_of, texts
 from real_retrieval import FILLER
-from shared import KVCache, Results, arguments, download, load, load_tokenizer, print_table
+from shared import Results, arguments, download, load, load_tokenizer, print_table
 
 
 def german():
@@ -62,13 +62,16 @@ def main():
         for length in args.lengths:
             if results.has(kind=kind, length=length):
                 continue
-            cache = KVCache(model.config, 1)
-            for sample in range(args.samples):
-                start = sample * max(len(ids) - length, 0) // args.samples
-                model.states(torch.tensor([ids[start : start + length]]), cache)
-                cache.release([0])
-            results.add(kind=kind, length=length, compression=cache.compression_ratio())
-    print_table(results.data["rows"], "kind", "length", "compression")
+            found = {}
+            for name, budget in (("compression", None), ("with_budget", length / args.cr)):
+                cache = cache_of(model, budget, length)
+                for sample in range(args.samples):
+                    start = sample * max(len(ids) - length, 0) // args.samples
+                    model.states(torch.tensor([ids[start : start + length]]), cache)
+                    cache.release([0])
+                found[name] = cache.compression_ratio()
+            results.add(kind=kind, length=length, **found)
+    print_table(results.data["rows"], "kind", "length", "compression", "with_budget")
 
 
 if __name__ == "__main__":

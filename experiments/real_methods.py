@@ -2,6 +2,7 @@
 
 dense        the model as it is
 DMS          its retrofit, experiments/smollm2-135m-dms, at each ratio by that one's offset
+budget       the same with a budget: 1/ratio of the prompt's pairs where the prompt ends
 window       a sliding window of 1/ratio of the prompt
 KeyDiff ...  kvpress's methods: the prompt is compressed to 1/ratio once it has been read
 """
@@ -10,7 +11,7 @@ import json
 import sys
 
 import torch
-from shared import ROOT, arguments, load, sliding_window
+from shared import ROOT, KVCache, arguments, load, sliding_window
 
 MODEL = ROOT / "out" / "smollm2-135m"
 TEXT = ROOT / "out" / "text" / "held_out.jsonl"
@@ -41,6 +42,8 @@ def methods(args, prompt_tokens, by_engine, by_press):
     for cr in args.dial:
         yield "DMS", cr, by_engine(load(RETROFIT, cr)[0])
     for cr in args.crs:
+        yield "budget", cr, by_engine(load(RETROFIT, cr)[0], prompt_tokens / cr)
+    for cr in args.crs:
         window = sliding_window(load(MODEL)[0], round(prompt_tokens / cr))
         yield "window", cr, by_engine(window)
     if args.presses and args.crs:
@@ -52,6 +55,16 @@ def methods(args, prompt_tokens, by_engine, by_press):
             for name in args.presses:
                 press = getattr(kvpress, f"{name}Press")(compression_ratio=1 - 1 / cr)
                 yield name, cr, by_press(theirs, press)
+
+
+def cache_of(model, budget=None, tokens=None):
+    """A cache for one sequence. budget: pairs that a head holds on average after so many tokens,
+    as generate.py's --budget."""
+    keep_rate = None
+    if budget:
+        W = model.config.dms.window + 1
+        keep_rate = (budget - W) / (tokens - W)
+    return KVCache(model.config, 1, keep_rate=keep_rate)
 
 
 def mean_length(cache):

@@ -16,8 +16,8 @@ import itertools
 import random
 
 import torch
-from real_methods import MODEL, mean_length, methods, real_arguments, texts
-from shared import KVCache, Results, Sequence, generate, load_tokenizer, print_table
+from real_methods import MODEL, cache_of, mean_length, methods, real_arguments, texts
+from shared import Results, Sequence, generate, load_tokenizer, print_table
 
 FILLER = ("The grass is green. The sky is blue. The sun is yellow. Here we go. "
           "There and back again. ")
@@ -44,12 +44,12 @@ def prompt(kind, tokenizer, length, depth, rng):
     return hay[:at] + fact + hay[at:] + question, key
 
 
-def by_engine(model):
+def by_engine(model, budget=None):
     """A function of token ids: (the new ids, the pairs that a head holds after the prompt), by our
     engine."""
 
     def run(ids):
-        cache = KVCache(model.config, 1)
+        cache = cache_of(model, budget, len(ids))
         sequence = Sequence(ids, NEW_TOKENS)
         pairs = None
         for _ in generate(model, cache, [sequence], set()):

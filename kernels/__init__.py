@@ -1,12 +1,11 @@
 """
 Fast versions of what stands in plain PyTorch in the module that uses it; with this folder deleted
-everything still runs, slower. The functions are described at `Kernels` in kv_cache.py.
+everything still runs, slower.
 
-    attention.py   attend_block, attend_one        Triton, on a GPU
-    write.py       store_one                       Triton, on a GPU
-    training.py    relaxed_attention of dms.py     Triton, on a GPU
-    cpu.py         store_one, attend_one           numba, on a CPU
-    onednn.py      nn.Linear in float32            oneDNN, on a CPU
+    attention.py   attend_block, attend_one of kv_cache.py    Triton, on a GPU
+    training.py    relaxed_attention of dms.py                Triton, on a GPU
+    cpu.py         attend_one of kv_cache.py                  numba, on a CPU
+    onednn.py      nn.Linear in float32                       oneDNN, on a CPU
 
 Nothing here imports anything of ours from outside the folder. Importing a file without the library
 that it needs raises ImportError, and whoever imports it then takes the plain function.

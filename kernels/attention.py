@@ -6,7 +6,7 @@ Attention over pages, by Triton: one query a head (decode), or a block of new to
 In decode a query sees everything that its row holds. In prefill the new tokens are not stored yet:
 a query sees what is held and the new tokens up to its own, but what was evicted only up to position
 j + window. So each key gets `until`, the last token that sees it, and one comparison decides.
-It equals attend_block in kv_cache.py, or for a stored token a softmax over all that its row holds.
+It equals attend_block and attend_one in kv_cache.py.
 A KVCache on a GPU calls it once a layer.
 
 The grid is (rows, parts of a row, blocks of queries). In decode there is one block, so a row is cut
@@ -155,7 +155,7 @@ def attend_block(q, k, v, evict, new, rows, pool, window, is_block=True):
 
 
 def attend_one(q, rows, pool):
-    """See Kernels in kv_cache.py."""
+    """kv_cache.attend_one by Triton."""
     no_block = 4 * (q,)  # anything: it is not read
     y = attend_block(q[:, :, None], *no_block, rows, pool, 0, is_block=False)
     return y[:, :, 0]

@@ -1,28 +1,18 @@
 """
-A decode step on a CPU: the cache write and the attention, compiled by numba.
+Attention of a decode step on a CPU, compiled by numba.
 
-They equal `store` and a softmax over all that a row holds (see Kernels in kv_cache.py), in float32.
-A KVCache on a CPU calls them once for each layer of a step. The time of a step is that of reading
-the pages. So each number is read once, where it lies.
-
-The write visits one row after another: it is a few numbers a row. The attention takes rows side by
-side, one in each thread.
+It equals attend_one in kv_cache.py, in float32. A KVCache on a CPU calls it once for each layer of
+a step. The time of a step is that of reading the pages. So each number is read once, where it lies,
+and rows are taken side by side, one in each thread.
 
 numba is an extra: without it importing this file raises ImportError, and the cache takes the plain
-functions. What is compiled is kept for the next process. Letters: N rows of a layer, G query heads
+function. What is compiled is kept for the next process. Letters: N rows of a layer, G query heads
 of a row, D head size.
 """
 
 import numba
 import numpy as np
 import torch
-
-
-def store_one(k, v, evict, new, rows, pool, shift):
-    """By numba. The free stack must hold a page for every row that needs one."""
-    # of the pool keys, values, position and evicted
-    tensors = (k, v, evict, new, rows.seen, rows.length, rows.table, rows.ring, *pool.slots, pool.free, pool.free_count)
-    _store(shift, *(x.numpy() for x in tensors))
 
 
 def attend_one(q, rows, pool):
@@ -39,42 +29,6 @@ def attend_one(q, rows, pool):
 
 # sums in any order, so that they are made side by side; NaN and infinity stay what they are
 fast = {"reassoc", "contract", "nsz", "arcp"}
-
-
-@numba.njit(cache=True)
-def locate(pages, slot, page_size):
-    """Where a slot of a row lies: its page, and the place in it."""
-    return pages[slot // page_size], slot % page_size
-
-
-@numba.njit(cache=True)
-def _store(shift, k, v, evict, new, seen, length, table, ring,
-           keys, values, position, evicted, free, free_count):
-    """The rule as it is written in write.py."""
-    page_size = keys.shape[1]
-    W = ring.shape[1]
-    for row in range(len(new)):
-        if new[row] == 0:
-            continue
-        t = seen[row]
-        pages = table[row]
-        if shift == 1 and t > 0:
-            evicted[locate(pages, ring[row, (t - 1) % W], page_size)] = evict[row]
-        slot = length[row]
-        oldest = ring[row, t % W]
-        if t >= W and evicted[locate(pages, oldest, page_size)]:
-            slot = oldest
-        else:
-            length[row] += 1
-            if slot % page_size == 0:
-                free_count[0] -= 1
-                pages[slot // page_size] = free[free_count[0]]
-        place = locate(pages, slot, page_size)
-        keys[place] = k[row]
-        values[place] = v[row]
-        position[place] = t
-        evicted[place] = evict[row] and shift == 0
-        ring[row, t % W] = slot
 
 
 @numba.njit(fastmath=fast, cache=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import (DEVICE, INTERPRETED, Life, compiled, compiles, held_by, launched, launches,
-                      pointer, rule, run_interpreted, spilled, triton)
+from conftest import (DEVICE, INTERPRETED, Life, compiled, compiles, launched, launches, pointer,
+                      run_interpreted, spilled, triton)
 
 import dms
 import kernels
@@ -20,7 +20,7 @@ from kernels import onednn
 from kv_cache import Kernels, KVCache, PagePool, Rows
 
 if triton is not None:
-    from kernels import attention, training, write
+    from kernels import attention, training
 try:
     from kernels import cpu
 except ImportError:
@@ -44,7 +44,7 @@ def few_programs(monkeypatch):
 
 @compiles
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU runs them")
-@pytest.mark.parametrize("names", ["attention and not relaxed", "store", "life", "relaxed"])
+@pytest.mark.parametrize("names", ["attention and not relaxed", "life", "relaxed"])
 def test_interpreter(names):
     run_interpreted(__file__, names)
 
@@ -130,40 +130,13 @@ def test_attention_by_numba(threads, monkeypatch, request):
 
 
 @launches
-@pytest.mark.parametrize("case", range(24))
-def test_store_one(case):
-    """What the rule leaves of random steps, bit for bit, and nothing beside it is touched."""
-    torch.manual_seed(case)
-    D, dtype = (6, *SIZES)[case % 6], DTYPES[case // 6 % 3]
-    window, shift = (0, 1, 2, 7)[case % 4], case // 4 % 2
-    rows, pool = empty_rows(3, D, window, 4, 8, dtype)
-    k, v = torch.randn(2, 30, 3, D).to(DEVICE, dtype)
-    new, evict = (torch.rand(30, 3).to(DEVICE) < share for share in (0.9, 0.5))
-    for t in range(30):
-        write.store_one(k[t], v[t], evict[t], new[t].long(), rows, pool, shift)
-        rows.seen += new[t]
-    for row, is_new in enumerate(new.T):
-        held, decided = rule(evict[is_new, row].cpu(), shift, window)
-        position, keys, values, evicted = held_by(rows, pool, row)
-        assert (position.tolist(), evicted.tolist()) == (held, decided)
-        assert torch.equal(keys, k[is_new, row][held])
-        assert torch.equal(values, v[is_new, row][held])
-    for x in (pool.keys[..., 0], pool.keys[..., -1], pool.values[..., 0], pool.values[..., -1]):
-        assert int((~x.isnan()).sum()) == int(rows.length.sum())
-    assert int((pool.position != NOWHERE).sum()) == int(rows.length.sum())
-    assert torch.equal(rows.table != NOWHERE, rows.pages_in_use(4))
-    pages = pool.free[:int(pool.free_count)].tolist() + rows.table[rows.table != NOWHERE].tolist()
-    assert sorted(pages) == list(range(len(pool)))  # each is free or one row's
-
-
-@launches
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_life_of_a_cache_that_uses_the_kernels(seed):
     """Beside one that does not: the same results, the same pairs held, and no page is lost."""
     life = Life(seed, layers=1, device=DEVICE)
     plain, cache = (KVCache(**life.settings) for _ in range(2))
     plain.kernels = kv_cache.PLAIN
-    cache.kernels = Kernels(write.store_one, attention.attend_one, attention.attend_block)
+    cache.kernels = Kernels(attention.attend_one, attention.attend_block)
     for step in range(40 if INTERPRETED else 125):
         life.step(plain, cache)
         if step % 8 == 7:
@@ -280,15 +253,13 @@ def launches_of(kind, dtype, D):
     T = {"prefill": (2048,)}.get(kind, ())
     q, k = (pointer(8, *shape, D, dtype=dtype) for shape in ((4, *T), T))
     block = (k, k, pointer(8, *T, dtype=torch.bool), seen, *cache)
-    if kind == "store":
-        return launched(write, write.store_one, *block, 1)
     if kind == "decode":
         return launched(attention, attention.attend_one, q, *cache)
     return launched(attention, attention.attend_block, q, *block, 512)
 
 
 @compiles
-@pytest.mark.parametrize("kind", ["decode", "prefill", "store", "training"])
+@pytest.mark.parametrize("kind", ["decode", "prefill", "training"])
 @pytest.mark.parametrize("arch, dtype, D", [
     (75, torch.float16, 128), (80, torch.bfloat16, 128), (86, torch.bfloat16, 256),
     (90, torch.bfloat16, 128), (90, torch.float32, 64)])
@@ -298,11 +269,11 @@ def test_compiles(arch, dtype, D, kind, monkeypatch):
     if arch == 75 and kind == "training":
         pytest.skip("it does not fit there")
     monkeypatch.setattr(kernels, "capability", lambda x: arch // 10)
-    module = {"store": write, "training": training}.get(kind, attention)
+    module = training if kind == "training" else attention
     for name, made in launches_of(kind, dtype, D).items():
         for values, options in made:
             kernel = compiled(getattr(module, name), values, options, arch)
             assert kernel.metadata.shared <= SHARED[arch]
             if arch >= 80 and D <= 128:
                 assert spilled(kernel) <= 32
-                assert kind == "store" or "cp.async.c" in kernel.asm["ptx"]
+                assert "cp.async.c" in kernel.asm["ptx"]

@@ -21,7 +21,7 @@ close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 def oracle(model, ids, keep_rate=None):
     """Logits (T, V) of a sequence without a cache, and where heads say to evict, (L, H, T) bool."""
     masked = dms.masked_attention(model.config)
-    extra_offset = torch.zeros(len(ids))
+    extra_offset, said = torch.zeros(len(ids)), []
 
     def attend(layer, q, k, v, logits):
         if logits is not None:
