@@ -16,7 +16,7 @@ Letters, the same in all files: B batch, T tokens, L layers, Hq query heads, Hkv
 G = Hq / Hkv query heads to a KV head, D head size, C hidden size, V vocabulary, w window.
 """
 
-import hashlib
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -279,10 +279,7 @@ class RelaxedAttention:
         # not empty_like: logits may be strided, and numbers are generated in the order of memory
         uniform = torch.empty(logits.shape, device=logits.device)
         for sequence, seed in zip(uniform, self.seeds):
-            # 4 bytes: a CPU's generator uses no more of its seed
-            text = f"{seed} {layer}".encode()
-            digest = hashlib.blake2b(text, digest_size=4).hexdigest()
-            generator.manual_seed(int(digest, 16))
+            generator.manual_seed(zlib.crc32(f"{seed} {layer}".encode()))
             sequence.uniform_(generator=generator)
         if self.dms.per == "layer":  # one decision holds for all heads
             uniform = uniform[:, :1].expand_as(uniform)

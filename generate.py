@@ -452,17 +452,6 @@ class Session:
                          Stream(self.tokenizer, options.stop, show), sampling)
                 for i in range(options.n)]
 
-    def keep_rate(self, chains):
-        """The share of tokens behind the window to be kept for --budget, None without it."""
-        budget = self.options.budget
-        eviction = self.model.config.eviction
-        if budget is None or eviction is None:
-            return None
-        W = eviction.window + 1
-        require(budget > W, f"--budget: the window alone holds {W} pairs; give more")
-        longest = max(len(chain.ids) + chain.max_new_tokens for chain in chains)
-        return (budget - W) / max(longest - W, 1)
-
     def run(self, requests, release=True):
         """Generate for requests, {key: its chains}, in a cache that is made once. Yields each key
         when its chains are over, and reports in the end."""
@@ -471,8 +460,10 @@ class Session:
         if self.cache is None:
             memory = self.options.memory and self.options.memory * 1e9
             places = max(min(self.options.batch, len(key_of)), 1)
+            longest = max((len(x.ids) + x.max_new_tokens for x in key_of), default=0)
+            budget = self.options.budget and (self.options.budget, longest)
             self.cache = KVCache(model.config, places, model.device, model.dtype, memory=memory,
-                                 keep_rate=self.keep_rate(key_of))
+                                 budget=budget)
         begin = time.perf_counter()
         for new in generate(model, self.cache, list(key_of), self.end_ids, release):
             for key in {key_of[chain] for chain, _ in new if chain.over}:

@@ -380,13 +380,13 @@ class KVCache:
 
     def __init__(
             self, config, batch_size, device="cpu", dtype=torch.float32,
-            page_size=None, chunk=None, memory=None, keep_rate=None):
+            page_size=None, chunk=None, memory=None, budget=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page. chunk: the
         most tokens computed at a time. memory: bytes of the pool. By default it has room for the
         whole context without eviction, but takes at most 80% of a machine's memory, or of what a
-        GPU has free. (On a CPU a page takes memory only once it is written to.) keep_rate: the
-        share of the tokens behind the window that each sequence's heads shall keep, on average; see
-        `steer`. By default the model's own offset decides, whatever share that comes to."""
+        GPU has free. (On a CPU a page takes memory only once it is written to.) budget: (pairs that
+        a head of each sequence shall hold, on average over heads; after how many tokens), see
+        `steer`. By default the model's own offset decides, whatever number that comes to."""
         self.device = torch.device(device)
         default = 64 if config.head_dim >= 64 else 32
         self.page_size = page_size = page_size or default
@@ -399,7 +399,10 @@ class KVCache:
         self.shift = eviction.shift if eviction else 0
         if self.window < self.shift:
             raise ValueError("shift 1 needs a window of 1 or more")
-        self.keep_rate = keep_rate if eviction else None
+        self.keep_rate = None  # the share of the tokens behind the window that are to be kept
+        if budget and eviction:
+            pairs, tokens = (max(n - self.window - 1, 1) for n in budget)
+            self.keep_rate = pairs / tokens
         self.kernels = choose_kernels(self.device, dtype, config.head_dim)
         self.decode_step = None  # generate.py's CUDA graph, which lives as long as these tensors
 
@@ -488,8 +491,7 @@ class KVCache:
         for piece in ids.tensor_split(sorted(cuts - {0}), dim=1):
             T = piece.shape[1]
             if not is_step:
-                longest = int(self.rows.length.max())
-                self.widen_tables(T, longest)
+                self.widen_tables(T)
             part = self.rows.select(rows)
             new = count.clamp(max=T).repeat_interleave(self.kv_heads)  # (N,)
             start = part.seen[:: self.kv_heads, None]  # (B, 1)
@@ -535,7 +537,7 @@ class KVCache:
         """Give one token of every sequence whose count (B,) is 1 its slot, in all layers: that of
         the token that leaves the window, if it was evicted, or the row's next one. Raises CacheFull
         before anything has changed. It waits for the GPU, twice."""
-        self.widen_tables(1, int(self.rows.length.max()))
+        self.widen_tables(1)
         part = self.rows.select(rows)
         pool = self.pool
         self.steer(part)
@@ -555,9 +557,10 @@ class KVCache:
         pool.position.flatten()[place] = t.int()
         pool.evicted.flatten()[place] = False  # until it is decided
 
-    def widen_tables(self, tokens, longest):
+    def widen_tables(self, tokens):
         """Make room in the page tables for the longest row and `tokens` more. A table that must
         grow is replaced, by one with room to spare."""
+        longest = int(self.rows.length.max())
         present = self.rows.table.shape[2]
         missing = -(-(longest + tokens) // self.page_size) - present
         if missing > 0:

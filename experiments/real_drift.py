@@ -23,9 +23,9 @@ import textwrap
 from pathlib import Path
 
 import torch
-from real_methods import MODEL, RETROFIT, cache_of, texts
+from real_methods import MODEL, RETROFIT, texts
 from real_retrieval import FILLER
-from shared import Results, arguments, download, load, load_tokenizer, print_table
+from shared import KVCache, Results, arguments, download, load, load_tokenizer, print_table
 
 
 def german():
@@ -63,8 +63,9 @@ def main():
             if results.has(kind=kind, length=length):
                 continue
             found = {}
-            for name, budget in (("compression", None), ("with_budget", length / args.cr)):
-                cache = cache_of(model, budget, length)
+            budgets = {"compression": None, "with_budget": (length / args.cr, length)}
+            for name, budget in budgets.items():
+                cache = KVCache(model.config, 1, budget=budget)
                 for sample in range(args.samples):
                     start = sample * max(len(ids) - length, 0) // args.samples
                     model.states(torch.tensor([ids[start : start + length]]), cache)

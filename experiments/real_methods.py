@@ -11,7 +11,7 @@ import json
 import sys
 
 import torch
-from shared import ROOT, KVCache, arguments, load, sliding_window
+from shared import ROOT, arguments, load, sliding_window
 
 MODEL = ROOT / "out" / "smollm2-135m"
 TEXT = ROOT / "out" / "text" / "held_out.jsonl"
@@ -55,16 +55,6 @@ def methods(args, prompt_tokens, by_engine, by_press):
             for name in args.presses:
                 press = getattr(kvpress, f"{name}Press")(compression_ratio=1 - 1 / cr)
                 yield name, cr, by_press(theirs, press)
-
-
-def cache_of(model, budget=None, tokens=None):
-    """A cache for one sequence. budget: pairs that a head holds on average after so many tokens,
-    as generate.py's --budget."""
-    keep_rate = None
-    if budget:
-        W = model.config.dms.window + 1
-        keep_rate = (budget - W) / (tokens - W)
-    return KVCache(model.config, 1, keep_rate=keep_rate)
 
 
 def mean_length(cache):

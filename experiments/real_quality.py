@@ -16,8 +16,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from real_methods import MODEL, cache_of, mean_length, methods, real_arguments, texts
-from shared import Results, load, load_tokenizer, mean_and_spread, print_table
+from real_methods import MODEL, mean_length, methods, real_arguments, texts
+from shared import KVCache, Results, load, load_tokenizer, mean_and_spread, print_table
 
 PROMPT = 768
 CONTINUATION = 256
@@ -36,7 +36,7 @@ def by_engine(model, budget=None):
     prompt, and at the end), by our engine."""
 
     def run(ids):
-        cache = cache_of(model, budget, PROMPT)
+        cache = KVCache(model.config, 1, budget=budget and (budget, PROMPT))
         heads = cache.layers * cache.kv_heads
         model.states(ids[:, :PROMPT], cache)
         after_prompt = cache.stats()["pairs"] / heads

@@ -16,8 +16,8 @@ import itertools
 import random
 
 import torch
-from real_methods import MODEL, cache_of, mean_length, methods, real_arguments, texts
-from shared import Results, Sequence, generate, load_tokenizer, print_table
+from real_methods import MODEL, mean_length, methods, real_arguments, texts
+from shared import KVCache, Results, Sequence, generate, load_tokenizer, print_table
 
 FILLER = ("The grass is green. The sky is blue. The sun is yellow. Here we go. "
           "There and back again. ")
@@ -49,7 +49,7 @@ def by_engine(model, budget=None):
     engine."""
 
     def run(ids):
-        cache = cache_of(model, budget, len(ids))
+        cache = KVCache(model.config, 1, budget=budget and (budget, len(ids)))
         sequence = Sequence(ids, NEW_TOKENS)
         pairs = None
         for _ in generate(model, cache, [sequence], set()):

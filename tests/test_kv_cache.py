@@ -18,7 +18,7 @@ from kv_cache import PLAIN, KVCache
 close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 
 
-def oracle(model, ids, keep_rate=None):
+def oracle(model, ids, budget=None):
     """Logits (T, V) of a sequence without a cache, and where heads say to evict, (L, H, T) bool."""
     masked = dms.masked_attention(model.config)
     extra_offset, said = torch.zeros(len(ids)), []
@@ -30,13 +30,14 @@ def oracle(model, ids, keep_rate=None):
         return masked(layer, q, k, v, logits)
 
     # with a rate each period's offset follows from what is held where it begins
-    period = kv_cache.PERIOD if keep_rate and model.config.dms else len(ids)
+    period = kv_cache.PERIOD if budget and model.config.dms else len(ids)
     for begin in range(0, len(ids), period):
         if begin:
             shift, window = model.config.dms.shift, model.config.dms.window
             rows = torch.stack(said).flatten(0, 1)[:, :begin]
             held = sum(len(rule(row, shift, window)[0]) for row in rows) / len(rows)
             W = window + 1
+            keep_rate = max(budget[0] - W, 1) / max(budget[1] - W, 1)
             lacking = min(begin, W) + keep_rate * max(begin - W, 0) - held
             extra_offset[begin:] = 8 * lacking / (keep_rate * (period + W))
         said = []
@@ -79,7 +80,7 @@ def test_any_cut_equals_the_dense_masked_model(seed, monkeypatch):
     lengths = [rng.randint(1, rng.choice([3, 60, 120])) for _ in range(B)]
     ids = torch.randint(0, 67, (B, max(lengths)))
     settings = dict(page_size=rng.choice([1, 2, 4, 16]), chunk=rng.choice([1, 2, 32]),
-                    keep_rate=rng.choice([None, 0.1, 0.4]))
+                    budget=rng.choice([None, (20, 60), (60, 120)]))
     cache = KVCache(model.config, B, **settings)
     cache.kernels = rng.choice([PLAIN, cache.kernels])
     found = torch.zeros(*ids.shape, 67)
@@ -99,7 +100,7 @@ def test_any_cut_equals_the_dense_masked_model(seed, monkeypatch):
         ids, found = ids[order], found[order]
         lengths = [lengths[b] for b in order]
     for b, length in enumerate(lengths):
-        expected, said = oracle(model, ids[b, :length], settings["keep_rate"])
+        expected, said = oracle(model, ids[b, :length], settings["budget"])
         close(found[b, :length], expected)
         check_held(cache, b, said)
 
