@@ -174,14 +174,6 @@ def held(slots, rows, row):
     return [x[pages].flatten(0, 1)[:n] for x in slots]
 
 
-def decide_newest(evict, new, rows, pool):
-    """With a shift of 1, the first new token decides about the one before it, the newest that is
-    held: note evict (N,) at its slot, in rows that get tokens (new > 0) and hold any."""
-    exists = torch.logical_and(new, rows.seen)
-    newest = place_of(rows, rows.seen - 1, exists, pool)
-    pool.evicted.flatten()[newest] = evict
-
-
 def add_pages(rows, pool, length):
     """From now on the rows hold `length` (..., N) pairs: give them the pages for it. Raises
     CacheFull before anything has changed."""
@@ -314,9 +306,9 @@ class PieceAttention:
     rows: Rows  # those that the piece belongs to, of all layers
     new: torch.Tensor  # (N,) int64: the real tokens of each row, the rest being padding
     start: torch.Tensor  # (B, 1) int64: the position of each sequence's first token
-    # in a step, where the new pairs lie in the pool, and those that are decided about, (L, N) each
-    place: torch.Tensor = None
-    about: torch.Tensor = None
+    place: torch.Tensor = None  # (L, N) int64: in a step, where the new pairs lie in the pool
+    # (L, N) int64: where those held lie that the first new tokens decide about, if there are any
+    subject: torch.Tensor = None
 
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D)."""
@@ -332,17 +324,16 @@ class PieceAttention:
         logits = logits.reshape(N, T)
         if cache.keep_rate:
             logits = logits - rows.extra_offset[:, None]
-        decided = logits[:, 0] > 0  # (N,): about the first new token, or the one before it
+        keys, values, _, evicted = (slots.flatten(0, 1) for slots in pool.slots)
+        if self.subject is not None:
+            evicted[self.subject[layer]] = logits[:, 0] > 0
         if self.place is not None:
-            keys, values, _, evicted = (slots.flatten(0, 1) for slots in pool.slots)
             keys[self.place[layer]] = k[:, 0]
             values[self.place[layer]] = v[:, 0]
-            evicted[self.about[layer]] = decided
             y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, pool)
         else:
             evict = decisions(logits, cache.shift)  # (N, T)
             if cache.shift == 1:
-                decide_newest(decided, self.new, rows, pool)
                 # Each row's last real token is left undecided. A row that rests has none: -1 is
                 # then its padding, whose decision is not read.
                 row = torch.arange(N, device=k.device)
@@ -498,13 +489,14 @@ class KVCache:
             attend = PieceAttention(self, part, new, start)
             attended = part.length
             if is_step:
-                attend.place = attend.about = place_of(part, part.seen, new > 0, self.pool)
-                if self.shift == 1:
-                    exists = torch.logical_and(new, part.seen)
-                    attend.about = place_of(part, part.seen - 1, exists, self.pool)
+                attend.place = place_of(part, part.seen, new > 0, self.pool)
             else:
                 self.steer(part)
                 attended = part.length + new  # the pairs held before the block, and its own
+            if is_step or self.shift == 1:
+                subject = part.seen - self.shift
+                exists = (new > 0) & (subject >= 0)
+                attend.subject = place_of(part, subject, exists, self.pool)
             yield piece, attend
             count = (count - T).clamp(min=0)
             part.seen += new  # a view of the cache's own
