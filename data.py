@@ -171,6 +171,14 @@ def split_documents(ids, documents):
         yield from sequence[None, : sum(lengths)].split(lengths, dim=1)
 
 
+def long_documents(data, least):
+    """Endless: the documents (1, n) to train on, in order, that have `least` tokens or more."""
+    for batch in data.batches(0):
+        for ids in split_documents(*batch):
+            if ids.shape[1] >= least:
+                yield ids
+
+
 def shuffled(things, key):
     return random.Random(key).sample(things, len(things))
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -306,6 +307,14 @@ class RelaxedAttention:
 KL_SLICE = 1024  # tokens whose logits over the vocabulary exist at a time
 
 
+def run(function, *inputs, recompute):
+    """function(*inputs), in which nothing is random. recompute: only the inputs are kept for
+    backward, where it is computed again."""
+    if not recompute:
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def distillation_loss(student, teacher, student_head, teacher_head, counts, reverse=False):
     """KL between the next-token distributions, the sum over the tokens that count, float32.
 
@@ -314,30 +323,15 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
     KL by the student's (NVIDIA's code).
 
     Logits of 150,000 words by 32,768 tokens take 20 GB, so they exist for KL_SLICE tokens at a
-    time. A slice's gradients are computed while its logits are there.
+    time, and again in backward.
     """
-    student, teacher, counts = (x.flatten(0, 1) for x in (student, teacher, counts))
-    # Copies of what may need gradients, as leaves: each slice's graph ends at them, and is freed
-    # before the next slice. (The teacher's states and head need none.)
-    states, head = (x.detach().requires_grad_(x.requires_grad) for x in (student, student_head))
-    total = torch.zeros((), device=student.device)
-    for begin in range(0, len(counts), KL_SLICE):
-        part = slice(begin, begin + KL_SLICE)
-        kl = slice_kl(
-            states[part], teacher[part], head, teacher_head, counts[part], reverse)
-        if kl.requires_grad:
-            kl.backward()
-        total += kl.detach()
-    # The gradients are computed already, and total.backward() only hands them on: x - x.detach() is
-    # 0 with a gradient of 1, so its product with leaf.grad passes leaf.grad to x.
-    for x, leaf in ((student, states), (student_head, head)):
-        if leaf.grad is not None:  # somebody asked for it
-            zero = x - x.detach()
-            total = total + (zero * leaf.grad).sum()
-    return total
+    more = (student_head, teacher_head, reverse)
+    by_slice = zip(*(x.flatten(0, 1).split(KL_SLICE) for x in (student, teacher, counts)))
+    is_long = counts.numel() > KL_SLICE
+    return sum(run(slice_kl, *tensors, *more, recompute=is_long) for tensors in by_slice)
 
 
-def slice_kl(student, teacher, student_head, teacher_head, counts, reverse):
+def slice_kl(student, teacher, counts, student_head, teacher_head, reverse):
     """The same for one slice: student, teacher (n, C), counts (n,). Tokens that do not count are
     computed, too: so shapes stay the same, and nothing waits for a GPU."""
     teacher = F.linear(teacher, teacher_head)

@@ -30,10 +30,11 @@ def kl_on_text(model, reference, data, count):
     documents; the cache) of `count` held-out sequences, after those that settle_offset takes."""
     first = settling_sequences(data.seq_len)
     ids, documents = data.held_out(first + count)
+    ids = ids[first:].to(model.device)
     cache = KVCache(model.config, 1, model.device, model.dtype)
     nats = []
     tokens = 0
-    for document in split_documents(ids[first:].to(model.device), documents[first:]):
+    for document in split_documents(ids, documents[first:]):
         states = model.states(document, cache)
         cache.release([0])  # it goes on counting
         length = document.shape[1]
@@ -63,7 +64,8 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
 
     def attend(layer, q, k, v, logits):
         about = dms.by_subject(logits, settings.shift)  # (B, Hkv, T)
-        by_layer.append(about.transpose(0, 1)[:, expires].flatten())
+        about_expired = about.transpose(0, 1)[:, expires]  # (Hkv, n)
+        by_layer.append(about_expired.flatten())
         bias = dms.UNDECIDED * (about > 0).float()
         return biased_attention(q, k, v, bias, packing.first, settings.window)
 
@@ -77,7 +79,8 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
             by_layer.clear()
             model.hidden(ids.to(model.device), attend, -packing.first)
             lowest_first = torch.cat(by_layer).sort().values
-            step = lowest_first[int(kept / expired * len(lowest_first))]
+            rank = int(kept / expired * len(lowest_first))
+            step = lowest_first[rank]
             if distributed.is_initialized():
                 # one process decides for all: if each went by its own last bits, they would part
                 distributed.broadcast(step, src=0)
@@ -89,7 +92,8 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
 def sliding_window(model, pairs):
     """A dense model, which is changed, with a sliding window of so many pairs: a DMS model that
     evicts everything (s = 0 from a fresh adapter, so z = 1)."""
-    return dms.start_retrofit(model, dms.DMSConfig(window=pairs - 1, offset=-1.0))
+    settings = dms.DMSConfig(window=pairs - 1, offset=-1.0)
+    return dms.start_retrofit(model, settings)
 
 
 def measure(model, data, options, reference=None):
@@ -102,8 +106,8 @@ def measure(model, data, options, reference=None):
         accuracy, cache = data.answer_tasks(model, options.eval_problems)
         sequences = len(accuracy) * options.eval_problems
     # of ended sequences: the cache is empty by now
-    ended = {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs, "sequences": sequences}
-    return {"kl": kl, "accuracy": accuracy} | cache.stats() | ended
+    counts = cache.stats() | {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs}
+    return counts | {"kl": kl, "accuracy": accuracy, "sequences": sequences}
 
 
 def evaluate(data, options, out):
@@ -118,15 +122,21 @@ def evaluate(data, options, out):
     reference = None if options.train == "adapters" else load(options.model)
     found = results["DMS"] = measure(load(out), data, options, reference)
     # the window's budget is what a head held at the end of an average sequence
-    budget = round(found["tokens"] / found["sequences"] / found["compression_ratio"])
+    length = found["tokens"] / found["sequences"]
+    budget = round(length / found["compression_ratio"])
     results["window"] = measure(sliding_window(load(options.model), budget), data, options)
-    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    hardware = f"{platform.machine()}, {threads} threads"
     if options.device.startswith("cuda"):
         hardware = torch.cuda.get_device_name()
     # names, not where these lie here
     names = {key: Path(getattr(options, key)).name for key in ("model", "data")}
-    run = {"settings": options.settings() | names, "hardware": hardware,
-           "window_tokens": budget, "results": results}
+    run = {
+        "settings": options.settings() | names,
+        "hardware": hardware,
+        "window_tokens": budget,
+        "results": results,
+    }
     write_json(out / "results.json", run)
     print(table_of(run))
 
@@ -136,8 +146,10 @@ def table_of(run):
     columns = run["results"].values()
     lines = [f"{'':26}" + "".join(f"{name:>18}" for name in run["results"])]
     for task in run["results"]["dense"]["accuracy"]:
-        lines.append(f"{task:26}" + "".join(f"{x['accuracy'][task]:18.1%}" for x in columns))
+        accuracies = (f"{x['accuracy'][task]:18.1%}" for x in columns)
+        lines.append(f"{task:26}" + "".join(accuracies))
     for key in PRINTED:
-        lines.append(f"{key:26}" + "".join(f"{round(x[key], 4):18,}" for x in columns))
+        counts = (f"{round(x[key], 4):18,}" for x in columns)
+        lines.append(f"{key:26}" + "".join(counts))
     lines.append(f"The window holds {run['window_tokens']} pairs. Measured on {run['hardware']}.")
     return "\n".join(lines)

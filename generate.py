@@ -141,8 +141,8 @@ class DecodeStep:
     def run(self, model, cache):
         token, count = self.inputs.T
         # a single piece; the loop, run to its end, counts it as seen
-        for ids, attend in cache.pieces(token[:, None], count):
-            x = model.hidden(ids, attend, attend.start)
+        for piece in cache.pieces(token[:, None], count):
+            x = model.hidden(*piece)
         return model.lm_head(x[:, 0])
 
 

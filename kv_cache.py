@@ -29,7 +29,7 @@ sequence b; P pages in the pool; M columns of the page table; W = window + 1 ent
 
 import os
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -105,13 +105,15 @@ class Rows:
     ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W
 
     def layer(self, layer):
-        of_layer = (x[layer] for x in (self.length, self.table, self.ring))
+        of_all = (self.length, self.table, self.ring)
+        of_layer = (x[layer] for x in of_all)
         return Rows(self.seen, self.extra_offset, *of_layer)
 
     def select(self, index):
         """The rows of an index: views for a slice, copies for a tensor of numbers."""
-        of_layers = (x[:, index] for x in (self.length, self.table, self.ring))
-        return Rows(self.seen[index], self.extra_offset[index], *of_layers)
+        of_sequences = (self.seen, self.extra_offset)
+        of_layers = (self.length, self.table, self.ring)
+        return Rows(*(x[index] for x in of_sequences), *(x[:, index] for x in of_layers))
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
@@ -159,9 +161,11 @@ def place_of(rows, token, exists, pool):
     """Where the pair of a token of each row lies in the pool, (..., N) int64: rows are those of all
     layers or of one. token: (N,) positions, in the window; `nowhere` where not exists (N,) bool."""
     entry = (token % rows.ring.shape[-1])[:, None].expand_as(rows.ring[..., :1])
-    slot = rows.ring.gather(-1, entry)
-    page = rows.table.gather(-1, (slot // pool.page_size).long())
-    place = page.long() * pool.page_size + slot % pool.page_size
+    slot = rows.ring.gather(-1, entry).long()
+    column = slot // pool.page_size
+    page = rows.table.gather(-1, column)
+    first_slot = page.long() * pool.page_size
+    place = first_slot + slot % pool.page_size
     return place[..., 0].where(exists, pool.nowhere)
 
 
@@ -255,7 +259,8 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
         token = rows.seen[row] + t  # (n,): the new tokens' positions
         block = (k[row, :n], v[row, :n], token, evict[row, :n])
         # keys and values (S + n, D), position and evicted (S + n,): what is held, then the block
-        keys, values, position, evicted = (torch.cat(pair) for pair in zip(old, block))
+        both = (torch.cat(pair) for pair in zip(old, block))
+        keys, values, position, evicted = both
         mask = visible(token[:, None], position, evicted, window)  # (n, S + n)
         # as a batch of one, and of one KV head
         query = q[None, row, :, :n]
@@ -269,8 +274,9 @@ def attend_one(q, rows, pool):
     (N, G, D), 0 for a row that holds nothing."""
     y = torch.zeros_like(q)
     for row in rows.length.nonzero()[:, 0].tolist():
-        keys, values = held((pool.keys, pool.values), rows, row)
-        y[row] = F.scaled_dot_product_attention(q[None, row], keys[None], values[None])[0]
+        keys, values, *_ = held(pool.slots, rows, row)
+        out = F.scaled_dot_product_attention(q[None, row], keys[None], values[None])
+        y[row] = out[0]
     return y
 
 
@@ -297,61 +303,56 @@ def choose_kernels(device, dtype, head_dim):
 # --------------------------------------------------------------------------------------- The cache
 
 
-@dataclass
-class PieceAttention:
-    """The `attend` of Model.hidden for one piece of input: called once for every layer, it attends
-    to what the cache holds and to the piece itself, and stores the piece."""
+def attend_piece(cache, rows, new, place, subject, layer, q, k, v, logits):
+    """The `attend` of Model.hidden for a piece of input, once KVCache.pieces has given the first
+    five arguments. Called for every layer, it attends to what the cache holds and to the piece
+    itself, and stores the piece.
 
-    cache: "KVCache"
-    rows: Rows  # those that the piece belongs to, of all layers
-    new: torch.Tensor  # (N,) int64: the real tokens of each row, the rest being padding
-    start: torch.Tensor  # (B, 1) int64: the position of each sequence's first token
-    place: torch.Tensor = None  # (L, N) int64: in a step, where the new pairs lie in the pool
-    # (L, N) int64: where those held lie that the first new tokens decide about, if there are any
-    subject: torch.Tensor = None
-
-    def __call__(self, layer, q, k, v, logits):
-        """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D)."""
-        cache = self.cache
-        pool = cache.pool
-        rows = self.rows.layer(layer)
-        k = k.flatten(0, 1)  # (N, T, D)
-        v = v.flatten(0, 1)
-        N, T, D = k.shape
-        q_by_row = q.reshape(N, -1, T, D)  # (N, G, T, D)
-        if logits is None:
-            logits = k.new_full((N, T), -1.0)  # keep everything
-        logits = logits.reshape(N, T)
-        if cache.keep_rate:
-            logits = logits - rows.extra_offset[:, None]
-        keys, values, _, evicted = (slots.flatten(0, 1) for slots in pool.slots)
-        if self.subject is not None:
-            evicted[self.subject[layer]] = logits[:, 0] > 0
-        if self.place is not None:
-            keys[self.place[layer]] = k[:, 0]
-            values[self.place[layer]] = v[:, 0]
-            y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, pool)
-        else:
-            evict = decisions(logits, cache.shift)  # (N, T)
-            if cache.shift == 1:
-                # Each row's last real token is left undecided. A row that rests has none: -1 is
-                # then its padding, whose decision is not read.
-                row = torch.arange(N, device=k.device)
-                evict[row, self.new - 1] = False
-            new_pairs = (k, v, evict, self.new)
-            y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, pool, cache.window)
-            store(*new_pairs, rows, pool, cache.window)
+    rows: those of the piece, of all layers; new (N,) int64: their real tokens, the rest being
+    padding; place (L, N) int64: in a step, where in the pool the new pairs lie; subject (L, N)
+    int64: where those held lie that the first new tokens decide about (either may be None).
+    q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D).
+    """
+    pool = cache.pool
+    rows = rows.layer(layer)
+    k = k.flatten(0, 1)  # (N, T, D)
+    v = v.flatten(0, 1)
+    N, T, D = k.shape
+    q_by_row = q.reshape(N, -1, T, D)  # (N, G, T, D)
+    if logits is None:
+        logits = k.new_full((N, T), -1.0)  # keep everything
+    logits = logits.reshape(N, T)
+    if cache.keep_rate:
+        logits = logits - rows.extra_offset[:, None]
+    keys, values, _, evicted = (slots.flatten(0, 1) for slots in pool.slots)
+    if subject is not None:
+        evicted[subject[layer]] = logits[:, 0] > 0
+    if place is not None:
+        keys[place[layer]] = k[:, 0]
+        values[place[layer]] = v[:, 0]
+        y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, pool)
         return y.view(q.shape)
+    evict = decisions(logits, cache.shift)  # (N, T)
+    if cache.shift == 1:
+        # Each row's last real token is left undecided. A row that rests has none: -1 is then its
+        # padding, whose decision is not read.
+        row = torch.arange(N, device=k.device)
+        evict[row, new - 1] = False
+    new_pairs = (k, v, evict, new)
+    y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, pool, cache.window)
+    store(*new_pairs, rows, pool, cache.window)
+    return y.view(q.shape)
 
 
 def usable_memory(device):
     """Bytes that a GPU has free, or that this machine, or the container around us, has in all."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    container = limit.read_text().strip() if limit.exists() else "max"
-    return machine if container == "max" else min(machine, int(container))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # it may say "max"
+        container = Path("/sys/fs/cgroup/memory.max").read_text()
+        memory = min(memory, int(container))
+    return memory
 
 
 PERIOD = 128  # tokens between two settings of a sequence's extra offset; see KVCache.steer
@@ -470,8 +471,9 @@ class KVCache:
             raise
 
     def pieces(self, ids, count, rows=slice(None)):
-        """Yield (piece of ids, its PieceAttention), for pieces of at most `chunk` tokens. A piece
-        counts as seen when the next one is asked for, so the caller must run the loop to its end.
+        """Yield (piece of ids, its `attend`, (B, 1) the position of each sequence's first token)
+        for pieces of at most `chunk` tokens. A piece counts as seen when the next one is asked for,
+        so the caller must run the loop to its end.
         For a single token nothing here waits for a GPU, and the caller has called `begin_step`."""
         length = ids.shape[1]
         is_step = length == 1
@@ -484,23 +486,25 @@ class KVCache:
             if not is_step:
                 self.widen_tables(T)
             part = self.rows.select(rows)
-            new = count.clamp(max=T).repeat_interleave(self.kv_heads)  # (N,)
-            start = part.seen[:: self.kv_heads, None]  # (B, 1)
-            attend = PieceAttention(self, part, new, start)
+            of_sequence = count.clamp(max=T)
+            new = of_sequence.repeat_interleave(self.kv_heads)  # (N,)
+            is_new = new > 0
+            start = part.seen[:: self.kv_heads, None]
+            place = subject = None
             attended = part.length
             if is_step:
-                attend.place = place_of(part, part.seen, new > 0, self.pool)
+                place = place_of(part, part.seen, is_new, self.pool)
             else:
                 self.steer(part)
                 attended = part.length + new  # the pairs held before the block, and its own
             if is_step or self.shift == 1:
-                subject = part.seen - self.shift
-                exists = (new > 0) & (subject >= 0)
-                attend.subject = place_of(part, subject, exists, self.pool)
-            yield piece, attend
-            count = (count - T).clamp(min=0)
+                token = part.seen - self.shift
+                exists = is_new & (token >= 0)
+                subject = place_of(part, token, exists, self.pool)
+            yield piece, partial(attend_piece, self, part, new, place, subject), start
+            count = count - of_sequence
             part.seen += new  # a view of the cache's own
-            self.reads += (attended * (new > 0)).sum()
+            self.reads += (attended * is_new).sum()
             self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
 
     def steer(self, part):
@@ -607,7 +611,8 @@ class KVCache:
         """Tokens seen so far x L x Hkv / the pairs held at their ends, None before any token."""
         pairs = self.ended_pairs + int(self.rows.length.sum())
         tokens = self.ended_tokens + int(self.seen.sum())
-        return tokens * self.layers * self.kv_heads / pairs if pairs else None
+        dense = tokens * self.layers * self.kv_heads
+        return dense / pairs if pairs else None
 
     def stats(self):
         """Of the sequences in the cache now:

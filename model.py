@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import dms
 from dms import DMSConfig
@@ -254,12 +253,9 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, recompute=False):
         """recompute: keep only each half's inputs for backward, and compute the half again there.
         The attention, which costs most at length, is not computed again."""
-
-        run = lambda half, *inputs: half(*inputs)
-        if recompute:  # nothing random is in a half, so there is no random state to preserve
-            run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        inputs = run(self.before, x, rope)
-        return run(self.after, x, attend(*inputs))
+        inputs = dms.run(self.before, x, rope, recompute=recompute)
+        y = attend(*inputs)
+        return dms.run(self.after, x, y, recompute=recompute)
 
 
 class Model(nn.Module):
@@ -326,7 +322,7 @@ class Model(nn.Module):
             return self.hidden(ids, dms.masked_attention(self.config))
         with torch.inference_mode(), cache.append(ids, lengths, sequence) as pieces:
             # a long input comes in pieces; each is in the cache before the next one is asked for
-            states = [self.hidden(x, attend, attend.start) for x, attend in pieces]
+            states = [self.hidden(*piece) for piece in pieces]
             return torch.cat(states, dim=1)
 
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):

@@ -256,7 +256,7 @@ class Life:
             append = nullcontext(cache.pieces(ids, count))
         with torch.inference_mode(), append as pieces:
             begin = 0
-            for piece, attend in pieces:
+            for piece, attend, _ in pieces:
                 here = slice(begin, begin + piece.shape[1])
                 begin = here.stop
                 for layer in range(self.layers):

@@ -39,7 +39,7 @@ def test_a_retrofit_by_a_borrowed_neuron_begins_with_weights_that_decide_nothing
     """Only the outputs of the borrowed channels, biases included, become zero: then s = 0."""
     model = small_model(1, model_type=kind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    dms.start_retrofit(model, DMSConfig(window=0, source="neuron"))
+    dms.start_retrofit(model, DMSConfig(window=1, source="neuron"))
     for name, parameter in model.named_parameters():
         if "q_proj" in name:
             before[name][[7, 23]] = 0  # of 4 heads of 8 channels the last of heads 0 and 2
@@ -63,7 +63,7 @@ def test_certain_decisions_are_the_hard_rule_in_packed_documents(shift):
     dense = small_model(3)
     model = small_model(3, DMSConfig(window=5, shift=shift))
     model.load_state_dict(dense.state_dict(), strict=False)
-    model.config.dms.scale = 1e4
+    model.config.dms.scale = 1e6
     ids = torch.randint(0, 67, (2, 200))
     documents = [[60, 1, 100, 30], [7, 180]]
     packing = Packing(documents, 200, "cpu")

@@ -124,7 +124,7 @@ def test_bytes_fall_with_compression_and_what_is_counted_is_what_is_stored():
     for T in [256] * 8 + [1] * 5:
         before = cache.stats()["pairs"]
         with cache.append(torch.zeros(1, T, dtype=torch.int64)) as pieces:
-            for _, attend in pieces:
+            for _, attend, _ in pieces:
                 for layer in range(2):
                     attend(layer, *[x[:, :, :T]] * 3, torch.rand(1, 4, T) - keep)
         reads += cache.stats()["pairs"] if T == 1 else before + 8 * T
