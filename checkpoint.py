@@ -54,6 +54,7 @@ def read_optional(file):
 
 # ------------------------------------------------------------------------------------- config.json
 
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 CONFIG_FIELDS = ModelConfig.__annotations__.keys() - {"dms", "extra"}
 
 
@@ -69,7 +70,9 @@ def parse_config(raw, where="config.json"):
         # what transformers takes where the file does not say
         head_dim = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // heads
         theta = rope.pop("rope_theta")
-        values = {"num_key_value_heads": heads, "head_dim": head_dim, **raw, "rope_theta": theta,
+        values = {"num_key_value_heads": heads, "head_dim": head_dim,
+                  "num_experts": raw.get("num_local_experts"),  # transformers 5's name
+                  **raw, "rope_theta": theta,
                   "rope_scaling": None if rope["rope_type"] == "default" else rope}
         config = ModelConfig(**{name: values[name] for name in CONFIG_FIELDS & values.keys()})
         rope_frequencies(config)  # so that a parameter of RoPE that is missing fails here
@@ -103,23 +106,24 @@ def check_supported(raw, rope, where):
     if raw.get("use_sliding_window") and not layer_types:  # defaults as in transformers
         slides = raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
     refused = {
-        f"model_type {raw['model_type']}": raw["model_type"] not in ("llama", "qwen2", "qwen3"),
+        f"model_type {raw['model_type']}": raw["model_type"] not in FAMILIES,
         f"hidden_act {raw.get('hidden_act')}": raw.get("hidden_act", "silu") != "silu",
         f"RoPE {rope}": rope["rope_type"] not in ROPE_KINDS,
         "a RoPE for each layer type": any(isinstance(value, dict) for value in rope.values()),
         "partial rotary embeddings": (raw | rope).get("partial_rotary_factor", 1) != 1,
         f"a sliding_window, {layer_types or ''}": slides}
     for what, is_there in refused.items():
-        require(not is_there, f"{where}: not supported: {what}; give a plain Llama, Qwen2 or Qwen3")
+        require(not is_there, f"{where}: not supported: {what}; give one of {', '.join(FAMILIES)}")
 
 
 def config_to_dict(config):
     """The parsed config.json that parse_config, read_settings and transformers read back. The class
     in architectures is NVIDIA's: engines without DMS, which lack it, should refuse the model."""
-    name = f"{config.model_type.title()}ForCausalLM{'DMS' if config.dms else ''}"
-    raw = {"architectures": [name], **vars(config), "hidden_act": "silu"}
+    family = config.model_type.title().replace("_", "")
+    name = f"{family}ForCausalLM{'DMS' if config.dms else ''}"
+    raw = {"architectures": [name], **stated(vars(config)), "hidden_act": "silu"}
     raw |= raw.pop("extra")
-    if settings := raw.pop("dms"):
+    if settings := raw.pop("dms", None):
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
         raw[SEPARATE] = settings.source == "adapter"
         # NVIDIA's code wants a block of 256 on a GPU, and refuses one not smaller than the window.
@@ -196,6 +200,17 @@ def find_adapters(path_or_hub_id):
     return files[0]
 
 
+def unstacked(name, tensor):
+    """(name, tensor) pairs of one that is stored: itself, or the weights of each expert, by the
+    hub's names, of those that transformers 5 may stack, (E, ...), gate_proj above up_proj."""
+    layer, _, kind = name.rpartition(".")
+    if not layer.endswith(".experts"):
+        return [(name, tensor)]
+    kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    return [(f"{layer}.{e}.{kind}.weight", part) for e, expert in enumerate(tensor)
+            for kind, part in zip(kinds, expert.chunk(len(kinds)))]
+
+
 def read_tensors(files, device, dtype):
     """{name: tensor} of safetensors files, straight onto the device."""
     tensors = {}
@@ -208,8 +223,9 @@ def read_tensors(files, device, dtype):
                 tensor = stored.get_tensor(name)
                 require(tensor.is_floating_point() and tensor.itemsize > 1,
                         f"{file}: {name} is {tensor.dtype}; not supported: quantized weights")
-                # a Parameter, which load_state_dict takes as it is, so that tied ones stay one
-                tensors[name] = torch.nn.Parameter(tensor.to(device, dtype))
+                # Parameters, which load_state_dict takes as they are, so that tied ones stay one
+                parts = unstacked(name, tensor.to(device, dtype))
+                tensors |= {name: torch.nn.Parameter(part) for name, part in parts}
     return tensors
 
 

@@ -124,8 +124,9 @@ class DecodeStep:
         inputs = torch.tensor([(tokens.get(i, 0), i in tokens) for i in range(cache.batch_size)],
                               device=cache.device)  # (B, 2) int64
         cache.begin_step(inputs[:, 1])
-        # the first run on a table compiles kernels, which no capture may
-        if not self.captures or self.table is not cache.rows.table:
+        # No capture may compile kernels, as the first run on a table does, or wait for a router.
+        waits = model.config.num_experts or self.table is not cache.rows.table
+        if waits or not self.captures:
             self.table = cache.rows.table
             self.inputs = inputs
             self.graph = None

@@ -1,8 +1,10 @@
 """
-The decoder: Llama, Qwen2 and Qwen3 in one class.
+The decoder: Llama, Qwen2, Qwen3 and Qwen3-MoE in one class.
 
     x = x + o_proj(attend(q, k, v))          q, k, v from norm(x); q and k rotated
     x = x + down(silu(gate(h)) * up(h))      h = norm(x)
+
+In some layers of Qwen3-MoE a router chooses a few of many such MLPs for each token.
 
 Module names are the checkpoints' own, so a state dict needs no table of names. `attend` is handed
 in: masked attention over the tokens themselves, a KVCache, or what a trainer puts there. This file
@@ -13,7 +15,8 @@ logits and handing them to `attend` with q, k and v.
     logits = model(ids)                           # (B, T) -> (B, T, V)
 
 References: Touvron et al. 2302.13971 (Llama), Yang et al. 2505.09388 (Qwen3), Su et al. 2104.09864
-(RoPE), Peng et al. 2309.00071 (YaRN). Letters are those of dms.py.
+(RoPE), Peng et al. 2309.00071 (YaRN), Shazeer et al. 1701.06538 (experts). Letters are those of
+dms.py.
 """
 
 import functools
@@ -32,7 +35,7 @@ from dms import DMSConfig
 class ModelConfig:
     """The architecture, under config.json's own names."""
 
-    model_type: str  # llama, qwen2 or qwen3
+    model_type: str  # llama, qwen2, qwen3 or qwen3_moe
     vocab_size: int  # V
     hidden_size: int  # C
     intermediate_size: int
@@ -47,6 +50,13 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    # mixture of experts, None elsewhere
+    num_experts: int = None  # E
+    num_experts_per_tok: int = None
+    moe_intermediate_size: int = None
+    norm_topk_prob: bool = None
+    decoder_sparse_step: int = None
+    mlp_only_layers: list = None
     dms: DMSConfig | None = None  # None: a dense model
     extra: dict = field(default_factory=dict, compare=False)  # whatever else config.json has
 
@@ -56,6 +66,11 @@ class ModelConfig:
         if self.dms is None or self.dms.disable_eviction:
             return None
         return self.dms
+
+    def has_experts(self, layer):
+        """Does the layer, counted from 0, have experts in place of one MLP?"""
+        is_turn = (layer + 1) % (self.decoder_sparse_step or 1) == 0
+        return bool(self.num_experts) and is_turn and layer not in (self.mlp_only_layers or ())
 
     @property
     def context(self):
@@ -162,7 +177,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, Hkv_D, bias=bias)
         self.v_proj = nn.Linear(C, Hkv_D, bias=bias)
         self.o_proj = nn.Linear(Hq_D, C, bias=config.attention_bias and not qwen2)
-        if config.model_type == "qwen3":
+        if config.model_type in ("qwen3", "qwen3_moe"):
             self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
         if config.dms is not None and config.dms.source == "adapter":
@@ -189,7 +204,7 @@ class Attention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         # q (B, T, Hq, D), k and v (B, T, Hkv, D)
         q, k, v = (proj(x).unflatten(2, (-1, config.head_dim)) for proj in projections)
-        if config.model_type == "qwen3":
+        if config.model_type in ("qwen3", "qwen3_moe"):
             q = self.q_norm(q)
             k = self.k_norm(k)
         logits = self.decide(residual, q)
@@ -220,26 +235,61 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, size):
         super().__init__()
         C = config.hidden_size
-        self.gate_proj = nn.Linear(C, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(C, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, C, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(C, size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(size, C, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Experts(nn.Module):
+    """Many MLPs, of which a router chooses k for each token: their outputs are added, weighted."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+
+    def route(self, x):
+        """The weights (n, k) float32 and the numbers (n, k) of the experts of tokens x (n, C)."""
+        score = F.linear(x.float(), self.gate.weight.float()).softmax(-1)  # (n, E)
+        weight, expert = score.topk(self.config.num_experts_per_tok)
+        if self.config.norm_topk_prob:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return weight, expert
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)  # (n, C)
+        weight, expert = self.route(tokens)
+        # the n * k choices, those of expert 0 first, then those of 1; number i is of token i // k
+        order = expert.flatten().argsort(stable=True)
+        token = order // expert.shape[1]
+        counts = expert.flatten().bincount(minlength=len(self.experts)).tolist()
+        # In training an expert without tokens is computed, too. Its gradients are 0 then, and not
+        # missing: processes that sum theirs need the same ones.
+        outputs = [mlp(part) for mlp, part in zip(self.experts, tokens[token].split(counts))
+                   if len(part) or torch.is_grad_enabled()]
+        y = torch.cat(outputs) * weight.flatten()[order, None]
+        return torch.zeros_like(tokens).index_add(0, token, y.to(x.dtype)).view_as(x)
+
+
 class Block(nn.Module):
     """A layer, in two halves with the attention between them."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, config.intermediate_size)
+        if config.has_experts(layer):
+            self.mlp = Experts(config)
 
     def before(self, x, rope):
         return self.self_attn.project(x, self.input_layernorm(x), rope)
@@ -267,7 +317,7 @@ class Model(nn.Module):
         self.config = config
         V = config.vocab_size
         C = config.hidden_size
-        layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         # A ready weight, since load_model builds models on the "meta" device: there nn.Embedding's
         # own initialisation would import torch's compiler, which takes seconds.
         embed_tokens = nn.Embedding(V, C, _weight=torch.rand(V, C))

@@ -98,7 +98,8 @@ class Options:
 def load_pair(options):
     """(student, ready to be trained; teacher).
 
-    "all": two models. The student is in float32, and is sharded after start_retrofit.
+    "all": two models. The student is in float32, and is sharded after start_retrofit. All of it is
+    trained but a router, which the teacher's experts depend on.
     "adapters": one model, which is its own teacher when attention ignores the decisions. It is
     sharded before start_retrofit, so that every process has the small adapters in whole."""
     train_all = options.train == "all"
@@ -115,7 +116,8 @@ def load_pair(options):
     if not train_all:
         dms.start_retrofit(student, decision)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(train_all or "dms_proj_alpha" in name)
+        is_router = ".mlp.gate." in name
+        parameter.requires_grad_(train_all and not is_router or "dms_proj_alpha" in name)
     return student, teacher
 
 

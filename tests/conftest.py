@@ -53,11 +53,17 @@ def run_interpreted(file, names):
 SLOT = 2 * 8 * 4 + 5  # bytes: k and v of 8 float32 each, a position and a decision
 
 
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12)
+OTHERS = {  # families of another build than Qwen3's: what they add to small_config
+    "qwen3_moe": dict(EXPERTS, norm_topk_prob=True),
+}
+
+
 def small_config(**changes):
     settings = dict(model_type="qwen3", vocab_size=67, hidden_size=32, intermediate_size=48,
                     head_dim=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                     max_position_embeddings=512, tie_word_embeddings=True)
-    return ModelConfig(**{**settings, **changes})
+    return ModelConfig(**{**settings, **OTHERS.get(changes.get("model_type"), {}), **changes})
 
 
 def small_model(seed=0, dms=None, keep=0.5, **changes):

@@ -3,6 +3,7 @@ checkpoints, and the method computed with none of the engine's code."""
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import EXPERTS
 from safetensors.torch import load_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
@@ -45,6 +46,9 @@ FAMILIES = {  # the name begins with the model_type: what differs from the sizes
     "qwen3 theta": dict(PUBLISHED, **scaled(dict(rope_type="default", rope_theta=1e6))),
     "qwen3 published": dict(PUBLISHED, **scaled(
         YARN_DEFAULTS, rope_theta=1e6, original_max_position_embeddings=32768)),
+    "qwen3_moe": EXPERTS,
+    "qwen3_moe normed": dict(EXPERTS, norm_topk_prob=True, mlp_only_layers=[0]),
+    "qwen3_moe dense at first": dict(EXPERTS, decoder_sparse_step=2),
     "qwen3 yarn": scaled(YARN),
     "qwen3 yarn attention_factor": scaled(YARN, attention_factor=0.7),
     "qwen3 yarn mscale": scaled(YARN, mscale=2.0, mscale_all_dim=0.6),

@@ -8,7 +8,7 @@ from unittest import mock
 import huggingface_hub
 import pytest
 import torch
-from conftest import in_hub_cache, small_config, small_model
+from conftest import OTHERS, in_hub_cache, small_config, small_model
 from huggingface_hub.utils import filter_repo_objects
 from oracle import (FAMILIES, TEXTS, YARN, edit, make_tokenizer, plain_forward, reloaded,
                     retrofitted, same_logits, saved, transformers)
@@ -96,7 +96,7 @@ TWO = "rope_parameters, rope_scaling and rope_theta contradict"
     (dict(use_sliding_window=True, sliding_window=4, max_window_layers=1), "sliding_window"),
     (dict(use_sliding_window=True, max_window_layers=1), "sliding_window"),  # its default is 4096
     (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
-    *[(dict(model_type=kind), kind or "model_type") for kind in ("mistral", "qwen3_moe", None)],
+    *[(dict(model_type=kind), kind or "model_type") for kind in ("mistral", "qwen3_next", None)],
     *[(dict(rope_scaling={"type": kind, "factor": 2.0}), kind) for kind in ("dynamic", "longrope")],
     (dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
     (dict(rope_scaling={"type": "linear"}), "factor"),
@@ -257,6 +257,20 @@ def test_one_file_counts_before_the_shards_of_an_index(stored, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="model-00001-of-"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_experts_are_read_as_the_hub_and_as_transformers_5_spell_them(family, tmp_path):
+    theirs, folder = saved(tmp_path, family, **FAMILIES[family])
+    in_hubs = load_file(folder / "model.safetensors")
+    theirs.save_pretrained(folder, save_original_format=False)
+    assert load_file(folder / "model.safetensors").keys() != in_hubs.keys()
+    ours = load_model(folder)
+    save_model(ours, folder, torch.float32)
+    written = load_file(folder / "model.safetensors")
+    same(written, in_hubs, rtol=0, atol=0)
+    same_logits(load_model(folder), theirs)
+    same_logits(ours, reloaded(folder))
 
 
 def test_weights_that_are_not_the_models_are_named_and_leftovers_ignored(tmp_path):

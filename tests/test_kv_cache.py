@@ -4,11 +4,12 @@ and releases, attention is each sequence's alone under the rule, and rows hold w
 """
 
 import functools
+import itertools
 import random
 
 import pytest
 import torch
-from conftest import SLOT, Life, everything, random_dms, rule, small_config, small_model
+from conftest import OTHERS, SLOT, Life, everything, random_dms, rule, small_config, small_model
 
 import dms
 import kv_cache
@@ -69,13 +70,15 @@ def test_a_random_life_of_a_batch(seed):
             life.check(*caches)
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_any_cut_equals_the_dense_masked_model(seed, monkeypatch):
+@pytest.mark.parametrize("seed, family", [
+    *((seed, "qwen3") for seed in range(24)), *itertools.product(range(24, 28), OTHERS)])
+def test_any_cut_equals_the_dense_masked_model(seed, family, monkeypatch):
     monkeypatch.setattr(kv_cache, "PERIOD", 8)
     rng = random.Random(seed)
     config = random_dms(rng) if seed % 6 else None
     heads = rng.choice([1, 2, 4])
-    model = small_model(seed, config, rng.choice([0.1, 0.5, 0.9]), num_key_value_heads=heads)
+    model = small_model(seed, config, rng.choice([0.1, 0.5, 0.9]), model_type=family,
+                        num_key_value_heads=heads)
     B = rng.choice([1, 2, 4])
     lengths = [rng.randint(1, rng.choice([3, 60, 120])) for _ in range(B)]
     ids = torch.randint(0, 67, (B, max(lengths)))

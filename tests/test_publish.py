@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from conftest import REPOSITORY, small_model
+from conftest import OTHERS, REPOSITORY, small_model
 from huggingface_hub import ModelCard
 from oracle import edit, make_tokenizer, retrofitted
 from safetensors.torch import load_file
@@ -112,7 +112,8 @@ def test_adapters_alone_are_released_for_a_base_on_the_hub_and_cards_say_what_it
                 assert part.encode() not in file.read_bytes(), file
 
 
-@pytest.mark.parametrize("family, shift", [("qwen3", 1), ("llama", 0)])
+@pytest.mark.parametrize("family, shift", [
+    ("qwen3", 1), ("llama", 0), *((family, 1) for family in OTHERS)])
 def test_a_merged_release_works_and_compresses_in_transformers(
         family, shift, tmp_path, monkeypatch, rng):
     """From its folder alone, without our modules: greedy texts equal ours, one by one, in padded

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
-from conftest import REPOSITORY, small_config, small_model
+from conftest import OTHERS, REPOSITORY, small_config, small_model
 from filelock import FileLock
 from safetensors import safe_open
 
@@ -117,6 +117,21 @@ def test_gradients_are_those_of_the_naive_loss(train, T, shift, reverse, evicted
     for gradient, naive in zip(found[1:], expected, strict=True):
         atol = 1e-5 * max(naive.abs().max().item(), 1)
         torch.testing.assert_close(gradient, naive, rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_recomputed_halves_choose_the_same_experts(family):
+    """And each expert gets a gradient, chosen or not."""
+    model = small_model(1, model_type=family).requires_grad_()
+    ids = torch.tensor([[3, 4]])
+    found = []
+    for recompute in (False, True):
+        model.zero_grad()
+        states = model.hidden(ids, dms.masked_attention(model.config), recompute=recompute)
+        states.square().sum().backward()
+        found.append([p.grad for name, p in model.named_parameters() if "lm_head" not in name])
+    assert sum(not gradient.any() for gradient in found[0]) >= 6
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def peak_memory(function, *given):
@@ -241,6 +256,25 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(random_teacher, text, tmp_pa
     assert results_in(whole) == results_in(cut) and not list(cut.glob(".*"))
     model = load_model(cut)
     assert model.config.dms.source == ("neuron" if "neuron" in train else "adapter")
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("train", ["adapters", "all"])
+def test_a_run_of_each_family(family, train, text, tmp_path):
+    """Of all but the router, which stays as it is, or of adapters alone."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    torch.manual_seed(0)
+    model = Model(small_config(model_type=family, vocab_size=657))
+    save_model(model, folder)
+    retrofit.copy_tokenizer(TEACHER, folder)
+    run(retrofit.main, arguments(folder, text, out, f"--train {train} --steps 4"))
+    assert all(0 < found["kl"] < 10 for found in metrics_in(out))
+    assert results_in(out)["DMS"]["compression_ratio"] > 4
+    found = load_model(out).state_dict()
+    changed = " ".join(name for name, weight in model.state_dict().items()
+                       if not found[name].equal(weight.bfloat16().float()))
+    assert ".mlp.gate." not in changed
+    assert (".mlp.experts." in changed) == (train == "all")
 
 
 @pytest.mark.parametrize("train", ["adapters --warm-start 0", "all --warm-start 0", "all"])
