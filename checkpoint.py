@@ -54,7 +54,7 @@ def read_optional(file):
 
 # ------------------------------------------------------------------------------------- config.json
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 CONFIG_FIELDS = ModelConfig.__annotations__.keys() - {"dms", "extra"}
 
 
@@ -70,7 +70,7 @@ def parse_config(raw, where="config.json"):
         # what transformers takes where the file does not say
         head_dim = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // heads
         theta = rope.pop("rope_theta")
-        values = {"num_key_value_heads": heads, "head_dim": head_dim,
+        values = {"num_key_value_heads": heads, "head_dim": raw.get("qk_rope_head_dim", head_dim),
                   "num_experts": raw.get("num_local_experts"),  # transformers 5's name
                   **raw, "rope_theta": theta,
                   "rope_scaling": None if rope["rope_type"] == "default" else rope}
@@ -111,6 +111,7 @@ def check_supported(raw, rope, where):
         f"RoPE {rope}": rope["rope_type"] not in ROPE_KINDS,
         "a RoPE for each layer type": any(isinstance(value, dict) for value in rope.values()),
         "partial rotary embeddings": (raw | rope).get("partial_rotary_factor", 1) != 1,
+        "rope_interleave false": not raw.get("rope_interleave", True),
         f"a sliding_window, {layer_types or ''}": slides}
     for what, is_there in refused.items():
         require(not is_there, f"{where}: not supported: {what}; give one of {', '.join(FAMILIES)}")
@@ -119,10 +120,11 @@ def check_supported(raw, rope, where):
 def config_to_dict(config):
     """The parsed config.json that parse_config, read_settings and transformers read back. The class
     in architectures is NVIDIA's: engines without DMS, which lack it, should refuse the model."""
-    family = config.model_type.title().replace("_", "")
-    name = f"{family}ForCausalLM{'DMS' if config.dms else ''}"
-    raw = {"architectures": [name], **stated(vars(config)), "hidden_act": "silu"}
+    name = f"{config.model_type.title()}ForCausalLM{'DMS' if config.dms else ''}"
+    raw = {"architectures": [name.replace("_", "")], **stated(vars(config)), "hidden_act": "silu"}
     raw |= raw.pop("extra")
+    if config.kv_lora_rank:  # null says something
+        raw["q_lora_rank"] = config.q_lora_rank
     if settings := raw.pop("dms", None):
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
         raw[SEPARATE] = settings.source == "adapter"
@@ -206,25 +208,28 @@ def unstacked(name, tensor):
     layer, _, kind = name.rpartition(".")
     if not layer.endswith(".experts"):
         return [(name, tensor)]
-    kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    kinds = kind.replace("gate_up", "gate_proj up").split()
     return [(f"{layer}.{e}.{kind}.weight", part) for e, expert in enumerate(tensor)
             for kind, part in zip(kinds, expert.chunk(len(kinds)))]
 
 
-def read_tensors(files, device, dtype):
-    """{name: tensor} of safetensors files, straight onto the device."""
+def read_tensors(files, device, dtype, unused=()):
+    """{name: tensor} of safetensors files, straight onto the device. unused: how names begin whose
+    tensors are left out."""
     tensors = {}
     for file in files:
         damaged = explained(f"{file}: damaged, or not a safetensors file", SafetensorError)
         with damaged, safe_open(file, "pt", str(device)) as stored:
             for name in stored.keys():
-                if name.endswith("rotary_emb.inv_freq"):
+                if name.endswith("rotary_emb.inv_freq") or name.startswith(unused):
                     continue  # computed here, though some older files store it
                 tensor = stored.get_tensor(name)
                 require(tensor.is_floating_point() and tensor.itemsize > 1,
                         f"{file}: {name} is {tensor.dtype}; not supported: quantized weights")
                 # Parameters, which load_state_dict takes as they are, so that tied ones stay one
-                parts = unstacked(name, tensor.to(device, dtype))
+                # rounded, a bias on all scores would change who is chosen
+                kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+                parts = unstacked(name, tensor.to(device, kept))
                 tensors |= {name: torch.nn.Parameter(part) for name, part in parts}
     return tensors
 
@@ -250,6 +255,10 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None, 
         base = resolve(raw["dms_base_model"], folder, raw.get("dms_base_revision") or None)
         return load_model(base, device, dtype, adapter or folder, cr)
     config = parse_config(raw, folder / "config.json")
+    unused = ()
+    if raw.get("num_nextn_predict_layers"):
+        unused = f"model.layers.{config.num_hidden_layers}."
+        say(f"{folder}: {unused} predicts a second token ahead (MTP), and is not used")
     files = [folder / WEIGHTS]
     index = folder / f"{WEIGHTS}.index.json"
     # as in transformers, an index does not count beside the file: it may be from before its shards
@@ -266,7 +275,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None, 
         config.dms.offset = offset_for(config.dms, cr)
     with torch.device("meta"):
         model = Model(config)
-    tensors = read_tensors(files, device, dtype)
+    tensors = read_tensors(files, device, dtype, unused)
     if config.tie_word_embeddings:  # one of the two is stored, or both
         embedding = tensors.setdefault("model.embed_tokens.weight", tensors.get("lm_head.weight"))
         head = tensors.get("lm_head.weight", embedding)

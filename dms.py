@@ -80,7 +80,8 @@ def decisions(logits, shift):
 
 
 def attention(q, k, v, mask=None):
-    """Softmax attention, causal unless there is a mask: q (B, Hq, T, D), k and v (B, Hkv, S, D)."""
+    """Softmax attention, causal unless there is a mask: q (B, Hq, T, D), k (B, Hkv, S, D), and v
+    (B, Hkv, S, D), or of another size where the values are latents."""
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
 
 
@@ -115,6 +116,33 @@ def adapter_score(residual, norm, projection):
     return projection(norm(residual))
 
 
+def add_adapter(attention):
+    """Give a layer's attention the decision's own weights, which decide nothing yet (s = 0), in
+    float32."""
+    config = attention.config
+    with attention.o_proj.weight.device:
+        # the names are NVIDIA's
+        attention.dms_proj_alpha_norm = torch.nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        attention.dms_proj_alpha = torch.nn.Linear(
+            config.hidden_size, config.kv_heads, bias=config.attention_bias)
+    for parameter in attention.dms_proj_alpha.parameters():
+        torch.nn.init.zeros_(parameter)
+
+
+def decide(attention, residual, q=None):
+    """A layer's decision logits (B, Hkv, T), None where nothing is evicted. q: (B, T, Hq, D), which
+    only the borrowed neuron needs."""
+    config = attention.config
+    eviction = config.eviction
+    if eviction is None:
+        return None
+    if eviction.source == "neuron":
+        s = borrowed_score(q, config.kv_heads)
+    else:
+        s = adapter_score(residual, attention.dms_proj_alpha_norm, attention.dms_proj_alpha)
+    return eviction.logits(s)
+
+
 def borrowed_score(q, kv_heads):
     """The borrowed neuron: the last channel of the first query head of each group (section 3.2).
 
@@ -141,7 +169,7 @@ def start_retrofit(model, settings):
     config.dms = settings  # every block holds this same config
     for block in model.model.layers:
         if settings.source == "adapter":
-            block.self_attn.add_adapter()
+            add_adapter(block.self_attn)
             continue
         for parameter in block.self_attn.q_proj.parameters():  # (Hq * D, C), perhaps bias (Hq * D)
             # one row in G * D: the last channel of the first query head of each group
@@ -195,7 +223,7 @@ def document_attention(packing):
     document, whatever the logits say."""
 
     def attend(layer, q, k, v, logits):
-        y = torch.zeros_like(q)
+        y = torch.zeros_like(q[..., : v.shape[-1]])
         for document in packing.documents:
             y[document] = attention(q[document], k[document], v[document])
         return y

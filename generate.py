@@ -125,7 +125,7 @@ class DecodeStep:
                               device=cache.device)  # (B, 2) int64
         cache.begin_step(inputs[:, 1])
         # No capture may compile kernels, as the first run on a table does, or wait for a router.
-        waits = model.config.num_experts or self.table is not cache.rows.table
+        waits = model.config.num_experts_per_tok or self.table is not cache.rows.table
         if waits or not self.captures:
             self.table = cache.rows.table
             self.inputs = inputs

@@ -49,15 +49,16 @@ class CacheFull(RuntimeError):
 
 class PagePool:
     """Pages of slots for all rows of all layers, and a stack of those that no row has. A slot's
-    *place* is its number in the pool, page * page_size + slot of the page."""
+    *place* is its number in the pool, page * page_size + slot of the page. latent: the values are
+    the first so many channels of the keys (mla.py), and no memory of their own."""
 
-    def __init__(self, pages, page_size, head_dim, dtype, device):
+    def __init__(self, pages, page_size, head_dim, dtype, device, latent=None):
         shape = (pages + 1, page_size)
         self.page_size = page_size
         self.nowhere = pages * page_size  # a place in the last page, which no row ever has
         with torch.device(device):
             self.keys = torch.empty(*shape, head_dim, dtype=dtype)  # (P + 1, page_size, D)
-            self.values = torch.empty_like(self.keys)
+            self.values = self.keys[..., :latent] if latent else torch.empty_like(self.keys)
             self.position = torch.empty(shape, dtype=torch.int32)  # of a slot's token
             self.evicted = torch.zeros(shape, dtype=torch.bool)  # the decision about it
             # the free pages are free[:free_count]; the last of them is the top of the stack
@@ -245,12 +246,13 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
     """Attention of new tokens, none of which is stored yet, to all that the rule lets them see.
 
     q: (N, G, T, D); k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about
-    these tokens; new: (N,) int64, how many of the T are real. Returns (N, G, T, D); its padding is
-    finite but means nothing. Rows are taken one by one, which bounds the memory of the mask.
+    these tokens; new: (N,) int64, how many of the T are real. Returns (N, G, T, D), of the values'
+    size; its padding is finite but means nothing. Rows are taken one by one, which bounds the
+    memory of the mask.
     """
     if not (rows.length.any() or evict.any()):  # nothing but causal, which is faster said so
         return attention(q, k[:, None], v[:, None])
-    y = torch.zeros_like(q)
+    y = torch.zeros_like(q[..., : v.shape[-1]])
     for row, n in enumerate(new.tolist()):
         if n == 0:
             continue
@@ -271,8 +273,8 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
 
 def attend_one(q, rows, pool):
     """Attention of a single query of each head, q (N, G, D), to all that its row holds. Returns
-    (N, G, D), 0 for a row that holds nothing."""
-    y = torch.zeros_like(q)
+    (N, G, D), of the values' size, 0 for a row that holds nothing."""
+    y = torch.zeros_like(q[..., : pool.values.shape[-1]])
     for row in rows.length.nonzero()[:, 0].tolist():
         keys, values, *_ = held(pool.slots, rows, row)
         out = F.scaled_dot_product_attention(q[None, row], keys[None], values[None])
@@ -331,7 +333,7 @@ def attend_piece(cache, rows, new, place, subject, layer, q, k, v, logits):
         keys[place[layer]] = k[:, 0]
         values[place[layer]] = v[:, 0]
         y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, pool)
-        return y.view(q.shape)
+        return y.reshape(*q.shape[:3], -1)
     evict = decisions(logits, cache.shift)  # (N, T)
     if cache.shift == 1:
         # Each row's last real token is left undecided. A row that rests has none: -1 is then its
@@ -341,7 +343,7 @@ def attend_piece(cache, rows, new, place, subject, layer, q, k, v, logits):
     new_pairs = (k, v, evict, new)
     y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, pool, cache.window)
     store(*new_pairs, rows, pool, cache.window)
-    return y.view(q.shape)
+    return y.reshape(*q.shape[:3], -1)
 
 
 def usable_memory(device):
@@ -380,12 +382,12 @@ class KVCache:
         a head of each sequence shall hold, on average over heads; after how many tokens), see
         `steer`. By default the model's own offset decides, whatever number that comes to."""
         self.device = torch.device(device)
-        default = 64 if config.head_dim >= 64 else 32
+        default = 64 if config.key_dim >= 64 else 32
         self.page_size = page_size = page_size or default
         default = 2048 if self.device.type == "cuda" else 512
         self.chunk = chunk or default
         self.layers = L = config.num_hidden_layers
-        self.kv_heads = config.num_key_value_heads
+        self.kv_heads = config.kv_heads
         eviction = config.eviction
         self.window = eviction.window if eviction else 0
         self.shift = eviction.shift if eviction else 0
@@ -395,19 +397,20 @@ class KVCache:
         if budget and eviction:
             pairs, tokens = (max(n - self.window - 1, 1) for n in budget)
             self.keep_rate = pairs / tokens
-        self.kernels = choose_kernels(self.device, dtype, config.head_dim)
+        latent = config.kv_lora_rank  # no kernel takes values that are part of the keys
+        self.kernels = PLAIN if latent else choose_kernels(self.device, dtype, config.head_dim)
         self.decode_step = None  # generate.py's CUDA graph, which lives as long as these tensors
 
         N = batch_size * self.kv_heads  # rows of a layer
-        # a slot has a key, a value, a position (4 bytes) and a decision (1 byte)
-        pair_bytes = 2 * config.head_dim * dtype.itemsize
+        # a slot has a key, perhaps a value, a position (4 bytes) and a decision (1 byte)
+        pair_bytes = config.key_dim * dtype.itemsize * (1 if latent else 2)
         slot_bytes = pair_bytes + 5
         self.page_bytes = page_size * slot_bytes
         pages = L * N * -(-config.context // page_size)  # the whole context
         if memory is None:
             memory = min(pages * self.page_bytes, 0.8 * usable_memory(self.device))
         pages = max(int(memory / self.page_bytes), 1)
-        self.pool = PagePool(pages, page_size, config.head_dim, dtype, self.device)
+        self.pool = PagePool(pages, page_size, config.key_dim, dtype, self.device, latent)
         seen = torch.zeros(N, dtype=torch.int64, device=self.device)
         zeros = partial(seen.new_zeros, dtype=torch.int32)
         self.rows = Rows(

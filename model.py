@@ -1,10 +1,11 @@
 """
-The decoder: Llama, Qwen2, Qwen3 and Qwen3-MoE in one class.
+The decoder: Llama, Qwen2, Qwen3, Qwen3-MoE and DeepSeek-V2 and V3 in one class.
 
     x = x + o_proj(attend(q, k, v))          q, k, v from norm(x); q and k rotated
     x = x + down(silu(gate(h)) * up(h))      h = norm(x)
 
-In some layers of Qwen3-MoE a router chooses a few of many such MLPs for each token.
+In some layers a router chooses a few of many such MLPs for each token. DeepSeek's attention is that
+of mla.py.
 
 Module names are the checkpoints' own, so a state dict needs no table of names. `attend` is handed
 in: masked attention over the tokens themselves, a KVCache, or what a trainer puts there. This file
@@ -29,20 +30,21 @@ import torch.nn.functional as F
 
 import dms
 from dms import DMSConfig
+from mla import LatentAttention
 
 
 @dataclass
 class ModelConfig:
     """The architecture, under config.json's own names."""
 
-    model_type: str  # llama, qwen2, qwen3 or qwen3_moe
+    model_type: str  # one of checkpoint.py's FAMILIES
     vocab_size: int  # V
     hidden_size: int  # C
     intermediate_size: int
     num_hidden_layers: int  # L
     num_attention_heads: int  # Hq
     num_key_value_heads: int  # Hkv
-    head_dim: int  # D
+    head_dim: int  # D; with latent attention, of the rotated part alone
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": one of ROPE_KINDS, ...}; None is "default"
@@ -50,13 +52,26 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    # mixture of experts, None elsewhere
-    num_experts: int = None  # E
+    # mixture of experts, None elsewhere; E is num_experts, or DeepSeek's n_routed_experts
+    num_experts: int = None
     num_experts_per_tok: int = None
     moe_intermediate_size: int = None
     norm_topk_prob: bool = None
     decoder_sparse_step: int = None
     mlp_only_layers: list = None
+    n_routed_experts: int = None
+    n_shared_experts: int = None
+    first_k_dense_replace: int = None
+    routed_scaling_factor: float = None
+    topk_method: str = None
+    n_group: int = None
+    topk_group: int = None
+    # latent attention, None elsewhere
+    kv_lora_rank: int = None
+    q_lora_rank: int = None
+    qk_nope_head_dim: int = None
+    qk_rope_head_dim: int = None
+    v_head_dim: int = None
     dms: DMSConfig | None = None  # None: a dense model
     extra: dict = field(default_factory=dict, compare=False)  # whatever else config.json has
 
@@ -67,10 +82,22 @@ class ModelConfig:
             return None
         return self.dms
 
+    @property
+    def kv_heads(self):
+        """Hkv of what is cached: latent attention has one pair for all heads."""
+        return 1 if self.kv_lora_rank else self.num_key_value_heads
+
+    @property
+    def key_dim(self):
+        """The size of a cached key."""
+        return self.head_dim + (self.kv_lora_rank or 0)
+
     def has_experts(self, layer):
         """Does the layer, counted from 0, have experts in place of one MLP?"""
+        if layer < (self.first_k_dense_replace or 0) or layer in (self.mlp_only_layers or ()):
+            return False
         is_turn = (layer + 1) % (self.decoder_sparse_step or 1) == 0
-        return bool(self.num_experts) and is_turn and layer not in (self.mlp_only_layers or ())
+        return is_turn and bool(self.num_experts_per_tok)
 
     @property
     def context(self):
@@ -153,7 +180,7 @@ def yarn_frequencies(config, freq):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate x (B, T, H, D), pairing channel i with i + D/2. cos, sin: as Model.rope gives them."""
+    """Rotate x (B, T, H, D), pairing channel i with i + D/2. cos, sin: see Model.rope."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -180,25 +207,12 @@ class Attention(nn.Module):
         if config.model_type in ("qwen3", "qwen3_moe"):
             self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
-        if config.dms is not None and config.dms.source == "adapter":
-            self.add_adapter()
 
-    def add_adapter(self):
-        """The decision's own weights, which decide nothing yet (s = 0), in float32."""
-        config = self.config
-        with self.q_proj.weight.device:
-            # the names are NVIDIA's
-            self.dms_proj_alpha_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.dms_proj_alpha = nn.Linear(
-                config.hidden_size, config.num_key_value_heads, bias=config.attention_bias)
-        for parameter in self.dms_proj_alpha.parameters():
-            nn.init.zeros_(parameter)
-
-    def project(self, residual, x, rope):
+    def project(self, residual, x, rotate):
         """What `attend` takes: q (B, Hq, T, D), k and v (B, Hkv, T, D), rotated, and the decision
         logits (B, Hkv, T) float32, None where nothing is evicted.
 
-        residual, x: (B, T, C) before and after the input norm; rope: cos, sin.
+        residual, x: (B, T, C) before and after the input norm; rotate: of Model.rope.
         """
         config = self.config
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -207,25 +221,23 @@ class Attention(nn.Module):
         if config.model_type in ("qwen3", "qwen3_moe"):
             q = self.q_norm(q)
             k = self.k_norm(k)
-        logits = self.decide(residual, q)
+        logits = dms.decide(self, residual, q)
         # RoPE mixes each channel with its partner. Silenced before, the borrowed channel does not
         # leak into channel D/2 - 1; silenced after, it does not keep what that one leaks into it.
         # Released models expect both.
-        q = apply_rope(self.without_borrowed(q), *rope)
+        q = rotate(self.without_borrowed(q))
         q = self.without_borrowed(q)
-        k = apply_rope(k, *rope)
+        k = rotate(k)
         return *(heads.transpose(1, 2) for heads in (q, k, v)), logits
 
-    def decide(self, residual, q):
-        """The decision logits (B, Hkv, T), None where nothing is evicted. q: (B, T, Hq, D)."""
-        eviction = self.config.eviction
-        if eviction is None:
-            return None
-        if eviction.source == "neuron":
-            s = dms.borrowed_score(q, self.config.num_key_value_heads)
-        else:
-            s = dms.adapter_score(residual, self.dms_proj_alpha_norm, self.dms_proj_alpha)
-        return eviction.logits(s)
+    def output(self, y):
+        """What attention adds to the residual, (B, T, C), of what it gave, y (B, Hq, T, D)."""
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def output_weight(self):
+        """The part of each head in it, (Hq, C, D)."""
+        W = self.o_proj.weight.unflatten(1, (-1, self.config.head_dim))  # (C, Hq, D)
+        return W.transpose(0, 1)
 
     def without_borrowed(self, q):
         """A borrowed channel is no part of the query, whether anything is evicted or not."""
@@ -252,31 +264,50 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(
-            MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        E = config.num_experts or config.n_routed_experts
+        size = config.moe_intermediate_size
+        self.gate = nn.Linear(config.hidden_size, E, bias=False)
+        self.experts = nn.ModuleList(MLP(config, size) for _ in range(E))
+        if config.model_type == "deepseek_v3":
+            self.gate.e_score_correction_bias = nn.Parameter(torch.zeros(E))
+        if config.n_shared_experts:
+            self.shared_experts = MLP(config, size * config.n_shared_experts)
 
     def route(self, x):
         """The weights (n, k) float32 and the numbers (n, k) of the experts of tokens x (n, C)."""
-        score = F.linear(x.float(), self.gate.weight.float()).softmax(-1)  # (n, E)
-        weight, expert = score.topk(self.config.num_experts_per_tok)
-        if self.config.norm_topk_prob:
+        config = self.config
+        is_v3 = config.model_type == "deepseek_v3"
+        score = F.linear(x.float(), self.gate.weight.float())  # (n, E)
+        score = score.sigmoid() if is_v3 else score.softmax(-1)
+        # the bias, which keeps all experts busy, counts in the choice alone
+        rank = score + self.gate.e_score_correction_bias if is_v3 else score
+        if config.n_group and config.topk_method != "greedy":  # only the best groups count
+            groups = rank.unflatten(1, (config.n_group, -1))  # (n, groups, E / groups)
+            best = groups.topk(2 if is_v3 else 1).values.sum(-1, keepdim=True)
+            least = best.topk(config.topk_group, dim=1).values[:, -1:]
+            rank = groups.where(best >= least, float("-inf")).flatten(1)
+        expert = rank.topk(config.num_experts_per_tok).indices
+        weight = score.gather(1, expert)
+        if config.norm_topk_prob:
             weight = weight / weight.sum(-1, keepdim=True)
-        return weight, expert
+        return weight * (config.routed_scaling_factor or 1), expert
 
     def forward(self, x):
         tokens = x.flatten(0, 1)  # (n, C)
         weight, expert = self.route(tokens)
         # the n * k choices, those of expert 0 first, then those of 1; number i is of token i // k
-        order = expert.flatten().argsort(stable=True)
-        token = order // expert.shape[1]
-        counts = expert.flatten().bincount(minlength=len(self.experts)).tolist()
+        choices = expert.flatten()
+        order = choices.argsort(stable=True)
+        inputs = tokens[order // expert.shape[1]]
+        counts = choices.bincount(minlength=len(self.experts)).tolist()
         # In training an expert without tokens is computed, too. Its gradients are 0 then, and not
         # missing: processes that sum theirs need the same ones.
-        outputs = [mlp(part) for mlp, part in zip(self.experts, tokens[token].split(counts))
+        outputs = [mlp(part) for mlp, part in zip(self.experts, inputs.split(counts))
                    if len(part) or torch.is_grad_enabled()]
-        y = torch.cat(outputs) * weight.flatten()[order, None]
-        return torch.zeros_like(tokens).index_add(0, token, y.to(x.dtype)).view_as(x)
+        # back in the order of tokens; so the sum is one over k, and the same in every run
+        y = torch.cat(outputs)[order.argsort()].view(*expert.shape, -1)  # (n, k, C)
+        y = (y * weight[..., None]).sum(1).to(x.dtype).view_as(x)
+        return y + self.shared_experts(x) if self.config.n_shared_experts else y
 
 
 class Block(nn.Module):
@@ -285,25 +316,26 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = (LatentAttention if config.kv_lora_rank else Attention)(config)
+        if config.dms is not None and config.dms.source == "adapter":
+            dms.add_adapter(self.self_attn)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, config.intermediate_size)
         if config.has_experts(layer):
             self.mlp = Experts(config)
 
-    def before(self, x, rope):
-        return self.self_attn.project(x, self.input_layernorm(x), rope)
+    def before(self, x, rotate):
+        return self.self_attn.project(x, self.input_layernorm(x), rotate)
 
     def after(self, x, y):
         """x: (B, T, C), the residual; y: (B, Hq, T, D), what attention gave."""
-        y = y.transpose(1, 2).flatten(2)  # (B, T, Hq * D)
-        x = x + self.self_attn.o_proj(y)
+        x = x + self.self_attn.output(y)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x, rope, attend, recompute=False):
+    def forward(self, x, rotate, attend, recompute=False):
         """recompute: keep only each half's inputs for backward, and compute the half again there.
         The attention, which costs most at length, is not computed again."""
-        inputs = dms.run(self.before, x, rope, recompute=recompute)
+        inputs = dms.run(self.before, x, rotate, recompute=recompute)
         y = attend(*inputs)
         return dms.run(self.after, x, y, recompute=recompute)
 
@@ -338,11 +370,12 @@ class Model(nn.Module):
         return self.lm_head.weight.dtype
 
     def rope(self, T, start, dtype):
-        """cos and sin (B, T, 1, D) of the positions start + 0, 1, ..., for start = 0 (T, 1, D).
-        Angles are float32 whatever the model's dtype."""
+        """The function that rotates x (B, T, H, D), at the positions start + 0, 1, ... Angles are
+        float32 whatever the model's dtype."""
         position = start + torch.arange(T, device=self.device)
         angle = position[..., None, None] * self.rope_freq.repeat(2)  # (B, T, 1, D)
-        return [(f(angle) * self.rope_scale).to(dtype) for f in (torch.cos, torch.sin)]
+        cos, sin = ((f(angle) * self.rope_scale).to(dtype) for f in (torch.cos, torch.sin))
+        return functools.partial(apply_rope, cos=cos, sin=sin)
 
     def hidden(self, ids, attend, start=0, recompute=False):
         """The final normed states (B, T, C) of ids (B, T) int64.
@@ -352,9 +385,9 @@ class Model(nn.Module):
         -Packing.first, so that positions begin anew in each document. recompute: see Block.
         """
         x = self.model.embed_tokens(ids)
-        rope = self.rope(ids.shape[1], start, x.dtype)
+        rotate = self.rope(ids.shape[1], start, x.dtype)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, rope, functools.partial(attend, layer), recompute)
+            x = block(x, rotate, functools.partial(attend, layer), recompute)
         return self.model.norm(x)
 
     def states(self, ids, cache=None, lengths=None, sequence=None):

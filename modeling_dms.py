@@ -1,7 +1,7 @@
 """
 A DMS checkpoint in transformers: this engine's model and cache under AutoModelForCausalLM, its
-generate() and its pipelines. publish.py puts this file beside the weights, with dms.py, model.py
-and kv_cache.py. Nothing of it is trained: all is computed in inference mode.
+generate() and its pipelines. publish.py puts this file beside the weights, with dms.py, mla.py,
+model.py and kv_cache.py. Nothing of it is trained: all is computed in inference mode.
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 """
@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dms import DMSConfig
 from kv_cache import KVCache
+from mla import LatentAttention  # noqa: F401, since transformers copies only what is imported here
 from model import Model, ModelConfig
 
 

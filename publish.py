@@ -44,9 +44,9 @@ def card(config, base, weights, run):
 def add_remote_code(config, out):
     """What transformers needs to load the folder with trust_remote_code=True, and only so: a
     model_type of our own, and our code, whose files import one another as parts of a package."""
-    for name in ("dms", "model", "kv_cache", "modeling_dms"):
+    for name in ("dms", "mla", "model", "kv_cache", "modeling_dms"):
         text = read_text(Path(__file__).with_name(f"{name}.py"))
-        text = re.sub(r"^from (dms|model|kv_cache) import", r"from .\1 import", text, flags=re.M)
+        text = re.sub(r"^from (dms|mla|model|kv_cache) imp", r"from .\1 imp", text, flags=re.M)
         text = re.sub(r"^import dms$", "from . import dms", text, flags=re.M)
         (out / f"{name}.py").write_text(text, encoding="utf-8")
     classes = dict(AutoConfig="DMSEngineConfig", AutoModelForCausalLM="DMSForCausalLM")

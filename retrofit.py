@@ -116,8 +116,8 @@ def load_pair(options):
     if not train_all:
         dms.start_retrofit(student, decision)
     for name, parameter in student.named_parameters():
-        is_router = ".mlp.gate." in name
-        parameter.requires_grad_(train_all and not is_router or "dms_proj_alpha" in name)
+        is_trained = train_all and ".mlp.gate." not in name or "dms_proj_alpha" in name
+        parameter.requires_grad_(is_trained)
     return student, teacher
 
 
@@ -129,7 +129,7 @@ class Distillation:
         self.teacher = teacher
         self.options = options
         self.attention = dms.relaxed_attention
-        if student.device.type == "cuda" and student.config.head_dim <= 256:
+        if student.device.type == "cuda" and student.config.key_dim <= 256:
             with suppress(ImportError):  # without Triton, or without kernels/
                 from kernels.training import relaxed_attention
 
@@ -336,8 +336,11 @@ def check(options):
     folder = resolve(options.model)
     require(read_settings(folder, read_json(folder / "config.json")) is None,
             f"{folder}: is already a DMS checkpoint; give the model that it came from")
-    context = config_of(options.model).context
+    config = config_of(options.model)
+    context = config.context
     require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
+    require(options.decision == "adapter" or not config.kv_lora_rank,
+            "neuron: latent attention's one key is of all query heads, so none has one to lend")
     require((options.window + 1) * options.target_cr <= options.seq_len,
             f"--window {options.window} is too much of {options.seq_len} tokens; take less")
     require(options.decision == "adapter" or options.train == "all" and not options.warm_start,

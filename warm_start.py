@@ -25,7 +25,7 @@ import itertools
 import torch
 from tqdm import tqdm
 
-from common import all_reduce, sharded_like, torchrun_place, whole
+from common import all_reduce, sharded_like, torchrun_place
 from data import long_documents
 from dms import attention
 
@@ -34,19 +34,17 @@ RIDGE = 0.1  # of a feature's variance
 FIRST = 30.0  # weight of a document's first token, the sink, which nearly all heads need
 
 
-def small_output(o_proj, kv_heads, head_dim):
-    """R (Hkv, G, D, D) for o_proj's weight W_o (C, Hq * D): |R u| = |W_o u|."""
-    W = o_proj.float()
-    W = W.unflatten(1, (kv_heads, -1, head_dim))  # (C, Hkv, G, D)
-    by_head = W.permute(1, 2, 0, 3)
-    return torch.linalg.qr(by_head, mode="r").R
+def small_output(output, kv_heads):
+    """R (Hkv, G, D, D) for output matrices W_o (Hq, C, D): |R u| = |W_o u|."""
+    by_group = output.float().unflatten(0, (kv_heads, -1))
+    return torch.linalg.qr(by_group, mode="r").R
 
 
 def needs(q, k, v, residual, R, window, block=128):
     """The need of every pair (Hkv, T) of one document; the last window + 1 have none.
 
     q: (Hq, T, D); k, v: (Hkv, T, D); residual: x (T, C); R: of small_output; all float32. It takes
-    `block` queries at a time, so that T x T never exists.
+    `block` queries at a time, so that T x T never exists. Values may have a size of their own.
     """
     Hkv, T, D = k.shape
     q = q.unflatten(0, (Hkv, -1))  # (Hkv, G, T, D)
@@ -92,12 +90,16 @@ def warm_start(model, data, documents):
     mine = itertools.islice(long_documents(data, least), rank, count * world, world)
 
     C = config.hidden_size
-    Hkv = config.num_key_value_heads
+    Hkv = config.kv_heads
     # by layer the sum over tokens of x x^T (C, C), and beside it of x y (C, Hkv)
     sums = torch.zeros(len(layers), C, C + Hkv, device=model.device)
     seen = {}  # what a layer's adapter gets (1, T, C), and what its norm makes of it
+    outputs = {}  # layer: small_output, which is slow on a GPU
 
     def attend(layer, q, k, v, logits):
+        if layer not in outputs:
+            W_o = layers[layer].self_attn.output_weight()
+            outputs[layer] = small_output(W_o, Hkv)
         inputs = (x[0].float() for x in (q, k, v, seen["residual"]))
         need = needs(*inputs, outputs[layer], settings.window)
         if settings.per == "layer":  # one decision holds for all heads
@@ -117,11 +119,8 @@ def warm_start(model, data, documents):
     def note(norm, inputs, normed):
         seen.update(residual=inputs[0], normed=normed)
 
-    outputs = []
     hooks = []
     for block in layers:
-        o_proj = whole(block.self_attn.o_proj.weight)
-        outputs.append(small_output(o_proj, Hkv, config.head_dim))
         norm = block.self_attn.dms_proj_alpha_norm
         hooks.append(norm.register_forward_hook(note))
     for ids in tqdm(mine, "warm start", count, disable=rank > 0):

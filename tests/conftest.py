@@ -54,8 +54,13 @@ SLOT = 2 * 8 * 4 + 5  # bytes: k and v of 8 float32 each, a position and a decis
 
 
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12)
+LATENT = dict(num_experts_per_tok=2, moe_intermediate_size=12, n_routed_experts=6,
+              n_shared_experts=2, first_k_dense_replace=1, num_key_value_heads=4, kv_lora_rank=16,
+              q_lora_rank=None, qk_nope_head_dim=12, head_dim=8, qk_rope_head_dim=8, v_head_dim=10)
+GROUPS = dict(n_group=3, topk_group=2, q_lora_rank=20, routed_scaling_factor=1.5)
 OTHERS = {  # families of another build than Qwen3's: what they add to small_config
-    "qwen3_moe": dict(EXPERTS, norm_topk_prob=True),
+    "qwen3_moe": dict(EXPERTS, norm_topk_prob=True), "deepseek_v2": LATENT,
+    "deepseek_v3": {**LATENT, **GROUPS, "norm_topk_prob": True},
 }
 
 

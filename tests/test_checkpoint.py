@@ -103,6 +103,7 @@ TWO = "rope_parameters, rope_scaling and rope_theta contradict"
     (dict(rope_scaling={"type": "llama3", "factor": 8.0}), "low_freq_factor"),
     (dict(partial_rotary_factor=0.5), "partial rotary"),
     (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial rotary"),
+    (dict(rope_interleave=False), "rope_interleave"),
     (dict(hidden_act="gelu"), "gelu"), (dict(vocab_size=None), "vocab_size"),
     (dict(rope_parameters={**YARN, "rope_theta": 1e4}, rope_scaling={**YARN, "factor": 2.0}), TWO),
     # as NVIDIA's code saves a model whose theta it did not find in the newer spelling
@@ -260,12 +261,18 @@ def test_one_file_counts_before_the_shards_of_an_index(stored, tmp_path):
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_experts_are_read_as_the_hub_and_as_transformers_5_spell_them(family, tmp_path):
+def test_experts_are_read_as_the_hub_and_as_transformers_5_spell_them(family, tmp_path, capsys):
     theirs, folder = saved(tmp_path, family, **FAMILIES[family])
     in_hubs = load_file(folder / "model.safetensors")
     theirs.save_pretrained(folder, save_original_format=False)
-    assert load_file(folder / "model.safetensors").keys() != in_hubs.keys()
+    stacked = load_file(folder / "model.safetensors")
+    assert stacked.keys() != in_hubs.keys()
+    mtp = {"model.layers.2.enorm.weight": torch.ones(9)}
+    save_file(stacked | mtp, folder / "model.safetensors")
+    refuse(lambda: load_model(folder), "layers.2.enorm")
+    edit(folder / "config.json", num_nextn_predict_layers=1)
     ours = load_model(folder)
+    assert "(MTP), and is not used" in capsys.readouterr().err
     save_model(ours, folder, torch.float32)
     written = load_file(folder / "model.safetensors")
     same(written, in_hubs, rtol=0, atol=0)

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import OTHERS, REPOSITORY
 from oracle import FAMILIES, LENGTH, reloaded, saved, tokens
 
 from checkpoint import config_to_dict, load_model, parse_config
 from common import read_json, write_json
 from dms import masked_attention
+from generate import Sequence, generate
 from kv_cache import KVCache
 
 
@@ -49,8 +50,20 @@ def test_logits_equal_transformers_and_it_reads_what_is_written_back(family, tmp
     torch.testing.assert_close(again(ids).logits, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", OTHERS)
+def test_greedy_texts_equal_transformers(family, tmp_path):
+    theirs, folder = saved(tmp_path, family, **FAMILIES[family])
+    ours = load_model(folder)
+    sequences = [Sequence(tokens()[0, :n].tolist(), 40) for n in (1, 20)]
+    list(generate(ours, KVCache(ours.config, 2), sequences))
+    for n, sequence in zip((1, 20), sequences):
+        [text] = theirs.generate(tokens()[:, :n], attention_mask=torch.ones(1, n), do_sample=False,
+                                 max_new_tokens=40, eos_token_id=None, pad_token_id=0)
+        assert text.tolist() == sequence.ids
+
+
 IMPORTS = {  # module: what of ours it may import. Nothing imports upwards, and there are no circles
-    "dms": "", "model": "dms", "common": "", "kv_cache": "dms kernels",
+    "dms": "", "mla": "dms", "model": "dms mla", "common": "", "kv_cache": "dms kernels",
     "checkpoint": "common dms model kernels", "data": "common",
     "evaluate": "checkpoint common data dms kv_cache", "publish": "checkpoint common evaluate",
     "show": "common", "generate": "checkpoint common kv_cache model show kernels toy",

@@ -23,7 +23,7 @@ from kv_cache import KVCache
 IDS = torch.arange(60)[None]
 OF_A_RUN = {"README.md", "config.json", "results.json", "tokenizer.json", "tokenizer_config.json",
             "generation_config.json"}
-CODE = {"dms.py", "kv_cache.py", "model.py", "modeling_dms.py"}
+CODE = {"dms.py", "kv_cache.py", "mla.py", "model.py", "modeling_dms.py"}
 
 
 @pytest.fixture(params=[torch.float32])

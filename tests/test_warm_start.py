@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import small_model
 
 import dms
 from checkpoint import load_model, load_tokenizer
@@ -14,7 +15,7 @@ from warm_start import needs, small_output, warm_start
 def brute_force(q, k, v, residual, output, window):
     """The need of every pair by its definition: delete it, and compute attention again."""
     Hq, T, D = q.shape
-    Hkv = len(k)
+    Hkv, _, Dv = v.shape
     need = torch.zeros(Hkv, T)
     query = torch.arange(T)[:, None]
     for j in range(T - 1 - window):
@@ -25,23 +26,32 @@ def brute_force(q, k, v, residual, output, window):
             whole = score.softmax(-1) @ v[of]
             score[:, j] = -torch.inf
             without = score.softmax(-1) @ v[of]
-            lost = (without - whole)[misses] @ output[:, h * D : (h + 1) * D].T  # of the residual
+            lost = (without - whole)[misses] @ output[h].T  # of the residual
             need[of, j] += (lost.norm(dim=1) / residual[misses].norm(dim=1)).square().mean()
     return need
 
 
 def test_need_equals_brute_force():
     torch.manual_seed(0)
-    for sharpness in (1, 8):  # probabilities in between, and some that are 1 to the last bit
+    # probabilities in between, and some that are 1 to the last bit; values as long as keys or not
+    for sharpness, Dv in ((1, 8), (8, 8), (1, 6)):
         Hq, Hkv, T, D, C, window = 4, 2, 40, 8, 24, 5
-        shapes = (Hq, T, D), (Hkv, T, D), (Hkv, T, D), (T, C), (C, Hq * D)
+        shapes = (Hq, T, D), (Hkv, T, D), (Hkv, T, Dv), (T, C), (Hq, C, Dv)
         q, k, *others = map(torch.randn, shapes)
         inputs = (q * sharpness, k * sharpness, *others)
         expected = brute_force(*(x.double() for x in inputs), window)
         *inputs, output = inputs
-        need = needs(*inputs, small_output(output, Hkv, D), window, block=16)
+        need = needs(*inputs, small_output(output, Hkv), window, block=16)
         seen = slice(0, T - 1 - window)  # the others no query can miss
         torch.testing.assert_close(need[:, seen], expected[:, seen], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_a_heads_part_of_the_output(family):
+    attention = small_model(model_type=family).model.layers[0].self_attn
+    W = attention.output_weight()
+    y = torch.randn(2, 4, 5, W.shape[2])  # (B, Hq, T, D)
+    torch.testing.assert_close((y @ W.mT).sum(1), attention.output(y), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shift", [0, 1])

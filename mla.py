@@ -1,0 +1,89 @@
+"""
+Multi-head latent attention, of DeepSeek-V2 and V3, in the form that caches least.
+
+A head's key and value are both computed from one short vector of the token, its latent c. Only the
+part of the key that carries the position is computed apart, once for all heads:
+
+    k_h = [W_UK_h c ; k_rope]       v_h = W_UV_h c       score = q_h k_h
+
+But q W_UK c is a product of W_UK^T q and c, and the sum of weighted W_UV c over tokens is W_UV
+times that of the weighted c. So a query is carried into the space of latents, and what attention
+gives is carried out of it:
+
+    q_h = [W_UK_h^T q_nope ; q_rope]       k = [c ; k_rope]       v = c       y_h = W_UV_h y
+
+Now all heads have the same pair: there is one KV head, one decision for a token and layer, and the
+value is the first part of the key. The module has the methods of model.py's Attention.
+
+References: DeepSeek-AI 2405.04434 (V2), 2412.19437 (V3). Letters: those of dms.py; r, the size of a
+latent, is kv_lora_rank.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+
+import dms
+
+
+class LatentAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C = config.hidden_size
+        H = config.num_attention_heads
+        nope = config.qk_nope_head_dim
+        D = nope + config.qk_rope_head_dim  # of a query, before it is carried over
+        if config.q_lora_rank:
+            self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, 1e-6)  # whatever rms_norm_eps is
+            self.q_b_proj = nn.Linear(config.q_lora_rank, H * D, bias=False)
+        else:
+            self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(C, config.key_dim, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, 1e-6)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, H * (nope + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(H * config.v_head_dim, C, bias=False)
+        # Scores are divided by sqrt(D), and under yarn they are sharper. But `attend` divides them
+        # by the root of the keys' size.
+        rope = config.rope_scaling or {}
+        mscale = 1 + 0.1 * rope.get("mscale_all_dim", 0) * math.log(rope.get("factor", 1))
+        self.scale = mscale**2 * (config.key_dim / D) ** 0.5
+
+    def up(self):
+        """W_UK (H, nope, r) and W_UV (H, v, r)."""
+        by_head = self.kv_b_proj.weight.unflatten(0, (self.config.num_attention_heads, -1))
+        return by_head.tensor_split([self.config.qk_nope_head_dim], dim=1)
+
+    def project(self, residual, x, rotate):
+        """q (B, H, T, r + rope), k (B, 1, T, r + rope), v (B, 1, T, r), a view of k, and the
+        decision logits. Arguments: those of Attention.project."""
+        W_UK, _ = self.up()
+        H, nope, r = W_UK.shape
+        if self.config.q_lora_rank:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        else:
+            q = self.q_proj(x)
+        q = q.unflatten(2, (H, -1)) * self.scale  # (B, T, H, nope + rope)
+        k = self.kv_a_proj_with_mqa(x)[:, :, None]  # (B, T, 1, r + rope)
+        q_nope = q[..., :nope].transpose(1, 2)
+        c = self.kv_a_layernorm(k[..., :r])
+        # DeepSeek pairs neighbours, channels 2i and 2i + 1, but `rotate` channels i and i + D/2. So
+        # they change places, and need not go back: q and k do it alike.
+        in_halves = (z.unflatten(3, (-1, 2)).mT.flatten(3) for z in (q[..., nope:], k[..., r:]))
+        q_rope, k_rope = map(rotate, in_halves)
+        q = torch.cat((q_nope @ W_UK, q_rope.transpose(1, 2)), dim=3)
+        k = torch.cat((c, k_rope), dim=3).transpose(1, 2)
+        return q, k, k[..., :r], dms.decide(self, residual)
+
+    def output(self, y):
+        """What attention adds to the residual, (B, T, C), of what it gave, y (B, H, T, r)."""
+        _, W_UV = self.up()
+        return self.o_proj((y @ W_UV.mT).transpose(1, 2).flatten(2))
+
+    def output_weight(self):
+        """The part of each head in it, (H, C, r)."""
+        _, W_UV = self.up()
+        W = self.o_proj.weight.unflatten(1, (len(W_UV), -1))  # (C, H, v)
+        return W.transpose(0, 1) @ W_UV
