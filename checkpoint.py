@@ -203,8 +203,8 @@ def find_adapters(path_or_hub_id):
 
 
 def unstacked(name, tensor):
-    """(name, tensor) pairs of one that is stored: itself, or the weights of each expert, by the
-    hub's names, of those that transformers 5 may stack, (E, ...), gate_proj above up_proj."""
+    """The (name, tensor) pairs of a stored tensor, by the hub's names: itself, or each expert's
+    weights where transformers 5 has stacked them, (E, ...), gate_proj above up_proj."""
     layer, _, kind = name.rpartition(".")
     if not layer.endswith(".experts"):
         return [(name, tensor)]
@@ -226,10 +226,10 @@ def read_tensors(files, device, dtype, unused=()):
                 tensor = stored.get_tensor(name)
                 require(tensor.is_floating_point() and tensor.itemsize > 1,
                         f"{file}: {name} is {tensor.dtype}; not supported: quantized weights")
-                # Parameters, which load_state_dict takes as they are, so that tied ones stay one
-                # rounded, a bias on all scores would change who is chosen
+                # rounded, the bias on a router's scores would choose other experts
                 kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
                 parts = unstacked(name, tensor.to(device, kept))
+                # Parameters, which load_state_dict takes as they are, so that tied ones stay one
                 tensors |= {name: torch.nn.Parameter(part) for name, part in parts}
     return tensors
 

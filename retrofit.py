@@ -340,7 +340,7 @@ def check(options):
     context = config.context
     require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
     require(options.decision == "adapter" or not config.kv_lora_rank,
-            "neuron: latent attention's one key is of all query heads, so none has one to lend")
+            "neuron: latent attention has no groups of query heads to borrow from; use adapters")
     require((options.window + 1) * options.target_cr <= options.seq_len,
             f"--window {options.window} is too much of {options.seq_len} tokens; take less")
     require(options.decision == "adapter" or options.train == "all" and not options.warm_start,
