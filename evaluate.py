@@ -125,10 +125,9 @@ def evaluate(data, options, out):
     length = found["tokens"] / found["sequences"]
     budget = round(length / found["compression_ratio"])
     results["window"] = measure(sliding_window(load(options.model), budget), data, options)
-    threads = torch.get_num_threads()
-    hardware = f"{platform.machine()}, {threads} threads"
-    if options.device.startswith("cuda"):
-        hardware = torch.cuda.get_device_name()
+    on_gpu = options.device.startswith("cuda")
+    on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name() if on_gpu else on_cpu
     # names, not where these lie here
     names = {key: Path(getattr(options, key)).name for key in ("model", "data")}
     run = {

@@ -27,6 +27,13 @@ import torch.nn as nn
 import dms
 
 
+def in_halves(x):
+    """DeepSeek pairs neighbours for RoPE, channels 2i and 2i + 1, but model.py channels i and
+    i + D/2. So they change places, and need not go back: q and k do it alike."""
+    pairs = x.unflatten(3, (-1, 2))
+    return pairs.mT.flatten(3)
+
+
 class LatentAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -41,20 +48,26 @@ class LatentAttention(nn.Module):
             self.q_b_proj = nn.Linear(config.q_lora_rank, H * D, bias=False)
         else:
             self.q_proj = nn.Linear(C, H * D, bias=False)
+        r = config.kv_lora_rank
+        v = config.v_head_dim
         self.kv_a_proj_with_mqa = nn.Linear(C, config.key_dim, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, 1e-6)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, H * (nope + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(H * config.v_head_dim, C, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(r, 1e-6)
+        self.kv_b_proj = nn.Linear(r, H * (nope + v), bias=False)
+        self.o_proj = nn.Linear(H * v, C, bias=False)
         # Scores are divided by sqrt(D), and under yarn they are sharper. But `attend` divides them
         # by the root of the keys' size.
         rope = config.rope_scaling or {}
-        mscale = 1 + 0.1 * rope.get("mscale_all_dim", 0) * math.log(rope.get("factor", 1))
+        factor = rope.get("factor", 1)
+        mscale = 1 + 0.1 * rope.get("mscale_all_dim", 0) * math.log(factor)
         self.scale = mscale**2 * (config.key_dim / D) ** 0.5
 
     def up(self):
         """W_UK (H, nope, r) and W_UV (H, v, r)."""
-        by_head = self.kv_b_proj.weight.unflatten(0, (self.config.num_attention_heads, -1))
-        return by_head.tensor_split([self.config.qk_nope_head_dim], dim=1)
+        config = self.config
+        sizes = (config.qk_nope_head_dim, config.v_head_dim)
+        weight = self.kv_b_proj.weight
+        by_head = weight.unflatten(0, (config.num_attention_heads, -1))
+        return by_head.split(sizes, dim=1)
 
     def project(self, residual, x, rotate):
         """q (B, H, T, r + rope), k (B, 1, T, r + rope), v (B, 1, T, r), a view of k, and the
@@ -68,19 +81,20 @@ class LatentAttention(nn.Module):
         q = q.unflatten(2, (H, -1)) * self.scale  # (B, T, H, nope + rope)
         k = self.kv_a_proj_with_mqa(x)[:, :, None]  # (B, T, 1, r + rope)
         q_nope = q[..., :nope].transpose(1, 2)
+        q_rope = rotate(in_halves(q[..., nope:]))
+        k_rope = rotate(in_halves(k[..., r:]))
         c = self.kv_a_layernorm(k[..., :r])
-        # DeepSeek pairs neighbours, channels 2i and 2i + 1, but `rotate` channels i and i + D/2. So
-        # they change places, and need not go back: q and k do it alike.
-        in_halves = (z.unflatten(3, (-1, 2)).mT.flatten(3) for z in (q[..., nope:], k[..., r:]))
-        q_rope, k_rope = map(rotate, in_halves)
         q = torch.cat((q_nope @ W_UK, q_rope.transpose(1, 2)), dim=3)
-        k = torch.cat((c, k_rope), dim=3).transpose(1, 2)
+        k = torch.cat((c, k_rope), dim=3)
+        k = k.transpose(1, 2)
         return q, k, k[..., :r], dms.decide(self, residual)
 
     def output(self, y):
         """What attention adds to the residual, (B, T, C), of what it gave, y (B, H, T, r)."""
         _, W_UV = self.up()
-        return self.o_proj((y @ W_UV.mT).transpose(1, 2).flatten(2))
+        y = y @ W_UV.mT  # (B, H, T, v)
+        y = y.transpose(1, 2)
+        return self.o_proj(y.flatten(2))
 
     def output_weight(self):
         """The part of each head in it, (H, C, r)."""

@@ -232,7 +232,8 @@ class Attention(nn.Module):
 
     def output(self, y):
         """What attention adds to the residual, (B, T, C), of what it gave, y (B, Hq, T, D)."""
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2)
+        return self.o_proj(y.flatten(2))
 
     def output_weight(self):
         """The part of each head in it, (Hq, C, D)."""
@@ -284,9 +285,11 @@ class Experts(nn.Module):
         if config.n_group and config.topk_method != "greedy":  # only the best groups count
             groups = rank.unflatten(1, (config.n_group, -1))  # (n, groups, E / groups)
             best = groups.topk(2 if is_v3 else 1).values.sum(-1, keepdim=True)
-            least = best.topk(config.topk_group, dim=1).values[:, -1:]
+            chosen = best.topk(config.topk_group, dim=1)
+            least = chosen.values[:, -1:]
             rank = groups.where(best >= least, float("-inf")).flatten(1)
-        expert = rank.topk(config.num_experts_per_tok).indices
+        chosen = rank.topk(config.num_experts_per_tok)
+        expert = chosen.indices
         weight = score.gather(1, expert)
         if config.norm_topk_prob:
             weight = weight / weight.sum(-1, keepdim=True)
@@ -305,8 +308,9 @@ class Experts(nn.Module):
         outputs = [mlp(part) for mlp, part in zip(self.experts, inputs.split(counts))
                    if len(part) or torch.is_grad_enabled()]
         # back in the order of tokens; so the sum is one over k, and the same in every run
-        y = torch.cat(outputs)[order.argsort()].view(*expert.shape, -1)  # (n, k, C)
-        y = (y * weight[..., None]).sum(1).to(x.dtype).view_as(x)
+        y = torch.cat(outputs)[order.argsort()]
+        y = y.view(*expert.shape, -1) * weight[..., None]  # (n, k, C)
+        y = y.sum(1).to(x.dtype).view_as(x)
         return y + self.shared_experts(x) if self.config.n_shared_experts else y
 
 

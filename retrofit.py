@@ -129,7 +129,9 @@ class Distillation:
         self.teacher = teacher
         self.options = options
         self.attention = dms.relaxed_attention
-        if student.device.type == "cuda" and student.config.key_dim <= 256:
+        config = student.config
+        is_covered = config.head_dim <= 256 and not config.kv_lora_rank
+        if student.device.type == "cuda" and is_covered:
             with suppress(ImportError):  # without Triton, or without kernels/
                 from kernels.training import relaxed_attention
 

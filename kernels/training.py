@@ -194,9 +194,9 @@ class BiasedAttention(torch.autograd.Function):
 
 
 def relaxed_attention(q, k, v, bias, first, window):
-    """dms.relaxed_attention by Triton: q (B, Hq, T, D); k, v (B, Hkv, T, D), v perhaps of a smaller
-    size; bias (B, Hkv, T) float32; first (B, T) int32 -> (B, Hq, T, D), of v's size. Best where q,
-    k and v are views of (B, T, heads, D), and B * T is a multiple of 128: others are copied."""
+    """dms.relaxed_attention by Triton: q (B, Hq, T, D); k, v (B, Hkv, T, D); bias (B, Hkv, T)
+    float32; first (B, T) int32 -> (B, Hq, T, D). Best where q, k and v are views of
+    (B, T, heads, D), and B * T is a multiple of 128: others are copied."""
     B, _, T, D = q.shape
     N = B * T
     width = max(16, triton.next_power_of_2(D))
@@ -205,8 +205,8 @@ def relaxed_attention(q, k, v, bias, first, window):
 
     def flat(x):  # (B, heads, T, D) -> (N + more, heads, width)
         x = x.transpose(1, 2).flatten(0, 1)
-        if more or x.shape[2] < width:
-            x = F.pad(x, (0, width - x.shape[2], 0, 0, 0, more))
+        if more or D < width:
+            x = F.pad(x, (0, width - D, 0, 0, 0, more))
         return x.contiguous()
 
     inputs = (flat(q), flat(k), flat(v))  # of less than 2**31 numbers each: offsets are 32 bits
@@ -215,4 +215,4 @@ def relaxed_attention(q, k, v, bias, first, window):
     first = F.pad((first + starts[:, None]).int().flatten(), (0, more), value=N)
     # min: key + window must fit 32 bits
     y = BiasedAttention.apply(*inputs, bias, first, min(window, T), D**-0.5, sizes)
-    return y[:N, :, : v.shape[3]].unflatten(0, (B, T)).transpose(1, 2)
+    return y[:N, :, :D].unflatten(0, (B, T)).transpose(1, 2)

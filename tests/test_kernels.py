@@ -204,17 +204,6 @@ def test_relaxed_attention_of_any_layout_and_again(rng):
     assert y.transpose(1, 2).is_contiguous()  # as the output projection takes it
 
 
-@launches
-def test_relaxed_attention_where_values_are_the_first_channels_of_keys(rng):
-    """As those of latent attention are."""
-    (q, k, _, bias), first = training_inputs(rng, 50, 24, 2)
-    inputs = (q, k, k[..., :16], bias)
-    probe = torch.randn(*q.shape[:3], 16).to(DEVICE)
-    ours, expected = (gradients(attend, inputs, first, 5, probe)
-                      for attend in (training.relaxed_attention, dms.relaxed_attention))
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-
-
 @no_launch
 @pytest.mark.parametrize("numba", [None, mock.Mock(njit=mock.Mock(side_effect=RuntimeError))])
 def test_a_cache_works_without_numba_and_where_that_finds_no_folder(numba, monkeypatch):
