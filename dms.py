@@ -152,10 +152,12 @@ def borrowed_score(q, kv_heads):
     return by_group[:, :, :, 0, -1]
 
 
-def silence_borrowed(q, kv_heads):
-    """q (B, T, Hq, D) with the borrowed channels set to 0, so that they take no part in scores."""
-    q = q.clone()
-    borrowed_score(q, kv_heads).zero_()
+def without_borrowed(q, config):
+    """q (B, T, Hq, D) with any borrowed channels set to 0, so that they take no part in scores,
+    whether something is evicted or not. config: a ModelConfig."""
+    if config.dms is not None and config.dms.source == "neuron":
+        q = q.clone()
+        borrowed_score(q, config.kv_heads).zero_()
     return q
 
 
@@ -234,6 +236,14 @@ def document_attention(packing):
 # --------------------------------------------------------- Training: relaxed decisions, section 3.3
 
 
+def run(function, *inputs, recompute):
+    """function(*inputs), in which nothing is random. recompute: only the inputs are kept for
+    backward, where it is computed again."""
+    if not recompute:
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def relaxed_attention(q, k, v, bias, first, window, block=128):
     """Attention under the rule with every decision relaxed to a bias on its key:
 
@@ -242,7 +252,8 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
 
     q: (B, Hq, T, D); k, v: (B, Hkv, T, D); bias: (B, Hkv, T) float32; first: (B, T) int32. Returns
     (B, Hq, T, D) in q's dtype; in between all is float32. It takes `block` queries at a time,
-    against all keys up to the last of them. kernels/training.py computes the same on a GPU.
+    against all keys up to the last of them, and of a long sequence again in backward: so T x T
+    numbers never exist. kernels/training.py computes the same on a GPU.
     """
     T, D = q.shape[2:]
     scaled = q.float() * D**-0.5
@@ -265,7 +276,8 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
         y = torch.einsum("bhgij,bhjd->bhgid", weight, v[:, :, :end])
         return y.flatten(1, 2)  # (B, Hq, n, D)
 
-    blocks = [attend(start) for start in range(0, T, block)]
+    is_long = T > 2048
+    blocks = [run(attend, start, recompute=is_long) for start in range(0, T, block)]
     return torch.cat(blocks, dim=2).to(q.dtype)
 
 
@@ -333,14 +345,6 @@ class RelaxedAttention:
 # ---------------------------------------------------------------------- Training: losses, schedule
 
 KL_SLICE = 1024  # tokens whose logits over the vocabulary exist at a time
-
-
-def run(function, *inputs, recompute):
-    """function(*inputs), in which nothing is random. recompute: only the inputs are kept for
-    backward, where it is computed again."""
-    if not recompute:
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def distillation_loss(student, teacher, student_head, teacher_head, counts, reverse=False):

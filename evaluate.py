@@ -148,7 +148,8 @@ def table_of(run):
         accuracies = (f"{x['accuracy'][task]:18.1%}" for x in columns)
         lines.append(f"{task:26}" + "".join(accuracies))
     for key in PRINTED:
-        counts = (f"{round(x[key], 4):18,}" for x in columns)
+        rounded = (round(x[key], 4) for x in columns)
+        counts = (f"{x:18,}" for x in rounded)
         lines.append(f"{key:26}" + "".join(counts))
     lines.append(f"The window holds {run['window_tokens']} pairs. Measured on {run['hardware']}.")
     return "\n".join(lines)

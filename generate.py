@@ -231,6 +231,7 @@ class Scheduler:
         it had the same prompt. Returns it, and the logits (1, V) that follow its prompt."""
         sequence = self.waiting.pop(0)
         if sequence.index is None:
+            require(0 in self.cache.seen, "no place is free in the cache; ask for release=True")
             sequence.index = self.cache.seen.tolist().index(0)
         self.running.append(sequence)  # already here: if no page is left, `step` takes it off
         # `last` has said one token by now, so last.ids[: last.fed] is its prompt. (If that token

@@ -112,9 +112,9 @@ class Rows:
 
     def select(self, index):
         """The rows of an index: views for a slice, copies for a tensor of numbers."""
-        of_sequences = (self.seen, self.extra_offset)
-        of_layers = (self.length, self.table, self.ring)
-        return Rows(*(x[index] for x in of_sequences), *(x[:, index] for x in of_layers))
+        of_all = (self.length, self.table, self.ring)
+        of_layers = (x[:, index] for x in of_all)
+        return Rows(self.seen[index], self.extra_offset[index], *of_layers)
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
@@ -341,8 +341,9 @@ def attend_piece(cache, rows, new, place, subject, layer, q, k, v, logits):
         row = torch.arange(N, device=k.device)
         evict[row, new - 1] = False
     new_pairs = (k, v, evict, new)
-    y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, pool, cache.window)
-    store(*new_pairs, rows, pool, cache.window)
+    held_by = (rows, pool, cache.window)
+    y = cache.kernels.attend_block(q_by_row, *new_pairs, *held_by)
+    store(*new_pairs, *held_by)
     return y.reshape(*q.shape[:3], -1)
 
 
@@ -522,7 +523,8 @@ class KVCache:
             return
         W = self.window + 1
         behind = (part.seen - W).clamp(min=0)
-        wanted = part.seen - behind + self.keep_rate * behind  # (N,)
+        wanted = part.seen - behind
+        wanted = wanted + self.keep_rate * behind  # (N,)
         held = part.length.float().mean(0)  # (N,), over layers
         by_sequence = held.view(-1, self.kv_heads).mean(1)  # (B,)
         lacking = wanted - by_sequence.repeat_interleave(self.kv_heads)
@@ -545,8 +547,8 @@ class KVCache:
         W = self.window + 1
         leaves = is_new & (t >= W)
         oldest = place_of(part, t, leaves, pool)  # of token t - W, which has t's entry in the ring
-        is_reused = pool.evicted.flatten()[oldest] & leaves  # (L, N)
-        is_next = is_new & ~is_reused
+        was_evicted = pool.evicted.flatten()[oldest]  # (L, N)
+        is_next = is_new & ~(was_evicted & leaves)
         slot = part.length.clone()
         add_pages(part, pool, slot + is_next)
         row = torch.arange(len(t), device=self.device)

@@ -225,8 +225,8 @@ class Attention(nn.Module):
         # RoPE mixes each channel with its partner. Silenced before, the borrowed channel does not
         # leak into channel D/2 - 1; silenced after, it does not keep what that one leaks into it.
         # Released models expect both.
-        q = rotate(self.without_borrowed(q))
-        q = self.without_borrowed(q)
+        q = rotate(dms.without_borrowed(q, config))
+        q = dms.without_borrowed(q, config)
         k = rotate(k)
         return *(heads.transpose(1, 2) for heads in (q, k, v)), logits
 
@@ -239,12 +239,6 @@ class Attention(nn.Module):
         """The part of each head in it, (Hq, C, D)."""
         W = self.o_proj.weight.unflatten(1, (-1, self.config.head_dim))  # (C, Hq, D)
         return W.transpose(0, 1)
-
-    def without_borrowed(self, q):
-        """A borrowed channel is no part of the query, whether anything is evicted or not."""
-        if self.config.dms is None or self.config.dms.source != "neuron":
-            return q
-        return dms.silence_borrowed(q, self.config.num_key_value_heads)
 
 
 class MLP(nn.Module):

@@ -269,6 +269,7 @@ def test_experts_are_read_as_the_hub_and_as_transformers_5_spell_them(family, tm
     assert stacked.keys() != in_hubs.keys()
     mtp = {"model.layers.2.enorm.weight": torch.ones(9)}
     save_file(stacked | mtp, folder / "model.safetensors")
+    edit(folder / "config.json", num_nextn_predict_layers=0)
     refuse(lambda: load_model(folder), "layers.2.enorm")
     edit(folder / "config.json", num_nextn_predict_layers=1)
     ours = load_model(folder)
