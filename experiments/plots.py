@@ -14,6 +14,7 @@ TASKS = ("needles", "variables", "arithmetic")
 # DMS stands out; what is bounded while answering, too, has its press's colour
 STYLES = {
     "DMS": dict(color="black", linewidth=2.5, zorder=3),
+    "budget": dict(color="black", linestyle="--"),
     "window": dict(color="gray", linestyle="--"),
     "KeyDiff": dict(color="tab:blue"),
     "KVzip": dict(color="tab:green"),
