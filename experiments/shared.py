@@ -140,14 +140,15 @@ def window_of(pairs):
     return sliding_window(teacher, pairs), tokenizer
 
 
-def retrofitted(name, *flags):
+def retrofitted(name, *flags, problems=1, sequences=1):
     """The folder of a retrofit of the toy teacher. retrofit.py makes it with these flags unless it
-    is there, and goes on with one that was interrupted. Its own measuring is cut short."""
+    is there, and goes on with one that was interrupted. Its own measuring is cut short, unless more
+    problems and sequences are asked for."""
     out = RETROFITS / name
-    if not (out / "config.json").exists():
+    if not (out / "results.json").exists():  # retrofit.py's last file
         more = ["--resume"] if (out / "settings.json").exists() else []
         command = [sys.executable, ROOT / "retrofit.py", "--out", out, *flags, *more]
-        command += ["--eval-problems", 1, "--eval-sequences", 1]
+        command += ["--eval-problems", problems, "--eval-sequences", sequences]
         subprocess.run([str(word) for word in command], check=True)
     return out
 
