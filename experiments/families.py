@@ -2,20 +2,20 @@
 Other families: a mixture of experts and latent attention learn to forget as the toy teacher did.
 
     python experiments/families.py                        # about 30 minutes on one core
-    python experiments/families.py --fit 2 --distill 2 --steps 8 --problems 1 --out trial.json
+    python experiments/families.py --teacher-steps 40 --steps 20 --problems 2 --out trial.json
 
-Nobody publishes a Qwen3-MoE or a DeepSeek that is small enough and solves the toy tasks. So both
-are made out of the toy teacher, which is dense, in minutes, and are teachers themselves then:
+No model of these families is small enough and solves the toy tasks. So two are made out of the toy
+teacher, in minutes, and are teachers themselves then:
 
-- qwen3_moe: of a layer's eight experts each begins as half of the teacher's MLP, another random one
-  for each. The router is random, and chooses two.
-- deepseek_v2: the attention is new and random; everything else is the teacher's. First each
-  layer's attention learns what the teacher's gives for the same input (`imitation`).
+- qwen3_moe: a layer has eight experts, of which a router, random at first, chooses two. Each begins
+  as a random half of the toy teacher's MLP.
+- deepseek_v2: the attention begins from nothing, everything else as the toy teacher's. First each
+  layer's attention learns to give what the toy teacher's gives for the same input (`imitation`).
 
-Then all matrices of the layers learn to predict what the teacher predicts (`divergence`).
-retrofit.py, by its own defaults for the toy, does the rest, and measures. Rows: accuracy of greedy
-answers, KL to the dense model of the same family, and compression, for the dense model, DMS, and
-the dense one in a sliding window of as many pairs.
+Then all matrices of the layers learn to predict what the toy teacher predicts (`divergence`).
+retrofit.py does the rest by its own defaults for the toy, and measures. A family has three rows:
+the dense model, DMS, and the dense model in a sliding window of as many pairs. Each has the
+accuracy of greedy answers, the KL to the dense model, the compression, and the bytes in pages.
 """
 
 from dataclasses import replace
@@ -43,14 +43,14 @@ def with_experts(teacher):
     """A qwen3_moe whose experts are random halves of the teacher's MLPs."""
     model = Model(replace(teacher.config, **EXPERTS))
     model.load_state_dict(teacher.state_dict(), strict=False)
-    for block, dense in zip(model.model.layers, teacher.model.layers):
+    for block, original in zip(model.model.layers, teacher.model.layers):
+        mlp = original.mlp
         for expert in block.mlp.experts:
-            size = len(dense.mlp.up_proj.weight)
-            half = torch.randperm(size)[: len(expert.up_proj.weight)]
-            expert.gate_proj.weight.data = dense.mlp.gate_proj.weight[half]
-            expert.up_proj.weight.data = dense.mlp.up_proj.weight[half]
-            # the experts' weights sum to 1
-            expert.down_proj.weight.data = dense.mlp.down_proj.weight[:, half] * size / len(half)
+            half = torch.randperm(len(mlp.up_proj.weight))[: len(expert.up_proj.weight)]
+            expert.gate_proj.weight.data = mlp.gate_proj.weight[half]
+            expert.up_proj.weight.data = mlp.up_proj.weight[half]
+            # twice: the router's weights sum to 1
+            expert.down_proj.weight.data = 2 * mlp.down_proj.weight[:, half]
     return model
 
 
@@ -111,9 +111,10 @@ def learn(model, teacher, loss_of, part, steps, rate, data):
         bar.set_postfix_str(f"{loss.item():.4f}")
 
 
-def dense(family, fit, distill):
-    """The folder of a dense teacher of a family, which is made unless it is there."""
-    folder = shared.RETROFITS / f"teacher-{family}-{fit}-{distill}"
+def teacher_of(family, steps):
+    """The folder of a family's teacher, which is made unless it is there. A new attention takes
+    three times the steps."""
+    folder = shared.RETROFITS / f"teacher-{family}-{steps}"
     if (folder / "config.json").exists():
         return folder
     torch.manual_seed(0)
@@ -122,10 +123,11 @@ def dense(family, fit, distill):
     torch.set_float32_matmul_precision("medium")
     if family == "qwen3_moe":
         model = with_experts(teacher)
+        learn(model, teacher, divergence, "layers", steps, 0.005, data)
     else:
         model = with_latent_attention(teacher)
-        learn(model, teacher, imitation, "self_attn", fit, 0.02, data)
-    learn(model, teacher, divergence, "layers", distill, 0.005, data)
+        learn(model, teacher, imitation, "self_attn", steps, 0.02, data)
+        learn(model, teacher, divergence, "layers", 2 * steps, 0.005, data)
     torch.set_float32_matmul_precision("highest")
     folder.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(TEACHER, folder)
@@ -136,8 +138,7 @@ def dense(family, fit, distill):
 def main():
     p = shared.arguments(__doc__, "families.json")
     p.add_argument("--cr", type=float, default=8)
-    p.add_argument("--fit", type=int, default=250, help="steps of imitation")
-    p.add_argument("--distill", type=int, default=500, help="steps of distillation, dense")
+    p.add_argument("--teacher-steps", type=int, default=200, help="that make a family's teacher")
     p.add_argument("--steps", type=int, default=shared.STEPS, help="of the retrofits")
     p.add_argument("--problems", type=int, default=200, help="of each task")
     args = p.parse_args()
@@ -145,14 +146,14 @@ def main():
     for family in ("qwen3_moe", "deepseek_v2"):
         if results.has(family=family):
             continue
-        teacher = dense(family, args.fit, args.distill)
+        teacher = teacher_of(family, args.teacher_steps)
         name = f"{teacher.name}-dms-{args.cr:g}x-{args.steps}steps-{args.problems}problems"
         flags = ["--model", teacher, "--data", "toy", "--target-cr", args.cr, "--steps", args.steps]
         folder = shared.retrofitted(name, *flags, problems=args.problems, sequences=32)
         for method, found in read_json(folder / "results.json")["results"].items():
-            results.add(family=family, method=method, **found["accuracy"], kl=found["kl"],
-                        compression=found["compression_ratio"])
-    columns = ("family", "method", *tasks.TASKS, "kl", "compression")
+            row = {name: found[name] for name in ("kl", "compression_ratio", "peak_page_bytes")}
+            results.add(family=family, method=method, **found["accuracy"], **row)
+    columns = ("family", "method", *tasks.TASKS, "kl", "compression_ratio")
     shared.print_table(results.data["rows"], *columns)
 
 
