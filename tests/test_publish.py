@@ -97,7 +97,7 @@ def test_adapters_alone_are_released_for_a_base_on_the_hub_and_cards_say_what_it
     text = read_text(run / "alone" / "README.md")
     assert ModelCard(text).data.to_dict() == {
         "base_model": "owner/base", "license": "unknown", "tags": ["dms", "kv-cache-compression"]}
-    for line in ("dense               DMS            window", "The window holds 54 pairs.",
+    for line in ("dense               DMS            window", "The window holds 55 pairs.",
                  "needles                                99.5%", "- `steps`: `250`",
                  "- `lr`: `3e-05`", "- `data`: `data.jsonl`", "from checkpoint import load_model"):
         assert line in text
