@@ -31,7 +31,9 @@ class DMSConfig:
 
     window: int = 512  # a query always sees this many tokens behind it, and itself
     source: str = "adapter"  # "adapter" or "neuron": which gives the score s
-    shift: int = 1  # the logit computed at token t decides the fate of token t - shift (0 or 1)
+    # the logit computed at token t decides the fate of token t - shift: 1 in NVIDIA's models, which
+    # do not state it; 0 by default in a retrofit
+    shift: int = 1
     scale: float = 100.0  # makes small scores decide, so that adapters can learn at a small rate
     offset: float = 5.0  # a score of 0, which a fresh adapter gives, means z = -5: keep
     per: str = "head"  # or "layer": head 0 decides for all heads of its layer
@@ -67,9 +69,9 @@ UNDECIDED = -1e4  # a logit that no noise turns into an eviction
 
 
 def by_subject(logits, shift):
-    """Logits (..., T) by the token that they are about, from those by the token that computed them.
-    With shift 1 the last token is not decided yet: it counts as kept, and every window holds it
-    anyway."""
+    """Logits (..., T) in the order of the tokens that they are about. They come in the order of the
+    tokens that computed them. With shift 1 nothing is said about the last token yet: it counts as
+    kept, and every window holds it anyway."""
     return F.pad(logits[..., shift:], (0, shift), value=UNDECIDED)
 
 

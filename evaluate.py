@@ -27,7 +27,7 @@ PRINTED = "kl compression_ratio peak_pairs reads peak_page_bytes".split()  # of 
 @torch.inference_mode()
 def kl_on_text(model, reference, data, count):
     """(the KL to the reference model without eviction, the mean over tokens in nats; how many
-    documents; the cache) of `count` held-out sequences, after those that settle_offset takes."""
+    documents; the cache) of `count` held-out sequences, after those that settle_offsets takes."""
     first = settling_sequences(data.seq_len)
     ids, documents = data.held_out(first + count)
     ids = ids[first:].to(model.device)
@@ -66,7 +66,7 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
         about = dms.by_subject(logits, settings.shift)  # (B, Hkv, T)
         about_expired = about.transpose(0, 1)[:, expires]  # (Hkv, n)
         by_layer.append(about_expired.flatten())
-        bias = dms.UNDECIDED * (about > 0).float()
+        bias = -1e4 * (about > 0).float()  # as good as gone
         return biased_attention(q, k, v, bias, packing.first, settings.window)
 
     settings.offsets = []

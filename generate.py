@@ -202,8 +202,8 @@ class Scheduler:
                 last, logits = self.admit(last, logits)
                 new |= self.record([last], logits)
         except CacheFull as problem:
-            # The youngest has found no page. It gives up those that it has, and waits to be
-            # appended again with all that it has said, first in line.
+            # No page is left. The youngest gives up those that it has, and waits to be appended
+            # again with all that it has said, first in line.
             youngest = self.running.pop()
             self.give_up_place(youngest)
             self.blocked = bool(self.running)

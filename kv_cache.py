@@ -12,16 +12,16 @@ keys are stored, since RoPE is already inside them. Hence the whole trick:
 Nothing is ever moved. Each slot says whose pair it holds, by position, and what was decided about
 it. A row's ring has window + 1 entries: entry t mod (window + 1) is the slot of token t.
 
-New tokens attend first and are stored afterwards, since the first of them still see what expires
-within the block. A dense model's cache just evicts nothing.
+A block of new tokens attends first and is stored afterwards: its last token may take the slot of a
+pair that its first token still sees. A dense model's cache just evicts nothing.
 
-A single token for each row, a step of decoding, is simpler. No earlier token of its block is still
-to see what expires. So `begin_step` gives it its slot, in all layers at once; each layer stores its
-pair there first, and attends to all that its rows hold, itself included.
+A decoding step, one token for each row, is simpler, since no other new token needs the old pair. So
+`begin_step` gives the token its slot, in all layers at once. Each layer then stores its pair there
+first, and attends to all that its rows hold, the new pair included.
 
 All of it is plain PyTorch. kernels/ has faster functions for both kinds of attention; without that
-folder everything still runs. This file knows nothing of training, of tokenizers, or of how a
-decision was made.
+folder everything still runs. This file knows nothing of training, of tokenizers, or of how the
+model comes to its decisions; it can only shift their threshold (`steer`).
 
 Letters: those of dms.py, and N = B * Hkv rows of a layer, where row b * Hkv + h is KV head h of
 sequence b; P pages in the pool; M columns of the page table; W = window + 1 entries of the ring.
@@ -126,10 +126,10 @@ class Rows:
     def pages_to_be_written(self, page_size):
         """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window.
 
-        A last page with room is among them, since the row's last slot always is of the window: as
-        soon as its token leaves and is kept, a newer one is appended behind it. Entries of the ring
-        that are not filled yet mark pages for nothing, which does no harm: as long as there are
-        any, all that the row holds is in its window."""
+        A last page with room is among them, since a row's last slot always holds a token of the
+        window: if that token leaves and is kept, a newer one has been appended behind it. Before a
+        row has seen W tokens some entries of its ring are still 0, and mark its first page; that
+        one holds a token of the window then anyway."""
         column = self.ring // page_size
         written = torch.zeros_like(self.table, dtype=torch.bool)
         written.scatter_(2, column.long(), True)
@@ -310,10 +310,11 @@ def attend_piece(cache, rows, new, place, subject, layer, q, k, v, logits):
     five arguments. Called for every layer, it attends to what the cache holds and to the piece
     itself, and stores the piece.
 
-    rows: those of the piece, of all layers; new (N,) int64: their real tokens, the rest being
-    padding; place (L, N) int64: in a step, where in the pool the new pairs lie; subject (L, N)
-    int64: where those held lie that the first new tokens decide about (either may be None).
-    q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) or None -> (B, Hq, T, D).
+    rows: those of the piece, of all layers. new (N,) int64: how many of the T tokens are real.
+    place (L, N) int64: in a decoding step, the place of the new pairs in the pool; else None.
+    subject (L, N) int64: the place of the pairs, already in the pool, that the first new logits
+    decide about; None if they decide about new tokens. q (B, Hq, T, D); k, v (B, Hkv, T, D);
+    logits (B, Hkv, T) or None -> (B, Hq, T, D).
     """
     pool = cache.pool
     rows = rows.layer(layer)
@@ -515,10 +516,11 @@ class KVCache:
         """Set the extra offset of sequences that have seen a multiple of PERIOD tokens, so that
         their heads hold keep_rate times what is behind the window, on average, besides the window.
 
-        What is lacking, or held too much, shall be made up for within as many tokens as it takes
-        for a decision to show: a period, and a window. An offset higher by OFFSET_PER_NAT keeps e
-        times as many. As pairs held are a sum of decisions, this is integral control. It follows
-        from what is seen and held alone, so it is the same in every cut of the input."""
+        A decision shows in the number of pairs only after a window, and the next correction comes
+        after a period. So the offset is chosen to make up for the difference within these. Raising
+        it by OFFSET_PER_NAT keeps e times as many. Since the pairs held are a sum of decisions,
+        this is integral control. The offset depends on nothing but what was seen and is held: it
+        is the same however the input is cut."""
         if self.keep_rate is None:
             return
         W = self.window + 1

@@ -28,8 +28,9 @@ import dms
 
 
 def in_halves(x):
-    """DeepSeek pairs neighbours for RoPE, channels 2i and 2i + 1, but model.py channels i and
-    i + D/2. So they change places, and need not go back: q and k do it alike."""
+    """x (B, T, H, D) with its even channels first. DeepSeek's RoPE pairs channels 2i and 2i + 1,
+    model.py's pairs i and i + D/2. Products of q and k do not change if both are reordered, so the
+    channels need not go back."""
     pairs = x.unflatten(3, (-1, 2))
     return pairs.mT.flatten(3)
 

@@ -222,9 +222,9 @@ class Attention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         logits = dms.decide(self, residual, q)
-        # RoPE mixes each channel with its partner. Silenced before, the borrowed channel does not
-        # leak into channel D/2 - 1; silenced after, it does not keep what that one leaks into it.
-        # Released models expect both.
+        # RoPE mixes channel D - 1, the borrowed one, with channel D/2 - 1. Set to 0 before, it adds
+        # nothing to its partner; set to 0 after, it keeps nothing of it. Released models expect
+        # both.
         q = rotate(dms.without_borrowed(q, config))
         q = dms.without_borrowed(q, config)
         k = rotate(k)
@@ -279,8 +279,8 @@ class Experts(nn.Module):
         if config.n_group and config.topk_method != "greedy":  # only the best groups count
             groups = rank.unflatten(1, (config.n_group, -1))  # (n, groups, E / groups)
             best = groups.topk(2 if is_v3 else 1).values.sum(-1, keepdim=True)
-            chosen = best.topk(config.topk_group, dim=1)
-            least = chosen.values[:, -1:]
+            best_groups = best.topk(config.topk_group, dim=1)
+            least = best_groups.values[:, -1:]  # the score of the last group that counts
             rank = groups.where(best >= least, float("-inf")).flatten(1)
         chosen = rank.topk(config.num_experts_per_tok)
         expert = chosen.indices
@@ -403,7 +403,7 @@ class Model(nn.Module):
             return self.hidden(ids, dms.masked_attention(self.config))
         with torch.inference_mode(), cache.append(ids, lengths, sequence) as pieces:
             # a long input comes in pieces; each is in the cache before the next one is asked for
-            states = [self.hidden(*piece) for piece in pieces]
+            states = [self.hidden(part, attend, start) for part, attend, start in pieces]
             return torch.cat(states, dim=1)
 
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):

@@ -147,7 +147,7 @@ class Distillation:
         processes are given the same. Returns metrics. Raises InputError, before weights change, if
         the step diverges."""
         options = self.options
-        cr = MARGIN * options.target_cr
+        cr = MARGIN * options.target_cr  # which the warm start has reached
         if not options.warm_start:
             cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
         kl, self.evicted_fraction = all_reduce(self.backward(step, ids, documents, cr)).tolist()
@@ -261,7 +261,7 @@ def train(options, data, out):
         done = run.load(state)
     elif options.warm_start:
         warm_start(run.student, data, options.warm_start)
-        settle_offsets(run.student, data, (), run.attention)
+        settle_offsets(run.student, data, (), run.attention)  # of the target alone
         run.save(state, 0)
     log = out / "metrics.jsonl"
     if is_main:

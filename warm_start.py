@@ -30,12 +30,13 @@ from data import long_documents
 from dms import attention
 
 SHARPNESS = 4.0  # logits to a nat of log(need) / 2: far above the noise of training
-RIDGE = 0.1  # of a feature's variance
+RIDGE = 0.1  # of a feature's mean square, the mean over all
 FIRST = 30.0  # weight of a document's first token, the sink, which nearly all heads need
 
 
 def small_output(output, kv_heads):
-    """R (Hkv, G, D, D) for output matrices W_o (Hq, C, D): |R u| = |W_o u|."""
+    """R (Hkv, G, D, D) for output matrices W_o (Hq, C, D): |R u| = |W_o u|. Only lengths matter
+    here, and D is much less than C."""
     by_group = output.float().unflatten(0, (kv_heads, -1))
     return torch.linalg.qr(by_group, mode="r").R
 
@@ -104,7 +105,7 @@ def warm_start(model, data, documents):
         need = needs(*inputs, outputs[layer], settings.window)
         if settings.per == "layer":  # one decision holds for all heads
             need = need.sum(0).expand_as(need)
-        # what less than a quarter of the document could miss says little
+        # the need of a pair that hardly any query could miss says little
         T = q.shape[2]
         certain = T * 3 // 4 - settings.window
         need = need[:, :certain] + 1e-24  # it may be 0
@@ -130,8 +131,8 @@ def warm_start(model, data, documents):
         hook.remove()
 
     xx, xy = all_reduce(sums).split((C, Hkv), dim=2)
-    variance = xx.diagonal(dim1=1, dim2=2)  # (L, C), a view
-    variance += RIDGE * variance.mean()
+    squares = xx.diagonal(dim1=1, dim2=2)  # (L, C), a view of xx
+    squares += RIDGE * squares.mean()
     W = torch.linalg.solve(xx, xy)  # (L, C, Hkv)
     settings.offset = 0.0
     for block, w in zip(layers, W):
