@@ -106,15 +106,13 @@ class Rows:
     ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W
 
     def layer(self, layer):
-        of_all = (self.length, self.table, self.ring)
-        of_layer = (x[layer] for x in of_all)
-        return Rows(self.seen, self.extra_offset, *of_layer)
+        by_layer = (self.length[layer], self.table[layer], self.ring[layer])
+        return Rows(self.seen, self.extra_offset, *by_layer)
 
     def select(self, index):
         """The rows of an index: views for a slice, copies for a tensor of numbers."""
-        of_all = (self.length, self.table, self.ring)
-        of_layers = (x[:, index] for x in of_all)
-        return Rows(self.seen[index], self.extra_offset[index], *of_layers)
+        by_row = (self.seen[index], self.extra_offset[index])
+        return Rows(*by_row, self.length[:, index], self.table[:, index], self.ring[:, index])
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
