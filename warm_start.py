@@ -125,8 +125,7 @@ def warm_start(model, data, documents):
         norm = block.self_attn.dms_proj_alpha_norm
         hooks.append(norm.register_forward_hook(note))
     for ids in tqdm(mine, "warm start", count, disable=rank > 0):
-        ids = ids.to(model.device)
-        model.hidden(ids, attend)
+        model.hidden(ids.to(model.device), attend)
     for hook in hooks:
         hook.remove()
 
