@@ -148,8 +148,7 @@ def table_of(run):
         accuracies = (f"{x['accuracy'][task]:18.1%}" for x in columns)
         lines.append(f"{task:26}" + "".join(accuracies))
     for key in PRINTED:
-        rounded = (round(x[key], 4) for x in columns)
-        counts = (f"{x:18,}" for x in rounded)
+        counts = (f"{round(x[key], 4):18,}" for x in columns)
         lines.append(f"{key:26}" + "".join(counts))
     lines.append(f"The window holds {run['window_tokens']} pairs. Measured on {run['hardware']}.")
     return "\n".join(lines)

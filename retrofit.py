@@ -50,8 +50,7 @@ TOY_DEFAULTS = dict(data="toy", window=16, train="all", warm_start=64, steps=250
 GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", warm_start=32, steps=200, batch_size=8,
                     seq_len=8192, compression_weight=4.0, eval_sequences=32)
 # and for text on a CPU
-CPU_DEFAULTS = dict(GPU_DEFAULTS, warm_start=24, steps=200, batch_size=1, seq_len=1024,
-                    eval_sequences=8)
+CPU_DEFAULTS = dict(GPU_DEFAULTS, warm_start=24, batch_size=1, seq_len=1024, eval_sequences=8)
 TOKENS_AT_A_TIME = 4096  # of a step; its sequences are taken one by one, or a few if short
 RECOMPUTES = 2048  # tokens; for longer sequences blocks are computed again in backward
 MAX_KL = 10.0  # nats; a step beyond it ends the run
@@ -129,8 +128,7 @@ class Distillation:
         self.teacher = teacher
         self.options = options
         self.attention = dms.relaxed_attention
-        config = student.config
-        is_covered = config.head_dim <= 256 and not config.kv_lora_rank
+        is_covered = student.config.head_dim <= 256 and not student.config.kv_lora_rank
         if student.device.type == "cuda" and is_covered:
             with suppress(ImportError):  # without Triton, or without kernels/
                 from kernels.training import relaxed_attention
