@@ -418,6 +418,10 @@ class Session:
         self.cache = None
         if options.dense and self.model.config.dms:
             self.model.config.dms.disable_eviction = True
+        eviction = self.model.config.eviction
+        if eviction and options.budget is not None:
+            W = eviction.window + 1
+            require(options.budget > W, f"--budget: the window alone holds {W} pairs; give more")
 
     def chains(self, request, seed, ids=None):
         """-n sequences that continue a request's "messages" or "prompt", by the options that it

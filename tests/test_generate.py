@@ -264,6 +264,7 @@ def test_works_at_once_with_the_shipped_model_and_shows_what_it_holds(run, tmp_p
     budgets = (run("--max-new-tokens", 60, "--budget", pairs)[2] for pairs in (60, 220))
     ratios = [float(re.search(r"([\d.]+)x compressed", errors)[1]) for errors in budgets]
     assert ratios[0] > 7 > 6 > ratios[1]
+    assert "the window alone holds 17 pairs" in run("--budget", 17)[2]
     several = ("-n", 3, "--temperature", 1.5, "--max-new-tokens", 20, "--seed")
     assert "no such folder" in run("--model", "/no/such/folder")[2]
     first = run(*several, 7)
