@@ -238,6 +238,9 @@ def document_attention(packing):
 # --------------------------------------------------------- Training: relaxed decisions, section 3.3
 
 
+RECOMPUTES = 2048  # tokens; what needs much memory in a longer sequence is computed again
+
+
 def run(function, *inputs, recompute):
     """function(*inputs), in which nothing is random. recompute: only the inputs are kept for
     backward, where it is computed again."""
@@ -278,7 +281,7 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
         y = torch.einsum("bhgij,bhjd->bhgid", weight, v[:, :, :end])
         return y.flatten(1, 2)  # (B, Hq, n, D)
 
-    is_long = T > 2048
+    is_long = T > RECOMPUTES
     blocks = [run(attend, start, recompute=is_long) for start in range(0, T, block)]
     return torch.cat(blocks, dim=2).to(q.dtype)
 

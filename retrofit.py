@@ -52,7 +52,6 @@ GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", warm_start=32, steps=200, ba
 # and for text on a CPU
 CPU_DEFAULTS = dict(GPU_DEFAULTS, warm_start=24, batch_size=1, seq_len=1024, eval_sequences=8)
 TOKENS_AT_A_TIME = 4096  # of a step; its sequences are taken one by one, or a few if short
-RECOMPUTES = 2048  # tokens; for longer sequences blocks are computed again in backward
 MAX_KL = 10.0  # nats; a step beyond it ends the run
 
 
@@ -189,7 +188,7 @@ class Distillation:
         with torch.no_grad():
             target = self.teacher.hidden(ids, dms.document_attention(packing), start)
         relaxed = dms.RelaxedAttention(self.student.config.dms, packing, self.attention, seeds)
-        states = self.student.hidden(ids, relaxed, start, recompute=ids.shape[1] > RECOMPUTES)
+        states = self.student.hidden(ids, relaxed, start, recompute=ids.shape[1] > dms.RECOMPUTES)
         # asked for only now: FSDP2 leaves the root's own weights whole after a forward pass
         heads = (self.student.lm_head.weight, self.teacher.lm_head.weight)
         counts = packing.predicts()

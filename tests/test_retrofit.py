@@ -145,16 +145,27 @@ def peak_memory(function, *given):
 
 
 def test_a_long_sequence_takes_little_memory(monkeypatch):
-    """Halves of blocks and parts of attention are computed again, and logits exist for a slice."""
+    """Beside attention: halves of blocks are computed again, and logits exist for a slice."""
     T = 2100
     run = run_of(0, vocab_size=2000, intermediate_size=1024, num_hidden_layers=3)
+    run.attention = lambda q, k, v, bias, *_: q * bias.mean()
     ids = torch.randint(0, 67, (1, T))
     ours = peak_memory(run.backward, 0, ids, [[T]], 4.0)
-    directly = lambda function, *inputs, recompute: function(*inputs)
-    for name, value in (("KL_SLICE", T), ("run", directly)):
+    hidden = run.student.hidden
+    for place, name, value in ((dms, "KL_SLICE", T),
+                               (run.student, "hidden", lambda *given, **_: hidden(*given[:3]))):
         with monkeypatch.context() as patch:
-            patch.setattr(dms, name, value)
+            patch.setattr(place, name, value)
             assert peak_memory(run.backward, 0, ids, [[T]], 4.0) > 1.4 * ours, name
+
+
+def test_attention_of_a_long_sequence_takes_little_memory(monkeypatch):
+    q, k, v = (torch.randn(1, heads, 2100, 8, requires_grad=True) for heads in (4, 2, 2))
+    inputs = (q, k, v, torch.randn(1, 2, 2100), torch.zeros(1, 2100, dtype=torch.int32), 9)
+    both_ways = lambda: dms.relaxed_attention(*inputs).sum().backward()
+    ours = peak_memory(both_ways)
+    monkeypatch.setattr(dms, "run", lambda function, *given, recompute: function(*given))
+    assert peak_memory(both_ways) > 3 * ours
 
 
 def test_the_learning_rate_rises_stays_and_falls():
