@@ -259,8 +259,7 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
         token = rows.seen[row] + t  # (n,): the new tokens' positions
         block = (k[row, :n], v[row, :n], token, evict[row, :n])
         # keys and values (S + n, D), position and evicted (S + n,): what is held, then the block
-        both = (torch.cat(pair) for pair in zip(old, block))
-        keys, values, position, evicted = both
+        keys, values, position, evicted = (torch.cat(pair) for pair in zip(old, block))
         mask = visible(token[:, None], position, evicted, window)  # (n, S + n)
         # as a batch of one, and of one KV head
         query = q[None, row, :, :n]
@@ -274,7 +273,7 @@ def attend_one(q, rows, pool):
     (N, G, D), of the values' size, 0 for a row that holds nothing."""
     y = torch.zeros_like(q[..., : pool.values.shape[-1]])
     for row in rows.length.nonzero()[:, 0].tolist():
-        keys, values, *_ = held(pool.slots, rows, row)
+        keys, values = held((pool.keys, pool.values), rows, row)
         out = F.scaled_dot_product_attention(q[None, row], keys[None], values[None])
         y[row] = out[0]
     return y
@@ -340,9 +339,8 @@ def attend_piece(cache, rows, new, place, subject, layer, q, k, v, logits):
         row = torch.arange(N, device=k.device)
         evict[row, new - 1] = False
     new_pairs = (k, v, evict, new)
-    held_by = (rows, pool, cache.window)
-    y = cache.kernels.attend_block(q_by_row, *new_pairs, *held_by)
-    store(*new_pairs, *held_by)
+    y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, pool, cache.window)
+    store(*new_pairs, rows, pool, cache.window)
     return y.reshape(*q.shape[:3], -1)
 
 
@@ -523,8 +521,7 @@ class KVCache:
             return
         W = self.window + 1
         behind = (part.seen - W).clamp(min=0)
-        wanted = part.seen - behind
-        wanted = wanted + self.keep_rate * behind  # (N,)
+        wanted = part.seen.clamp(max=W) + self.keep_rate * behind  # (N,)
         held = part.length.float().mean(0)  # (N,), over layers
         by_sequence = held.view(-1, self.kv_heads).mean(1)  # (B,)
         lacking = wanted - by_sequence.repeat_interleave(self.kv_heads)
