@@ -222,7 +222,7 @@ def read_tensors(files, device, dtype, unused=()):
         with damaged, safe_open(file, "pt", str(device)) as stored:
             for name in stored.keys():
                 if name.endswith("rotary_emb.inv_freq") or name.startswith(unused):
-                    continue  # computed here, though some older files store it
+                    continue  # the first is computed here, though some older files store it
                 tensor = stored.get_tensor(name)
                 require(tensor.is_floating_point() and tensor.itemsize > 1,
                         f"{file}: {name} is {tensor.dtype}; not supported: quantized weights")

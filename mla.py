@@ -36,6 +36,8 @@ def in_halves(x):
 
 
 class LatentAttention(nn.Module):
+    """In the place of model.py's Attention, over one KV head of latents."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
