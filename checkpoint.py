@@ -66,15 +66,15 @@ def parse_config(raw, where="config.json"):
         raw["model_type"] = raw.get("dms_engine", raw)["model_type"]  # a release states it there
         rope = read_rope(raw, where)
         check_supported(raw, rope, where)
-        heads = raw["num_attention_heads"]
+        raw["rope_theta"] = rope.pop("rope_theta")
+        raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         # what transformers takes where the file does not say
+        heads = raw["num_attention_heads"]
+        raw.setdefault("num_key_value_heads", heads)
         head_dim = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // heads
-        theta = rope.pop("rope_theta")
-        values = {"num_key_value_heads": heads, "head_dim": raw.get("qk_rope_head_dim", head_dim),
-                  "num_experts": raw.get("num_local_experts"),  # transformers 5's name
-                  **raw, "rope_theta": theta,
-                  "rope_scaling": None if rope["rope_type"] == "default" else rope}
-        config = ModelConfig(**{name: values[name] for name in CONFIG_FIELDS & values.keys()})
+        raw.setdefault("head_dim", raw.get("qk_rope_head_dim", head_dim))
+        raw.setdefault("num_experts", raw.get("num_local_experts"))  # transformers 5's name
+        config = ModelConfig(**{name: raw[name] for name in CONFIG_FIELDS & raw.keys()})
         rope_frequencies(config)  # so that a parameter of RoPE that is missing fails here
     written_back = ("bos_token_id", "eos_token_id", "pad_token_id")
     config.extra = {key: raw[key] for key in written_back if key in raw}
@@ -252,7 +252,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None, 
     folder = resolve(path_or_hub_id)
     raw = read_json(folder / "config.json")
     if "dms_base_model" in raw:  # adapters alone, which name their base
-        base = resolve(raw["dms_base_model"], folder, raw.get("dms_base_revision") or None)
+        base = resolve(raw["dms_base_model"], folder, raw.get("dms_base_revision"))
         return load_model(base, device, dtype, adapter or folder, cr)
     config = parse_config(raw, folder / "config.json")
     unused = ()
@@ -293,11 +293,20 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None, 
     return model.requires_grad_(False).eval()
 
 
-def save_model(model, folder, dtype=torch.bfloat16, base=None, revision=None):
-    """Write a checkpoint with its weights in dtype (None: as they are). base: path or hub id of the
-    unchanged base model: then only the adapters are written, and config.json names the base, and of
-    a hub id the commit (None: the one that was loaded). Where the weights are sharded, every
-    process calls this. config.json comes last: a folder without it is not whole."""
+def base_keys(path_or_hub_id, folder):
+    """How config.json in `folder` names the base of adapters: a folder from there, or a hub id and
+    the commit that was loaded."""
+    if os.path.isdir(path_or_hub_id):
+        base = os.path.realpath(path_or_hub_id)
+        return {"dms_base_model": os.path.relpath(base, os.path.realpath(folder))}
+    snapshot = resolve(path_or_hub_id)  # its folder is named by its commit
+    return {"dms_base_model": str(path_or_hub_id), "dms_base_revision": snapshot.name}
+
+
+def save_model(model, folder, dtype=torch.bfloat16, base=None):
+    """Write a checkpoint with its weights in dtype (None: as they are). base: what `base_keys` says
+    of the unchanged base model: then only the adapters are written. Where the weights are sharded,
+    every process calls this. config.json comes last: a folder without it is not whole."""
     folder = Path(folder)
     rank, _ = torchrun_place()
     place = "meta" if rank else "cpu"  # the other processes only help to gather
@@ -311,14 +320,8 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None, revision=None):
     (folder / "config.json").unlink(missing_ok=True)
     pattern = (ADAPTER_FILE if base else WEIGHTS).replace(".", "{suffix}.")
     huggingface_hub.save_torch_state_dict(tensors, folder, filename_pattern=pattern)
-    raw = config_to_dict(model.config)
-    raw["torch_dtype"] = str(dtype or model.dtype).removeprefix("torch.")
-    if base and os.path.isdir(base):
-        raw["dms_base_model"] = os.path.relpath(os.path.realpath(base), folder.resolve())
-    elif base:
-        # a hub snapshot's folder is named by its commit
-        commit = resolve(base).name if revision is None else revision
-        raw |= {"dms_base_model": str(base), "dms_base_revision": commit}
+    named_dtype = str(dtype or model.dtype).removeprefix("torch.")
+    raw = config_to_dict(model.config) | {"torch_dtype": named_dtype} | (base or {})
     write_json(folder / "config.json", raw)
 
 

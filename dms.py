@@ -75,15 +75,8 @@ def by_subject(logits, shift):
     return F.pad(logits[..., shift:], (0, shift), value=UNDECIDED)
 
 
-def decisions(logits, shift):
-    """What was decided about each token, evict (..., T) bool, by the logits that the tokens
-    computed."""
-    return by_subject(logits, shift) > 0
-
-
 def attention(q, k, v, mask=None):
-    """Softmax attention, causal unless there is a mask: q (B, Hq, T, D), k (B, Hkv, S, D), and v
-    (B, Hkv, S, D), or of another size where the values are latents."""
+    """Softmax attention, causal unless there is a mask: q (B, Hq, T, D), k and v (B, Hkv, S, D)."""
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
 
 
@@ -96,7 +89,7 @@ def masked_attention(config):
         if logits is None:
             return attention(q, k, v)
         t = torch.arange(q.shape[2], device=q.device)
-        evict = decisions(logits, config.dms.shift)  # (B, Hkv, T)
+        evict = by_subject(logits, config.dms.shift) > 0  # (B, Hkv, T)
         query = t[:, None]
         mask = visible(query, t, evict[:, :, None], config.dms.window)  # (B, Hkv, T, T)
         group = q.shape[1] // k.shape[1]
@@ -227,7 +220,7 @@ def document_attention(packing):
     document, whatever the logits say."""
 
     def attend(layer, q, k, v, logits):
-        y = torch.zeros_like(q[..., : v.shape[-1]])
+        y = torch.zeros_like(q)
         for document in packing.documents:
             y[document] = attention(q[document], k[document], v[document])
         return y

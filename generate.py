@@ -5,7 +5,7 @@ Generate from a dense or DMS checkpoint with the compacting cache, and see what 
     python generate.py --model out/my-dms --prompt "How many primes are below 100?"
     python generate.py --prompt - < question.txt          # the prompt from standard input
     python generate.py --chat                             # several turns over one cache
-    python generate.py -n 8 --temperature 1.0             # 8 chains that share one prompt, and vote
+    python generate.py -n 8 --temperature 1.0             # 8 chains that share one prompt
     python generate.py --requests in.jsonl --out out.jsonl   # many; goes on where it was stopped
     python generate.py --show-evictions                   # each token by how many heads hold it
     python generate.py --show-evictions page.html         # and what each of them holds
@@ -24,10 +24,9 @@ of tokens, and the script.
 import hashlib
 import json
 import os
-import re
 import sys
 import time
-from collections import Counter, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -36,7 +35,8 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from checkpoint import SAMPLING, end_ids, generation_defaults, load_model, load_tokenizer, resolve
+from checkpoint import (SAMPLING, end_ids, generation_defaults, load_model, load_tokenizer, resolve,
+                        stated)
 from common import InputError, choose_device, parse_options, read_text, require, run_script, say
 from kv_cache import PLAIN, CacheFull, KVCache
 from show import show_evictions
@@ -112,10 +112,11 @@ class DecodeStep:
     the cache: in such a circle the cache's memory would not be free as soon as nobody uses it.
     """
 
-    def __init__(self, cache):
-        # plain kernels wait for the GPU, which a graph cannot do
-        self.captures = cache.device.type == "cuda" and cache.kernels != PLAIN
-        self.table = None  # the page table of the last run: the cache may replace it by a wider one
+    def __init__(self, model, cache):
+        # plain kernels wait for the GPU, and so does a router, which a graph cannot do
+        waits = cache.kernels == PLAIN or model.config.num_experts_per_tok
+        self.captures = cache.device.type == "cuda" and not waits
+        self.table = None  # the page table that it has run on: the cache replaces it by wider ones
 
     @torch.inference_mode()
     def __call__(self, model, cache, tokens):
@@ -124,27 +125,25 @@ class DecodeStep:
         inputs = torch.tensor([(tokens.get(i, 0), i in tokens) for i in range(cache.batch_size)],
                               device=cache.device)  # (B, 2) int64
         cache.begin_step(inputs[:, 1])
-        # No capture may compile kernels, as the first run on a table does, or wait for a router.
-        waits = model.config.num_experts_per_tok or self.table is not cache.rows.table
-        if waits or not self.captures:
+        if not self.captures:
+            return self.run(model, cache, inputs)
+        if self.table is not cache.rows.table:  # the first run compiles, which no capture may do
             self.table = cache.rows.table
-            self.inputs = inputs
             self.graph = None
-            return self.run(model, cache)
-        self.inputs.copy_(inputs)
+            return self.run(model, cache, inputs)
         if self.graph is None:
+            self.inputs = inputs
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):  # records, and runs nothing
-                self.logits = self.run(model, cache)
+                self.logits = self.run(model, cache, inputs)
+        self.inputs.copy_(inputs)
         self.graph.replay()
         return self.logits
 
-    def run(self, model, cache):
-        token, count = self.inputs.T
-        # a single piece; the loop, run to its end, counts it as seen
-        for piece in cache.pieces(token[:, None], count):
-            x = model.hidden(*piece)
-        return model.lm_head(x[:, 0])
+    def run(self, model, cache, inputs):
+        token, count = inputs.T
+        states = cache.append_token(model.hidden, token[:, None], count)
+        return model.lm_head(states[:, 0])
 
 
 # ----------------------------------------------------------------------------- Continuous batching
@@ -187,20 +186,19 @@ class Scheduler:
     release: bool
     running: list = field(default_factory=list)  # the youngest last
     blocked: bool = False  # after pages ran out, nothing starts until a sequence ends
+    new: dict = None  # {sequence: token id} of the step
 
     def step(self):
-        """One more token for all that run, and the first of those that start: {sequence: id}, None
-        for one that has failed."""
-        new = {}
-        last = logits = None  # who started last, and the logits after its prompt: for its forks
+        """One more token for all that run, and the first of those that start. Returns {sequence:
+        id}, None for one that has failed."""
+        self.new = {}
         try:
             if self.running:
                 tokens = {sequence.index: sequence.ids[-1] for sequence in self.running}
                 logits = self.cache.decode_step(self.model, self.cache, tokens)
-                new = self.record(self.running, logits[list(tokens)])
+                self.record(self.running, logits[list(tokens)])
             while self.may_start():
-                last, logits = self.admit(last, logits)
-                new |= self.record([last], logits)
+                self.start()
         except CacheFull as problem:
             # No page is left. The youngest gives up those that it has, and waits to be appended
             # again with all that it has said, first in line.
@@ -211,8 +209,8 @@ class Scheduler:
                 self.waiting.insert(0, youngest)
             else:  # nothing else runs: it does not fit by itself
                 youngest.error = str(problem)
-                new[youngest] = None
-        return new
+                self.new[youngest] = None
+        return self.new
 
     def may_start(self):
         """May the first that waits start? One that the cache does not hold yet needs a place, and
@@ -226,27 +224,34 @@ class Scheduler:
         average = (len(self.cache.pool) - free) / len(self.running)
         return free >= average and 0 in self.cache.seen  # a place that has seen nothing is free
 
-    def admit(self, last, logits):
-        """Start the first that waits: append its prompt, or fork the sequence that started last, if
-        it had the same prompt. Returns it, and the logits (1, V) that follow its prompt."""
+    def start(self):
+        """Start the first that waits. Those behind it with the same prompt fork it."""
+        first = self.take_place()
+        prompt = list(first.ids)
+        ids = torch.tensor([prompt[first.fed :]], device=self.cache.device)
+        logits = self.model(ids, self.cache, sequence=first.index, last_only=True)[:, 0]
+        self.record([first], logits)
+        # as long as the cache holds the prompt: the first may have ended with its first token
+        while first.index is not None and self.may_start() and self.waiting[0].ids == prompt:
+            sequence = self.take_place()
+            places = list(range(self.cache.batch_size))
+            places[sequence.index] = first.index
+            self.cache.select(places)
+            self.record([sequence], logits)
+
+    def take_place(self):
+        """Make the first that waits the youngest that runs, at a place in the batch."""
         sequence = self.waiting.pop(0)
         if sequence.index is None:
             require(0 in self.cache.seen, "no place is free in the cache; ask for release=True")
             sequence.index = self.cache.seen.tolist().index(0)
         self.running.append(sequence)  # already here: if no page is left, `step` takes it off
-        # `last` has said one token by now, so last.ids[: last.fed] is its prompt. (If that token
-        # ended it, and it has given up its place, last.fed is 0, and no prompt equals [].)
-        if last and sequence.fed == 0 and sequence.ids == last.ids[: last.fed]:
-            places = range(self.cache.batch_size)
-            self.cache.select([last.index if i == sequence.index else i for i in places])
-        else:
-            ids = torch.tensor([sequence.ids[sequence.fed :]], device=self.cache.device)
-            logits = self.model(ids, self.cache, sequence=sequence.index, last_only=True)[:, -1]
-        return sequence, logits
+        return sequence
 
     def record(self, sequences, logits):
         """Add to each sequence its next token, and end those that it completes."""
         new = next_tokens(sequences, logits)
+        self.new |= new
         for sequence, token in new.items():
             sequence.fed = len(sequence.ids)  # the cache holds all but the new token
             sequence.ids.append(token)
@@ -258,7 +263,6 @@ class Scheduler:
                 self.blocked = False
                 if self.release:
                     self.give_up_place(sequence)
-        return new
 
     def give_up_place(self, sequence):
         self.cache.release([sequence.index])
@@ -284,7 +288,7 @@ def generate(model, cache, sequences, end_ids=(), release=True):
     # those that are in the cache go first: others may have to wait for their places
     waiting = sorted(sequences, key=lambda sequence: sequence.index is None)
     scheduler = Scheduler(model, cache, waiting, end_ids, release)
-    cache.decode_step = cache.decode_step or DecodeStep(cache)
+    cache.decode_step = cache.decode_step or DecodeStep(model, cache)
     try:
         while scheduler.waiting or scheduler.running:
             yield list(scheduler.step().items())
@@ -346,25 +350,6 @@ class Stream:
             self.out = len(self.decode(self.ids))
 
 
-# the contents of a box, in which braces may be nested three deep: \frac{\sqrt{x_{1}}}{2}
-BOXED = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})+)\}"
-# 12; -4, but not the -4 of 3-4; 12,345; 2.5e3; 1/2
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+)(?:\.\d+)?"
-NUMBER = rf"(?:(?<![\w.)])-)?{DIGITS}(?:[eE][+-]?\d+)?(?:/\d+)?"
-SPELLINGS = {"\u2212": "-", "{,}": ",", r"\!": "", r"\$": "", "$": "", r"\dfrac": r"\frac"}
-
-
-def final_answer(text):
-    """What chains vote on: the contents of the last \\boxed{}, else the last number, else the last
-    line. \\text{(A)} is A, and 12,345 is 12345."""
-    for spelling, usual in SPELLINGS.items():
-        text = text.replace(spelling, usual)
-    found = re.findall(BOXED, text) or re.findall(NUMBER, text) or text.strip().split("\n")
-    answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", found[-1]).strip()
-    answer = re.sub(r"^\((\w)\)$", r"\1", answer)
-    return answer.replace(",", "") if re.fullmatch(NUMBER, answer) else answer
-
-
 # -------------------------------------------------------------------------------------- The script
 
 
@@ -423,26 +408,30 @@ class Session:
             W = eviction.window + 1
             require(options.budget > W, f"--budget: the window alone holds {W} pairs; give more")
 
-    def chains(self, request, seed, ids=None):
-        """-n sequences that continue a request's "messages" or "prompt", by the options that it
-        states for itself, each with a Stream as its `stop`. A prompt goes through the chat
-        template, unless there is none or --raw. ids: the prompt's, where they are known already."""
-        own = {ALIASES.get(key, key): x for key, x in request.items() if x is not None}
+    def options_of(self, request, seed):
+        """The run's Options, with what a request (a dict without nulls) states for itself."""
+        own = {ALIASES.get(key, key): value for key, value in request.items()}
         if isinstance(own.get("stop"), str):
             own["stop"] = [own["stop"]]
         if unknown := own.keys() - {*OWN_OPTIONS, *OF_PROMPT}:
             say(f"what requests say about {', '.join(sorted(unknown))} has no effect")
         # these annotations are types, which convert: JSON may have "5" or 5.0 for 5
-        stated = {key: Options.__annotations__[key](own[key]) for key in OWN_OPTIONS if key in own}
-        options = replace(self.options, **{"seed": seed} | stated)
-        if ids is None:
-            prompt = own.get("messages") or own.get("prompt")
-            require(prompt, 'a request needs "prompt" or "messages"')
-            if isinstance(prompt, str) and self.tokenizer.template and not options.raw:
-                prompt = [{"role": "user", "content": prompt}]
-            variables = {key: own[key] for key in ("tools", "enable_thinking") if key in own}
-            variables |= {"add_generation_prompt": True} | own.get("chat_template_kwargs", {})
-            ids = self.tokenizer.encode(prompt, **variables)
+        typed = {key: Options.__annotations__[key](own[key]) for key in OWN_OPTIONS if key in own}
+        return replace(self.options, **{"seed": seed} | typed)
+
+    def prompt_ids(self, request):
+        """The token ids of a request's "messages" or "prompt". A prompt goes through the chat
+        template, unless there is none or --raw."""
+        prompt = request.get("messages") or request.get("prompt")
+        require(prompt, 'a request needs "prompt" or "messages"')
+        if isinstance(prompt, str) and self.tokenizer.template and not self.options.raw:
+            prompt = [{"role": "user", "content": prompt}]
+        variables = {key: request[key] for key in ("tools", "enable_thinking") if key in request}
+        variables |= {"add_generation_prompt": True} | request.get("chat_template_kwargs", {})
+        return self.tokenizer.encode(prompt, **variables)
+
+    def chains(self, ids, options):
+        """-n sequences that continue a prompt's ids, each with a Stream as its `stop`."""
         length = len(ids) + options.max_new_tokens
         config = self.model.config
         require(min(options.n, options.max_new_tokens) > 0, "n, max_new_tokens: give 1 or more")
@@ -494,13 +483,13 @@ def chat(session):
     for line in filter(str.strip, sys.stdin):
         turns.append({"role": "user", "content": line.rstrip("\n")})
         text = session.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        if chain.ids and chain.ids[-1] in session.end_ids:
-            # The cache holds chain.ids[: chain.fed], all but this end token. The template's text
-            # begins with it, so it comes from there.
-            chain.ids.pop()
-        ids = chain.ids + session.tokenizer.encode(text.split(mark)[-1], add_special_tokens=False)
-        [turn] = session.chains({"n": 1}, session.options.seed, ids)
-        chain = replace(turn, index=chain.index, fed=chain.fed)
+        after_answer = text.split(mark)[-1]
+        said = chain.ids
+        if said and said[-1] in session.end_ids:
+            said.pop()  # not in the cache yet, and `after_answer` begins with it
+        ids = said + session.tokenizer.encode(after_answer, add_special_tokens=False)
+        [turn] = session.chains(ids, replace(session.options, n=1))
+        chain = replace(turn, index=chain.index, fed=chain.fed)  # goes on where the last one ended
         list(session.run({0: [chain]}, release=False))  # to its end
         answer_of([chain])
         turns.append({"role": "assistant", "content": mark})
@@ -508,27 +497,24 @@ def chat(session):
 
 
 def one_prompt(session):
-    """Answer --prompt in -n chains, and say what they voted for."""
+    """Answer --prompt in -n chains."""
     options = session.options
-    chains = session.chains({"prompt": options.prompt}, options.seed)
+    chains = session.chains(session.prompt_ids({"prompt": options.prompt}), options)
     list(session.run({0: chains}, release=not options.show_evictions))
-    answer = answer_of(chains)
-    print("\n---\n".join(answer["texts"]) if options.n > 1 else "", flush=True)
-    print(f"[answer {answer['answer']}; {answer['votes']} of {options.n} agree]", file=sys.stderr)
+    texts = answer_of(chains)["texts"]
+    print("\n---\n".join(texts) if options.n > 1 else "")
     if options.show_evictions:
         show_evictions(options.show_evictions, session.cache, chains[0],
                        Stream(session.tokenizer, skip_special_tokens=False))
 
 
 def answer_of(chains):
-    """What --out says of a request: its chains' texts, and what most of them answer. Raises
-    InputError if one of them did not fit into the cache."""
+    """What --out says of a request: its chains' texts, lengths and ends. Raises InputError if one
+    of them did not fit into the cache."""
     for chain in chains:
         require(not chain.error, chain.error)
         chain.stop.let_out(is_last=True)
-    texts = [chain.stop.text for chain in chains]
-    answer, votes = Counter(map(final_answer, texts)).most_common(1)[0]
-    return {"texts": texts, "answer": answer, "votes": votes,
+    return {"texts": [chain.stop.text for chain in chains],
             "tokens": [len(chain.new) for chain in chains],
             "finish_reason": [chain.finish_reason for chain in chains]}
 
@@ -573,7 +559,9 @@ def serve(session):
                 request = json.loads(requests[number])
                 require(isinstance(request, dict), "a request is a JSON object")
                 require("generated" not in request, 'a request must not have a key "generated"')
-                chains[number] = session.chains(request, f"{options.seed} {number}")
+                request = stated(request)
+                own = session.options_of(request, f"{options.seed} {number}")
+                chains[number] = session.chains(session.prompt_ids(request), own)
             except Exception as e:  # as there may be anything
                 failed[number] = e
         for number in tqdm(session.run(chains), total=len(chains)):
@@ -588,20 +576,20 @@ def serve(session):
 
 
 def main(argv=None):
-    stated = parse_options(Options, argv)
+    given = parse_options(Options, argv)
     finished = [*Path("out").glob("*/results.json")] or [SHIPPED / "results.json"]
-    folder = resolve(stated.get("model") or max(finished, key=os.path.getmtime).parent)
-    options = Options(**generation_defaults(folder) | stated | {"model": folder})
+    folder = resolve(given.get("model") or max(finished, key=os.path.getmtime).parent)
+    options = Options(**generation_defaults(folder) | given | {"model": folder})
     require(options.out or not options.requests, "--requests needs --out, a file for the answers")
     choose_device(options)
     if options.prompt == "-":
         options.prompt = sys.stdin.read()
-    elif not {"prompt", "chat", "requests"} & stated.keys():
+    elif not {"prompt", "chat", "requests"} & given.keys():
         from toy.tasks import question
 
         options.prompt, expected = question(options.task, options.seed)
         print(f"{options.prompt}\n[expected: {expected}]\n", file=sys.stderr)
-        if options.n == 1 and "temperature" not in stated:
+        if options.n == 1 and "temperature" not in given:
             options.temperature = 0.0
     mode = chat if options.chat else serve if options.requests else one_prompt
     mode(Session(options))

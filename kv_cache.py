@@ -16,12 +16,12 @@ A block of new tokens attends first and is stored afterwards: its last token may
 pair that its first token still sees. A dense model's cache just evicts nothing.
 
 A decoding step, one token for each row, is simpler, since no other new token needs the old pair. So
-`begin_step` gives the token its slot, in all layers at once. Each layer then stores its pair there
-first, and attends to all that its rows hold, the new pair included.
+the token gets its slot before the first layer, in all layers at once (`begin_step`). Each layer
+then stores the pair there first, and attends to all that its rows hold, the new pair included.
 
 All of it is plain PyTorch. kernels/ has faster functions for both kinds of attention; without that
 folder everything still runs. This file knows nothing of training, of tokenizers, or of how the
-model comes to its decisions; it can only shift their threshold (`steer`).
+model comes to its decisions; for a budget it shifts their threshold (`steer`).
 
 Letters: those of dms.py, and N = B * Hkv rows of a layer, where row b * Hkv + h is KV head h of
 sequence b; P pages in the pool; M columns of the page table; W = window + 1 entries of the ring.
@@ -29,7 +29,7 @@ sequence b; P pages in the pool; M columns of the page table; W = window + 1 ent
 
 import os
 from collections import namedtuple
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dms import attention, decisions, visible
+from dms import attention, by_subject, visible
 
 
 class CacheFull(RuntimeError):
@@ -49,16 +49,16 @@ class CacheFull(RuntimeError):
 
 class PagePool:
     """Pages of slots for all rows of all layers, and a stack of those that no row has. A slot's
-    *place* is its number in the pool, page * page_size + slot of the page. latent: the values are
-    the first so many channels of the keys (mla.py), and no memory of their own."""
+    *place* is its number in the pool, page * page_size + slot of the page. of_latents: keys are
+    their own values (mla.py), so these need no memory."""
 
-    def __init__(self, pages, page_size, head_dim, dtype, device, latent=None):
+    def __init__(self, pages, page_size, key_dim, dtype, device, of_latents=False):
         shape = (pages + 1, page_size)
         self.page_size = page_size
         self.nowhere = pages * page_size  # a place in the last page, which no row ever has
         with torch.device(device):
-            self.keys = torch.empty(*shape, head_dim, dtype=dtype)  # (P + 1, page_size, D)
-            self.values = self.keys[..., :latent] if latent else torch.empty_like(self.keys)
+            self.keys = torch.empty(*shape, key_dim, dtype=dtype)  # (P + 1, page_size, D)
+            self.values = self.keys if of_latents else torch.empty_like(self.keys)
             self.position = torch.empty(shape, dtype=torch.int32)  # of a slot's token
             self.evicted = torch.zeros(shape, dtype=torch.bool)  # the decision about it
             # the free pages are free[:free_count]; the last of them is the top of the stack
@@ -100,19 +100,19 @@ class Rows:
     """What every row holds, and where. rows.layer(l) is the same of one layer, without the L."""
 
     seen: torch.Tensor  # (N,) int64: tokens appended so far, which is the next one's position
-    extra_offset: torch.Tensor  # (N,) float32: beside the model's, of the next token's decision
+    threshold: torch.Tensor  # (N,) float32: a pair is evicted whose logit is above it
     length: torch.Tensor  # (L, N) int32: pairs held, in slots 0 to length - 1 of the row
     table: torch.Tensor  # (L, N, M) int32: the row's pages, in order of its slots
     ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W
 
     def layer(self, layer):
-        by_layer = (self.length[layer], self.table[layer], self.ring[layer])
-        return Rows(self.seen, self.extra_offset, *by_layer)
+        by_layer = (x[layer] for x in (self.length, self.table, self.ring))
+        return Rows(self.seen, self.threshold, *by_layer)
 
     def select(self, index):
         """The rows of an index: views for a slice, copies for a tensor of numbers."""
-        by_row = (self.seen[index], self.extra_offset[index])
-        return Rows(*by_row, self.length[:, index], self.table[:, index], self.ring[:, index])
+        by_row = (x[:, index] for x in (self.length, self.table, self.ring))
+        return Rows(self.seen[index], self.threshold[index], *by_row)
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
@@ -244,13 +244,11 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
     """Attention of new tokens, none of which is stored yet, to all that the rule lets them see.
 
     q: (N, G, T, D); k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about
-    these tokens; new: (N,) int64, how many of the T are real. Returns (N, G, T, D), of the values'
-    size; its padding is finite but means nothing. Rows are taken one by one, which bounds the
-    memory of the mask.
+    these tokens; new: (N,) int64, how many of the T are real. Returns (N, G, T, D), in which
+    padding is finite but means nothing. Rows are taken one by one, which bounds the memory of the
+    mask.
     """
-    if not (rows.length.any() or evict.any()):  # nothing but causal, which is faster said so
-        return attention(q, k[:, None], v[:, None])
-    y = torch.zeros_like(q[..., : v.shape[-1]])
+    y = torch.zeros_like(q)
     for row, n in enumerate(new.tolist()):
         if n == 0:
             continue
@@ -270,8 +268,8 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
 
 def attend_one(q, rows, pool):
     """Attention of a single query of each head, q (N, G, D), to all that its row holds. Returns
-    (N, G, D), of the values' size, 0 for a row that holds nothing."""
-    y = torch.zeros_like(q[..., : pool.values.shape[-1]])
+    (N, G, D), 0 for a row that holds nothing."""
+    y = torch.zeros_like(q)
     for row in rows.length.nonzero()[:, 0].tolist():
         keys, values = held((pool.keys, pool.values), rows, row)
         out = F.scaled_dot_product_attention(q[None, row], keys[None], values[None])
@@ -283,10 +281,10 @@ Kernels = namedtuple("Kernels", "attend_one attend_block")
 PLAIN = Kernels(attend_one, attend_block)
 
 
-def choose_kernels(device, dtype, head_dim):
+def choose_kernels(device, dtype, key_dim):
     """Triton's on a GPU, numba's for a step on a CPU, and the plain ones elsewhere."""
     try:
-        if device.type == "cuda" and head_dim <= 256:
+        if device.type == "cuda" and key_dim <= 256:
             from kernels import attention
 
             return Kernels(attention.attend_one, attention.attend_block)
@@ -302,48 +300,6 @@ def choose_kernels(device, dtype, head_dim):
 # --------------------------------------------------------------------------------------- The cache
 
 
-def attend_piece(cache, rows, new, place, subject, layer, q, k, v, logits):
-    """The `attend` of Model.hidden for a piece of input, once KVCache.pieces has given the first
-    five arguments. Called for every layer, it attends to what the cache holds and to the piece
-    itself, and stores the piece.
-
-    rows: those of the piece, of all layers. new (N,) int64: how many of the T tokens are real.
-    place (L, N) int64: in a decoding step, the place of the new pairs in the pool; else None.
-    subject (L, N) int64: the place of the pairs, already in the pool, that the first new logits
-    decide about; None if they decide about new tokens. q (B, Hq, T, D); k, v (B, Hkv, T, D);
-    logits (B, Hkv, T) or None -> (B, Hq, T, D).
-    """
-    pool = cache.pool
-    rows = rows.layer(layer)
-    k = k.flatten(0, 1)  # (N, T, D)
-    v = v.flatten(0, 1)
-    N, T, D = k.shape
-    q_by_row = q.reshape(N, -1, T, D)  # (N, G, T, D)
-    if logits is None:
-        logits = k.new_full((N, T), -1.0)  # keep everything
-    logits = logits.reshape(N, T)
-    if cache.keep_rate:
-        logits = logits - rows.extra_offset[:, None]
-    keys, values, _, evicted = (slots.flatten(0, 1) for slots in pool.slots)
-    if subject is not None:
-        evicted[subject[layer]] = logits[:, 0] > 0
-    if place is not None:
-        keys[place[layer]] = k[:, 0]
-        values[place[layer]] = v[:, 0]
-        y = cache.kernels.attend_one(q_by_row[:, :, 0], rows, pool)
-        return y.reshape(*q.shape[:3], -1)
-    evict = decisions(logits, cache.shift)  # (N, T)
-    if cache.shift == 1:
-        # Each row's last real token is left undecided. A row that rests has none: -1 is then its
-        # padding, whose decision is not read.
-        row = torch.arange(N, device=k.device)
-        evict[row, new - 1] = False
-    new_pairs = (k, v, evict, new)
-    y = cache.kernels.attend_block(q_by_row, *new_pairs, rows, pool, cache.window)
-    store(*new_pairs, rows, pool, cache.window)
-    return y.reshape(*q.shape[:3], -1)
-
-
 def usable_memory(device):
     """Bytes that a GPU has free, or that this machine, or the container around us, has in all."""
     if device.type == "cuda":
@@ -355,7 +311,7 @@ def usable_memory(device):
     return memory
 
 
-PERIOD = 128  # tokens between two settings of a sequence's extra offset; see KVCache.steer
+PERIOD = 128  # tokens between two settings of a sequence's threshold; see KVCache.steer
 OFFSET_PER_NAT = 8.0  # logits that e times as many pairs lie above, after a warm start
 
 
@@ -395,32 +351,31 @@ class KVCache:
         if budget and eviction:
             pairs, tokens = (max(n - self.window - 1, 1) for n in budget)
             self.keep_rate = pairs / tokens
-        latent = config.kv_lora_rank  # no kernel takes values that are part of the keys
-        self.kernels = PLAIN if latent else choose_kernels(self.device, dtype, config.head_dim)
+        self.kernels = choose_kernels(self.device, dtype, config.key_dim)
         self.decode_step = None  # generate.py's CUDA graph, which lives as long as these tensors
 
         N = batch_size * self.kv_heads  # rows of a layer
-        # a slot has a key, perhaps a value, a position (4 bytes) and a decision (1 byte)
-        pair_bytes = config.key_dim * dtype.itemsize * (1 if latent else 2)
-        slot_bytes = pair_bytes + 5
+        # a slot has a key, a value unless that is the key, a position (4 bytes), a decision (1)
+        of_latents = bool(config.kv_lora_rank)
+        key_bytes = config.key_dim * dtype.itemsize
+        slot_bytes = key_bytes * (1 if of_latents else 2) + 5
         self.page_bytes = page_size * slot_bytes
         pages = L * N * -(-config.context // page_size)  # the whole context
         if memory is None:
             memory = min(pages * self.page_bytes, 0.8 * usable_memory(self.device))
         pages = max(int(memory / self.page_bytes), 1)
-        self.pool = PagePool(pages, page_size, config.key_dim, dtype, self.device, latent)
-        seen = torch.zeros(N, dtype=torch.int64, device=self.device)
-        zeros = partial(seen.new_zeros, dtype=torch.int32)
-        self.rows = Rows(
-            seen,
-            extra_offset=zeros(N, dtype=torch.float32),
-            length=zeros(L, N),
-            table=zeros(L, N, 1),
-            ring=zeros(L, N, self.window + 1))
-
-        # counted on the device, since a replayed CUDA graph adds to them; see stats
-        self.reads = seen.new_zeros(1)
-        self.peak_pairs = seen.new_zeros(1)
+        self.pool = PagePool(pages, page_size, config.key_dim, dtype, self.device, of_latents)
+        zeros = partial(torch.zeros, dtype=torch.int32)
+        with self.device:
+            self.rows = Rows(
+                seen=torch.zeros(N, dtype=torch.int64),
+                threshold=torch.zeros(N),
+                length=zeros(L, N),
+                table=zeros(L, N, 1),
+                ring=zeros(L, N, self.window + 1))
+            # counted on the device, since a replayed CUDA graph adds to them; see stats
+            self.reads = torch.zeros(1, dtype=torch.int64)
+            self.peak_pairs = torch.zeros(1, dtype=torch.int64)
         self.ended_tokens = 0
         self.ended_pairs = 0
 
@@ -441,14 +396,15 @@ class KVCache:
 
     # ----------------------------------------------------------------------------------- Appending
 
-    @contextmanager
-    def append(self, ids, lengths=None, sequence=None):
-        """`with cache.append(ids) as pieces:` gives what `pieces` yields. Arguments: as for
-        Model.states.
+    @torch.inference_mode()
+    def append(self, hidden, ids, lengths=None, sequence=None):
+        """Append ids (B, T) int64, and return their final states (B, T, C). `hidden` makes them,
+        and is called with a piece of the ids, its `attend` and the position (B, 1) where it begins:
+        Model.hidden. lengths, sequence: as for Model.states.
 
-        CacheFull for a single token is raised before anything has changed. Whatever is raised
-        later comes when one layer has stored a piece and the next has not: so the sequences that
-        the ids belong to are released, with all that they held.
+        Raises ValueError for lengths that do not fit, and CacheFull. For a single token CacheFull
+        comes before anything has changed. Whatever is raised later comes when one layer has stored
+        a piece and the next has not. So the sequences that the ids belong to are released then.
         """
         sequences = range(self.batch_size)
         if sequence is not None:
@@ -465,95 +421,136 @@ class KVCache:
         if T == 1:
             self.begin_step(count, rows)
         try:
-            yield self.pieces(ids, count, rows)
+            if T == 1:
+                return self.append_token(hidden, ids, count, rows)
+            states = []
+            for piece in ids.tensor_split(self.cuts(T, rows), dim=1):
+                of_piece = count.clamp(max=piece.shape[1])
+                states.append(self.append_block(hidden, piece, of_piece, rows))
+                count = count - of_piece
+            return torch.cat(states, dim=1)
         except BaseException:
-            disturbed = [b for b, n in zip(sequences, count.tolist()) if n]
-            self.release(disturbed)
+            self.release(b for b, length in zip(sequences, lengths) if length)
             raise
 
-    def pieces(self, ids, count, rows=slice(None)):
-        """Yield (piece of ids, its `attend`, (B, 1) the position of each sequence's first token)
-        for pieces of at most `chunk` tokens. A piece counts as seen when the next one is asked for,
-        so the caller must run the loop to its end.
-        For a single token nothing here waits for a GPU, and the caller has called `begin_step`."""
-        length = ids.shape[1]
-        is_step = length == 1
-        cuts = set(range(0, length, self.chunk))
-        if self.keep_rate and not is_step:
+    def cuts(self, T, rows):
+        """Where T new tokens are cut into pieces: after every `chunk`, and where `steer` is due."""
+        cuts = set(range(0, T, self.chunk))
+        if self.keep_rate is not None:
             for seen in self.rows.seen[rows].unique().tolist():
-                cuts.update(range(-seen % PERIOD, length, PERIOD))
-        for piece in ids.tensor_split(sorted(cuts - {0}), dim=1):
-            T = piece.shape[1]
-            if not is_step:
-                self.widen_tables(T)
-            part = self.rows.select(rows)
-            of_sequence = count.clamp(max=T)
-            new = of_sequence.repeat_interleave(self.kv_heads)  # (N,)
-            is_new = new > 0
-            start = part.seen[:: self.kv_heads, None]
-            place = subject = None
-            attended = part.length
-            if is_step:
-                place = place_of(part, part.seen, is_new, self.pool)
-            else:
-                self.steer(part)
-                attended = part.length + new  # the pairs held before the block, and its own
-            if is_step or self.shift == 1:
-                token = part.seen - self.shift
-                exists = is_new & (token >= 0)
-                subject = place_of(part, token, exists, self.pool)
-            yield piece, partial(attend_piece, self, part, new, place, subject), start
-            count = count - of_sequence
-            part.seen += new  # a view of the cache's own
-            self.reads += (attended * is_new).sum()
-            self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
+                cuts.update(range(-seen % PERIOD, T, PERIOD))
+        return sorted(cuts - {0})
+
+    @torch.inference_mode()
+    def begin_step(self, count, rows=slice(None)):
+        """Give one token of every sequence whose count (B,) is 1 its slot, in all layers: that of
+        the token that leaves the window, if it was evicted, else the row's next one. Raises
+        CacheFull before anything has changed. It waits for a GPU, twice."""
+        self.widen_tables(1)
+        part = self.rows.select(rows)
+        self.steer(part)
+        is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
+        token = part.seen  # the new token's position
+        W = self.window + 1
+        leaves = is_new & (token >= W)
+        # token - W leaves the window, and has the same entry in the ring
+        oldest = place_of(part, token, leaves, self.pool)  # (L, N)
+        reuses = leaves & self.pool.evicted.flatten()[oldest]
+        appends = is_new & ~reuses
+        next_slot = part.length.clone()
+        add_pages(part, self.pool, next_slot + appends)
+        row = torch.arange(len(token), device=self.device)
+        present = part.ring[:, row, token % W]
+        part.ring[:, row, token % W] = next_slot.where(appends, present)
+
+    def append_token(self, hidden, ids, count, rows=slice(None)):
+        """Append the token ids (B, 1) of every sequence whose count (B,) is 1, after `begin_step`.
+        Nothing here waits for a GPU."""
+        part = self.rows.select(rows)
+        is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
+        place = place_of(part, part.seen, is_new, self.pool)  # (L, N): of the new pairs
+        decided = self.first_decided(part, is_new)
+        keys, values, position, evicted = (slots.flatten(0, 1) for slots in self.pool.slots)
+        position[place] = part.seen.int()
+        evicted[place] = False  # until it is decided
+
+        def attend(layer, q, k, v, logits):  # T = 1
+            keys[place[layer]] = k.flatten(0, 2)
+            values[place[layer]] = v.flatten(0, 2)
+            if logits is not None:
+                evicted[decided[layer]] = logits.flatten() > part.threshold
+            q_by_row = q.reshape(len(is_new), -1, q.shape[3])  # (N, G, D)
+            y = self.kernels.attend_one(q_by_row, part.layer(layer), self.pool)
+            return y.reshape(q.shape)
+
+        self.reads += (part.length * is_new).sum()
+        return self.run(hidden, ids, attend, part, is_new)
+
+    def append_block(self, hidden, ids, count, rows):
+        """Append ids[b, :count[b]] to each sequence, ids (B, T)."""
+        T = ids.shape[1]
+        self.widen_tables(T)
+        part = self.rows.select(rows)
+        self.steer(part)
+        new = count.repeat_interleave(self.kv_heads)  # (N,)
+        decided = self.first_decided(part, new > 0)
+        evicted = self.pool.evicted.flatten()
+        row = torch.arange(len(new), device=self.device)
+
+        def attend(layer, q, k, v, logits):
+            evict = torch.zeros(len(new), T, dtype=torch.bool, device=self.device)
+            if logits is not None:
+                z = logits.flatten(0, 1)  # (N, T)
+                evict = by_subject(z, self.shift) > part.threshold[:, None]
+            if logits is not None and self.shift:
+                evicted[decided[layer]] = z[:, 0] > part.threshold
+                # Padding must not decide about a row's last token. (Where nothing is new, -1 is
+                # the last of the padding.)
+                evict[row, new - 1] = False
+            block = (k.flatten(0, 1), v.flatten(0, 1), evict, new)
+            memory = (part.layer(layer), self.pool, self.window)
+            q_by_row = q.reshape(len(new), -1, *q.shape[2:])  # (N, G, T, D)
+            y = self.kernels.attend_block(q_by_row, *block, *memory)
+            store(*block, *memory)
+            return y.reshape(q.shape)
+
+        self.reads += ((part.length + new) * (new > 0)).sum()
+        return self.run(hidden, ids, attend, part, new)
+
+    def first_decided(self, part, is_new):
+        """The place of the token that each row's first new logit is about, (L, N) int64: with shift
+        1 the newest one that is held, else the new one."""
+        token = part.seen - self.shift
+        return place_of(part, token, is_new & (token >= 0), self.pool)
+
+    def run(self, hidden, ids, attend, part, new):
+        """The states (B, T, C) of ids; afterwards they count as seen."""
+        states = hidden(ids, attend, part.seen[:: self.kv_heads, None])
+        part.seen += new  # a view of the cache's own
+        self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
+        return states
 
     def steer(self, part):
-        """Set the extra offset of sequences that have seen a multiple of PERIOD tokens, so that
-        their heads hold keep_rate times what is behind the window, on average, besides the window.
+        """For a budget: set the threshold of sequences that have seen a multiple of PERIOD tokens,
+        so that their heads come to hold, besides the window, keep_rate times what is behind it.
 
         A decision shows in the number of pairs only after a window, and the next correction comes
-        after a period. So the offset is chosen to make up for the difference within these. Raising
-        it by OFFSET_PER_NAT keeps e times as many. Since the pairs held are a sum of decisions,
-        this is integral control. The offset depends on nothing but what was seen and is held: it
-        is the same however the input is cut."""
+        after a period. So the threshold is chosen to make up for what is lacking within these.
+        Raised by OFFSET_PER_NAT it keeps e times as many. Since the pairs held are a sum of
+        decisions, this is integral control. It depends on nothing but what was seen and is held, so
+        it is the same however the input is cut."""
         if self.keep_rate is None:
             return
         W = self.window + 1
         behind = (part.seen - W).clamp(min=0)
         wanted = part.seen.clamp(max=W) + self.keep_rate * behind  # (N,)
-        held = part.length.float().mean(0)  # (N,), over layers
-        by_sequence = held.view(-1, self.kv_heads).mean(1)  # (B,)
+        by_row = part.length.float().mean(0)  # (N,), over layers
+        by_sequence = by_row.view(-1, self.kv_heads).mean(1)  # (B,)
         lacking = wanted - by_sequence.repeat_interleave(self.kv_heads)
         usual = self.keep_rate * (PERIOD + W)  # what is kept in that time
-        offset = OFFSET_PER_NAT * lacking / usual
+        threshold = OFFSET_PER_NAT * lacking / usual
         is_due = part.seen % PERIOD == 0
-        part.extra_offset.copy_(torch.where(is_due, offset, part.extra_offset))
-
-    @torch.inference_mode()
-    def begin_step(self, count, rows=slice(None)):
-        """Give one token of every sequence whose count (B,) is 1 its slot, in all layers: that of
-        the token that leaves the window, if it was evicted, or the row's next one. Raises CacheFull
-        before anything has changed. It waits for the GPU, twice."""
-        self.widen_tables(1)
-        part = self.rows.select(rows)
-        pool = self.pool
-        self.steer(part)
-        is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
-        t = part.seen  # the new token's position
-        W = self.window + 1
-        leaves = is_new & (t >= W)
-        oldest = place_of(part, t, leaves, pool)  # of token t - W, which has t's entry in the ring
-        was_evicted = pool.evicted.flatten()[oldest]  # (L, N)
-        is_next = is_new & ~(was_evicted & leaves)
-        slot = part.length.clone()
-        add_pages(part, pool, slot + is_next)
-        row = torch.arange(len(t), device=self.device)
-        present = part.ring[:, row, t % W]
-        part.ring[:, row, t % W] = torch.where(is_next, slot, present)
-        place = place_of(part, t, is_new, pool)
-        pool.position.flatten()[place] = t.int()
-        pool.evicted.flatten()[place] = False  # until it is decided
+        part.threshold.copy_(threshold.where(is_due, part.threshold))
 
     def widen_tables(self, tokens):
         """Make room in the page tables for the longest row and `tokens` more. A table that must

@@ -10,10 +10,11 @@ But q W_UK c is a product of W_UK^T q and c, and the sum of weighted W_UV c over
 times that of the weighted c. So a query is carried into the space of latents, and what attention
 gives is carried out of it:
 
-    q_h = [W_UK_h^T q_nope ; q_rope]       k = [c ; k_rope]       v = c       y_h = W_UV_h y
+    q_h = [W_UK_h^T q_nope ; q_rope]       k = [c ; k_rope]       v = k       y_h = W_UV_h y_c
 
-Now all heads have the same pair: there is one KV head, one decision for a token and layer, and the
-value is the first part of the key. The module has the methods of model.py's Attention.
+Now all heads have the same pair: there is one KV head, and one decision for a token and layer. The
+key is its own value: of what attention makes of it, y, only the part y_c that comes from c is used.
+So one vector is all that a cache stores. The module has the methods of model.py's Attention.
 
 References: DeepSeek-AI 2405.04434 (V2), 2412.19437 (V3). Letters: those of dms.py; r, the size of a
 latent, is kv_lora_rank.
@@ -23,6 +24,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import dms
 
@@ -73,8 +75,8 @@ class LatentAttention(nn.Module):
         return by_head.split(sizes, dim=1)
 
     def project(self, residual, x, rotate):
-        """q (B, H, T, r + rope), k (B, 1, T, r + rope), v (B, 1, T, r), a view of k, and the
-        decision logits. Arguments: those of Attention.project."""
+        """q (B, H, T, r + rope), k (B, 1, T, r + rope), the same as values, and the decision
+        logits. Arguments: those of Attention.project."""
         W_UK, _ = self.up()
         H, nope, r = W_UK.shape
         if self.config.q_lora_rank:
@@ -88,19 +90,19 @@ class LatentAttention(nn.Module):
         k_rope = rotate(in_halves(k[..., r:]))
         c = self.kv_a_layernorm(k[..., :r])
         q = torch.cat((q_nope @ W_UK, q_rope.transpose(1, 2)), dim=3)
-        k = torch.cat((c, k_rope), dim=3)
-        k = k.transpose(1, 2)
-        return q, k, k[..., :r], dms.decide(self, residual)
+        k = torch.cat((c, k_rope), dim=3).transpose(1, 2)
+        return q, k, k, dms.decide(self, residual)
 
     def output(self, y):
-        """What attention adds to the residual, (B, T, C), of what it gave, y (B, H, T, r)."""
+        """What attention adds to the residual, (B, T, C), by its result y (B, H, T, r + rope)."""
         _, W_UV = self.up()
-        y = y @ W_UV.mT  # (B, H, T, v)
+        y = y[..., : W_UV.shape[2]] @ W_UV.mT  # (B, H, T, v)
         y = y.transpose(1, 2)
         return self.o_proj(y.flatten(2))
 
     def output_weight(self):
-        """The part of each head in it, (H, C, r)."""
+        """The part of each head in it, (H, C, r + rope)."""
         _, W_UV = self.up()
         W = self.o_proj.weight.unflatten(1, (len(W_UV), -1))  # (C, H, v)
-        return W.transpose(0, 1) @ W_UV
+        W = W.transpose(0, 1) @ W_UV
+        return F.pad(W, (0, self.config.qk_rope_head_dim))

@@ -401,10 +401,7 @@ class Model(nn.Module):
             raise ValueError(f"ids must be (B, T), at least one, from 0 to {V - 1}")
         if cache is None:
             return self.hidden(ids, dms.masked_attention(self.config))
-        with torch.inference_mode(), cache.append(ids, lengths, sequence) as pieces:
-            # a long input comes in pieces; each is in the cache before the next one is asked for
-            states = [self.hidden(part, attend, start) for part, attend, start in pieces]
-            return torch.cat(states, dim=1)
+        return cache.append(self.hidden, ids, lengths, sequence)
 
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):
         """Next-token logits (B, T, V), or for last_only (B, 1, V), of column T - 1 alone. The other

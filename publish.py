@@ -59,25 +59,25 @@ def add_remote_code(config, out):
 def write_release(options, out):
     """Write the release into an empty folder."""
     model = load_model(options.model, dtype=None)  # as it is stored
+    require(model.config.dms, f"{options.model}: is a dense model; retrofit it")
     folder = resolve(options.model)
     raw = read_json(folder / "config.json")
-    base = options.base or raw.get("dms_base_model")
-    only_adapters = "dms_base_model" in raw and not options.merge  # only adapters are written
-    # is the base a folder here, which nobody else has?
-    is_local = base and ((folder / base).is_dir() or Path(base).is_dir())
-    require(model.config.dms, f"{options.model}: is a dense model; retrofit it")
-    require(not (only_adapters and is_local), f"{base}: is a folder; give its hub id: --base")
+    named = {key: raw[key] for key in ("dms_base_model", "dms_base_revision") if key in raw}
+    only_adapters = named and not options.merge
+    if options.base:  # without a commit: the recorded one may be another repository's
+        named = {"dms_base_model": options.base}
+    base = named.get("dms_base_model")
+    if base and ((folder / base).is_dir() or Path(base).is_dir()):  # here, where nobody else has it
+        require(not only_adapters, f"{base}: is a folder; give its hub id: --base")
+        base = None
 
     copy_tokenizer(folder, out)
     run = read_optional(folder / "results.json")
     if "settings" in run:  # else it is another program's
         write_json(out / "results.json", run)
     weights = "the adapters alone, to be laid over the base" if only_adapters else "all weights"
-    (out / "README.md").write_text(card(model.config, None if is_local else base, weights, run))
-    # With --base no commit is stated, since the recorded one may belong to another repository.
-    # (None would be the one that was loaded.)
-    revision = "" if options.base else raw.get("dms_base_revision")
-    save_model(model, out, None, base if only_adapters else None, revision)
+    (out / "README.md").write_text(card(model.config, base, weights, run))
+    save_model(model, out, None, named if only_adapters else None)
     if not only_adapters:
         add_remote_code(model.config, out)
 

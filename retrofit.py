@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import dms
-from checkpoint import (copy_tokenizer, load_model, load_tokenizer, parse_config, read_settings,
-                        resolve, save_model)
+from checkpoint import (base_keys, copy_tokenizer, load_model, load_tokenizer, parse_config,
+                        read_settings, resolve, save_model)
 from common import (all_reduce, choose_device, is_sharded, parse_options, read_json, require, shard,
                     run_script, sharded_like, torchrun_place, whole, write_atomic, write_json)
 from data import DEFAULT, TextData, settling_sequences
@@ -94,28 +94,26 @@ class Options:
 
 
 def load_pair(options):
-    """(student, ready to be trained; teacher).
-
-    "all": two models. The student is in float32, and is sharded after start_retrofit. All of it is
-    trained but a router, which the teacher's experts depend on.
-    "adapters": one model, which is its own teacher when attention ignores the decisions. It is
-    sharded before start_retrofit, so that every process has the small adapters in whole."""
-    train_all = options.train == "all"
+    """(student, ready to be trained; teacher)."""
+    settings = dms.DMSConfig(options.window, options.decision, options.shift, per=options.per,
+                             target_cr=options.target_cr)
     device = "cpu" if options.shard else options.device  # shard() moves it, piece by piece
     teacher = load_model(options.model, device, getattr(torch, options.dtype))
-    student = load_model(options.model, device) if train_all else teacher
-    decision = dms.DMSConfig(options.window, options.decision, options.shift, per=options.per,
-                             target_cr=options.target_cr)
-    if train_all:
-        dms.start_retrofit(student, decision)
     if options.shard:
-        for model in {student, teacher}:  # once, where both are one model
-            shard(model)
-    if not train_all:
-        dms.start_retrofit(student, decision)
-    for name, parameter in student.named_parameters():
-        is_trained = train_all and ".mlp.gate." not in name or "dms_proj_alpha" in name
-        parameter.requires_grad_(is_trained)
+        shard(teacher)
+    if options.train == "adapters":
+        # One model, which is its own teacher when attention ignores the decisions. It is sharded by
+        # now, so every process has the small adapters in whole.
+        student = dms.start_retrofit(teacher, settings)
+        trained = [p for name, p in student.named_parameters() if "dms_proj_alpha" in name]
+    else:
+        student = dms.start_retrofit(load_model(options.model, device), settings)  # in float32
+        if options.shard:
+            shard(student)
+        # all but routers, which the experts' weights go with
+        trained = [p for name, p in student.named_parameters() if ".mlp.gate." not in name]
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return student, teacher
 
 
@@ -127,8 +125,7 @@ class Distillation:
         self.teacher = teacher
         self.options = options
         self.attention = dms.relaxed_attention
-        is_covered = student.config.head_dim <= 256 and not student.config.kv_lora_rank
-        if student.device.type == "cuda" and is_covered:
+        if student.device.type == "cuda" and student.config.key_dim <= 256:
             with suppress(ImportError):  # without Triton, or without kernels/
                 from kernels.training import relaxed_attention
 
@@ -147,7 +144,8 @@ class Distillation:
         cr = MARGIN * options.target_cr  # which the warm start has reached
         if not options.warm_start:
             cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
-        kl, self.evicted_fraction = all_reduce(self.backward(step, ids, documents, cr)).tolist()
+        sums = all_reduce(self.backward(step, ids, documents, cr))
+        kl, self.evicted_fraction = sums.tolist()
         for parameter in self.parameters.values():
             if not is_sharded(parameter.grad):  # FSDP has summed what it shards
                 all_reduce(parameter.grad)
@@ -279,9 +277,10 @@ def train(options, data, out):
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             run.save(state, step + 1)
     settle_offsets(run.student, data, biased_attention=run.attention)
-    base = options.model if options.train == "adapters" else None
-    # what was trained is float32; whole models are published in half precision
-    save_model(run.student, out, torch.float32 if base else torch.bfloat16, base)
+    if options.train == "adapters":
+        save_model(run.student, out, torch.float32, base_keys(options.model, out))
+    else:
+        save_model(run.student, out, torch.bfloat16)
 
 
 # -------------------------------------------------------------------------------------- The script

@@ -45,7 +45,7 @@ def needs(q, k, v, residual, R, window, block=128):
     """The need of every pair (Hkv, T) of one document; the last window + 1 have none.
 
     q: (Hq, T, D); k, v: (Hkv, T, D); residual: x (T, C); R: of small_output; all float32. It takes
-    `block` queries at a time, so that T x T never exists. Values may have a size of their own.
+    `block` queries at a time, so that T x T never exists.
     """
     Hkv, T, D = k.shape
     q = q.unflatten(0, (Hkv, -1))  # (Hkv, G, T, D)

@@ -96,7 +96,7 @@ def measure(model, shares, where, args, results, bandwidth):
     """Add the row of one compression, context and batch. Returns a function that makes a step."""
     batch = where["batch"]
     cache = filled_cache(model, shares, where["context"], batch, args.steps)
-    cache.decode_step = DecodeStep(cache)
+    cache.decode_step = DecodeStep(model, cache)
     tokens = dict.fromkeys(range(batch), 1)
 
     def step():

@@ -12,8 +12,8 @@ that it needs raises ImportError, and whoever imports it then takes the plain fu
 
 The Triton kernels cover heads of up to 256 channels in float32, float16 and bfloat16, from compute
 capability 8.0 on. On 7.5 (a T4) they cover decode and prefill in float16. Training is not covered
-there: it keeps more in registers than there are, so it would run from memory. Latent attention
-(mla.py) is not covered.
+there: it keeps more in registers than there are, so it would run from memory. The keys of
+DeepSeek's latent attention have 576 channels, and are not covered.
 """
 
 import torch

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -260,22 +259,27 @@ class Life:
         y = torch.zeros_like(inputs[0])
         ids = torch.zeros(y.shape[1], y.shape[3], dtype=torch.int64, device=self.device)
         is_alone = len(sequences) < len(self.history)
-        append = cache.append(ids, lengths, sequences[0] if is_alone else None)
+        begin = 0
+
+        def hidden(piece, attend, start):
+            nonlocal begin
+            here = slice(begin, begin + piece.shape[1])
+            begin = here.stop
+            for layer in range(self.layers):
+                if accident and self.layers * begin + layer > accident:
+                    raise KeyboardInterrupt
+                q, k, v, logits = (x[layer, :, :, here] for x in inputs)
+                logits = logits[..., 0] if self.dms else None
+                y[layer, :, :, here] = attend(layer, q, k, v, logits)
+            return y[0, :, 0, here]
+
         if is_step:
             count = torch.tensor(lengths, device=self.device)
             cache.begin_step(count)
-            append = nullcontext(cache.pieces(ids, count))
-        with torch.inference_mode(), append as pieces:
-            begin = 0
-            for piece, attend, _ in pieces:
-                here = slice(begin, begin + piece.shape[1])
-                begin = here.stop
-                for layer in range(self.layers):
-                    if accident and self.layers * begin + layer > accident:
-                        raise KeyboardInterrupt
-                    q, k, v, logits = (x[layer, :, :, here] for x in inputs)
-                    logits = logits[..., 0] if self.dms else None
-                    y[layer, :, :, here] = attend(layer, q, k, v, logits)
+            with torch.inference_mode():
+                cache.append_token(hidden, ids, count)
+        else:
+            cache.append(hidden, ids, lengths, sequences[0] if is_alone else None)
         return y
 
     def attention(self, q, k, v, said):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.trainers import BpeTrainer
 
 import dms
-from checkpoint import load_model, save_model
+from checkpoint import base_keys, load_model, save_model
 from common import read_json, write_json
 from dms import DMSConfig
 
@@ -127,7 +127,7 @@ def retrofitted(base, folder, seed=2):
     torch.manual_seed(seed)
     for block in student.model.layers:
         torch.nn.init.normal_(block.self_attn.dms_proj_alpha.weight)
-    save_model(student, folder, torch.float32, base=base)
+    save_model(student, folder, torch.float32, base_keys(base, folder))
     return student
 
 

@@ -15,8 +15,9 @@ from oracle import (FAMILIES, TEXTS, YARN, edit, make_tokenizer, plain_forward, 
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import (ADAPTER_FILE, config_to_dict, end_ids, generation_defaults, load_model,
-                        load_tokenizer, parse_config, read_settings, resolve, save_model)
+from checkpoint import (ADAPTER_FILE, base_keys, config_to_dict, end_ids, generation_defaults,
+                        load_model, load_tokenizer, parse_config, read_settings, resolve,
+                        save_model)
 from common import InputError, read_json, write_json
 from dms import DMSConfig
 from kv_cache import KVCache
@@ -220,7 +221,7 @@ def test_adapters_find_the_commit_of_their_base_in_the_hubs_cache(tmp_path, monk
         same(load_model("owner/adapters")(IDS), student(IDS))
         over_main = load_model("owner/base", adapter="owner/adapters")
         assert changed != torch.allclose(over_main(IDS), student(IDS), atol=1e-4)
-        save_model(over_main, tmp_path / "again", base="owner/base")
+        save_model(over_main, tmp_path / "again", base=base_keys("owner/base", tmp_path))
         raw = read_json(tmp_path / "again" / "config.json")
         commit = (place / "refs" / "main").read_text()
         assert (raw["dms_base_model"], raw["dms_base_revision"]) == ("owner/base", commit)

@@ -20,7 +20,7 @@ import generate as script
 import show
 from checkpoint import load_model, load_tokenizer, save_model
 from dms import DMSConfig
-from generate import Sampling, Sequence, Stream, final_answer, generate, next_tokens, sample
+from generate import Sampling, Sequence, Stream, generate, next_tokens, sample
 from kv_cache import PLAIN, KVCache
 from model import Model, ModelConfig
 from toy import tasks
@@ -120,7 +120,7 @@ def test_a_captured_step_lives_as_long_as_the_cache_and_its_table(monkeypatch):
     class Graph:
         def replay(self):
             assert all(x is y for x, y in zip(vars(cache.rows).values(), self.recorded))
-            step.logits = step.run(model, cache)
+            step.logits = step.run(model, cache, step.inputs)
 
     @contextmanager
     def record(graph):
@@ -137,7 +137,7 @@ def test_a_captured_step_lives_as_long_as_the_cache_and_its_table(monkeypatch):
     many = sequences(10, new=60)
     expected = [alone(model, s, {3, 5}) for s in many]
     cache = KVCache(model.config, 4, page_size=2)
-    step = cache.decode_step = script.DecodeStep(cache)
+    step = cache.decode_step = script.DecodeStep(model, cache)
     assert step.captures == (DEVICE == "cuda" and cache.kernels != PLAIN)
     step.captures = True
     finish(model, cache, many, {3, 5})
@@ -227,18 +227,6 @@ def test_stream_holds_back_half_characters_and_half_stop_strings(folder, capsys)
         assert streamed(load_tokenizer(folder), ids, ["<|cut|>", "\u00e9"]) == ("G", True)
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("so \\boxed{12} and \\boxed{7}. I checked it 3 times.", "7"), ("it is 1,234.5.", "1234.5"),
-    ("x = \u22124", "-4"), (".5 or 2.5E3", "2.5E3"), ("\\boxed{5}, not \\boxed{}", "5"),
-    ("\\boxed{\\$12{,}345}", "12345"), ("yes\nno\n", "no"), ("\n", ""), ("1/2", "1/2"),
-    ("\\boxed{\\text{(A)}} or so, 3 of 4", "A"), ("\\boxed{ (A) }", "A"), ("so 2.5e3.", "2.5e3"),
-    ("\\boxed{12,345}", "12345"), ("3-4", "4"), ("f(2)-4", "4"), ("x=-4", "-4"), ("1,2", "2"),
-    ("\\boxed{(1,2)}", "(1,2)"), ("cut \\boxed{9", "9"),
-    ("\\boxed{\\frac{\\sqrt{x_{1}}}{2}}", "\\frac{\\sqrt{x_{1}}}{2}")])
-def test_final_answer(text, answer):
-    assert final_answer(text) == answer
-
-
 @pytest.fixture
 def run(capfd, tmp_path, monkeypatch):
     """run(argument, ...) runs the script in an empty folder -> (exit code, output, errors)."""
@@ -259,7 +247,7 @@ def run(capfd, tmp_path, monkeypatch):
 def test_works_at_once_with_the_shipped_model_and_shows_what_it_holds(run, tmp_path):
     code, text, errors = run("--max-new-tokens", 60)
     assert code == 0 and text and "expected: 75 99 77 32" in errors
-    assert "1 of 1 agree" in errors and "new tokens in" in errors
+    assert "new tokens in" in errors
     assert "1.00x compressed" in run("--max-new-tokens", 60, "--dense")[2]
     budgets = (run("--max-new-tokens", 60, "--budget", pairs)[2] for pairs in (60, 220))
     ratios = [float(re.search(r"([\d.]+)x compressed", errors)[1]) for errors in budgets]
@@ -281,10 +269,14 @@ def test_chat_remembers_earlier_turns_as_if_they_were_read_at_once(run, monkeypa
     seen = []
 
     class Spy(KVCache):
-        def pieces(self, ids, *rest):
+        def append(self, hidden, ids, *more):
             seen.extend(ids[0].tolist())
             Spy.latest = self
-            return super().pieces(ids, *rest)
+            return super().append(hidden, ids, *more)
+
+        def append_token(self, hidden, ids, count):
+            seen.extend(ids[0].tolist())
+            return super().append_token(hidden, ids, count)
 
     monkeypatch.setattr(script, "KVCache", Spy)
     turns = ["The code of ann is 31. Give the codes of ann.",
@@ -358,7 +350,7 @@ def test_options_of_the_script_and_of_a_request_are_obeyed(run, folder, tmp_path
     said = [rows[i].pop("generated") for i in range(1, 9)]
     assert [rows[i] for i in range(1, 9)] == requests
     texts = [each["texts"] for each in said]
-    assert texts[:3] == [["xyz"], ["xyz{"], ["x", "x"]] and said[2]["votes"] == 2
+    assert texts[:3] == [["xyz"], ["xyz{"], ["x", "x"]]
     assert [each["finish_reason"][0] for each in said[:3]] == ["length", "stop", "stop"]
     assert texts[3] == texts[4] and [text[0] for [text] in texts[5:]] == ["x", "g", "l"]
     # the same by itself: nothing that ran beside it mattered
