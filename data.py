@@ -31,11 +31,12 @@ import torch
 from common import explained, read_text, require, say
 
 DEFAULT = "open-r1/OpenR1-Math-220k"
-# The columns that make a document: what is asked, what is told, and more (see document_of).
-# OpenR1's come before its "messages", whose answers may be wrong.
-COLUMNS = """problem+generations+correctness_math_verify+is_reasoning_complete
-    problem+generations+correctness_math_verify messages conversations prompt+response
-    prompt+completion question+answer instruction+output+input instruction+output text""".split()
+# The columns that make a document. The first line counts that a record has in whole: OpenR1's comes
+# before its "messages", whose answers may be wrong.
+COLUMNS = (("problem", "generations", "correctness_math_verify"), ("messages",), ("conversations",),
+           ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
+           ("instruction", "output"), ("text",))
+FURTHER = ("is_reasoning_complete", "input")  # what else is read where it is there
 ROLES = {"human": "user", "observation": "tool",  # ShareGPT's words for them, and others'
          **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "assistant")}
 HELD_OUT = 50  # one record in so many
@@ -52,35 +53,40 @@ def settling_sequences(seq_len):
 
 
 def document_columns(columns):
-    """The names of the columns that make the document: the first of COLUMNS that are there."""
-    names = next((names for names in COLUMNS if set(names.split("+")) <= set(columns)), None)
-    require(names, f"its columns are {list(columns)}; wanted are one of: {', '.join(COLUMNS)}")
-    if ignored := {"system", "tools", "history"} & set(columns):
+    """The names of the columns that make the document, of those that are there."""
+    names = next((names for names in COLUMNS if {*names} <= {*columns}), None)
+    wanted = ", ".join("+".join(names) for names in COLUMNS)
+    require(names, f"its columns are {list(columns)}; wanted are one of: {wanted}")
+    if ignored := {"system", "tools", "history"} & {*columns}:
         say(f"what the columns {sorted(ignored)} say has no effect")
-    return names.split("+")
+    return [*names, *(name for name in FURTHER if name in columns)]
 
 
 def document_of(record):
     """The document of a record, a dict: a text, or messages for the chat template. Empty for a
-    problem without a solution that is right (and complete, where that is stated)."""
-    names = document_columns(record)
-    asked, *others = (record[name] for name in names)
-    # Alone, `asked` is a text, or messages. (A string in their place becomes a list of letters,
-    # which no template takes.)
-    if not others:
-        return asked if names == ["text"] else list(asked)
-    # Else it is a question, `told` its answer or answers, and `more` flags for each of these, or an
-    # instruction's input.
-    told, *more = others
-    if "generations" in names:  # several solutions; in each further column a flag for each of them
-        flags = (flag or [] for flag in more)  # a null column: none counts as right
-        told = next((text for text, *good in zip(told, *flags) if all(good)), None)
-    elif any(more):  # what the instruction is about
-        asked += "\n\n" + more[0]
+    problem without a verified solution."""
+    question, answer, *_ = *document_columns(record), None
+    if question == "text":
+        return record["text"]
+    if question in ("messages", "conversations"):
+        return list(record[question])  # of a string: letters, which no template takes
+    asked = record[question]
+    told = record[answer] if answer != "generations" else verified(record)
+    if question == "instruction" and record.get("input"):
+        asked += "\n\n" + record["input"]
     messages = []
     for role, content in (("user", asked), ("assistant", told)):
         messages += content if isinstance(content, list) else [{"role": role, "content": content}]
     return messages if told else []
+
+
+def verified(record):
+    """The first solution of a problem that is right, and complete where that is stated, or None."""
+    solutions = record["generations"]
+    is_right = record["correctness_math_verify"] or []  # a null: none counts as right
+    is_complete = record.get("is_reasoning_complete", is_right) or []
+    both = zip(solutions, is_right, is_complete)
+    return next((solution for solution, *good in both if all(good)), None)
 
 
 def conversation(tokenizer, turns):

@@ -57,34 +57,36 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
     settings = model.config.dms
     ids, documents = data.held_out(settling_sequences(data.seq_len))
     packing = dms.Packing(documents, ids.shape[1], model.device)
-    expires = packing.expires(settings.window)  # (B, T)
+    expires = packing.expires(settings.window)  # (B, T): the others are held, whatever is decided
     tokens = sum(map(sum, documents))
     expired = expires.sum().item()
-    by_layer = []  # the logits about the expired tokens
 
-    def attend(layer, q, k, v, logits):
-        about = dms.by_subject(logits, settings.shift)  # (B, Hkv, T)
-        about_expired = about.transpose(0, 1)[:, expires]  # (Hkv, n)
-        by_layer.append(about_expired.flatten())
-        bias = -1e4 * (about > 0).float()  # as good as gone
-        return biased_attention(q, k, v, bias, packing.first, settings.window)
+    def logits_of_expired():
+        """The logits about these tokens, of all heads and layers, with the lowest first."""
+        by_layer = []
+
+        def attend(layer, q, k, v, logits):
+            about = dms.by_subject(logits, settings.shift)  # (B, Hkv, T)
+            by_layer.append(about.transpose(0, 1)[:, expires].flatten())
+            bias = -1e4 * (about > 0).float()  # as good as gone
+            return biased_attention(q, k, v, bias, packing.first, settings.window)
+
+        model.hidden(ids.to(model.device), attend, -packing.first)
+        return torch.cat(by_layer).sort().values
 
     settings.offsets = []
     every = sorted({*ratios, settings.target_cr})
     for cr in tqdm(every, "settling", leave=False, disable=torchrun_place()[0] > 0):
-        kept = tokens / (MARGIN * cr) - (tokens - expired)  # of the expired ones, by a head
+        kept = tokens / (MARGIN * cr) - (tokens - expired)  # of the expired tokens, by a head
         if kept <= 0:
             continue
         for _ in range(2):
-            by_layer.clear()
-            model.hidden(ids.to(model.device), attend, -packing.first)
-            lowest_first = torch.cat(by_layer).sort().values
-            rank = int(kept / expired * len(lowest_first))
-            step = lowest_first[rank]
+            logits = logits_of_expired()
+            change = logits[int(kept / expired * len(logits))]
             if distributed.is_initialized():
                 # one process decides for all: if each went by its own last bits, they would part
-                distributed.broadcast(step, src=0)
-            settings.offset += step.item()
+                distributed.broadcast(change, src=0)
+            settings.offset += change.item()
         settings.offsets.append([cr, settings.offset])
     settings.offset = dict(settings.offsets)[settings.target_cr]
 

@@ -339,8 +339,6 @@ def check(options):
     require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
     require(options.decision == "adapter" or not config.kv_lora_rank,
             "neuron: latent attention has no groups of query heads to borrow from; use adapters")
-    require((options.window + 1) * options.target_cr <= options.seq_len,
-            f"--window {options.window} is too much of {options.seq_len} tokens; take less")
     require(options.decision == "adapter" or options.train == "all" and not options.warm_start,
             "neuron needs --train all, and no --warm-start")
     require(not options.device.startswith("cuda") or torch.cuda.get_device_capability()[0] >= 8,
@@ -367,11 +365,10 @@ def main(argv=None):
         if data.revision and "@" not in options.data:
             options.data += f"@{data.revision}"  # settings.json keeps the commit for --resume
         if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
-            # The most that held-out documents allow: if all is evicted, their windows stay.
             lengths = sum(data.held_out(settling_sequences(options.seq_len))[1], [])
-            in_windows = sum(min(n, options.window + 1) for n in lengths)
+            in_windows = sum(min(n, options.window + 1) for n in lengths)  # held in any case
             require(sum(lengths) / in_windows >= options.target_cr,
-                    f"--window {options.window} is too much of these short documents; take less")
+                    f"--window {options.window} is too much of documents so short; take less")
             # "medium" allows less than float32 inside products: a GPU takes TF32, a CPU oneDNN
             torch.set_float32_matmul_precision("medium")
             train(options, data, out)
