@@ -6,10 +6,9 @@ Everything on disk: a model folder's config.json, weights, DMS settings, tokeniz
     save_model(model, "out/mine")
 
 Only safetensors and JSON are read; a chat template runs in jinja2's sandbox, as in transformers.
-Where several files or keys state one thing, they rank as in transformers. A folder is refused
-
-- where they contradict each other and the logits depend on it,
-- where its config asks for something that this engine would compute wrongly.
+Where several files or keys state one thing, they rank as in transformers. If the logits depend on
+which of them counts, they must agree, or the folder is refused. It is also refused if its config
+asks for something that this engine would compute wrongly.
 
 What else it asks for without effect here is named in one line. This file knows nothing of how a
 model computes, generates or is trained.
@@ -86,14 +85,14 @@ def read_rope(raw, where):
     theta, or the older rope_scaling with rope_theta beside it. Both may be there if they agree:
     otherwise it depends on the reader which one counts."""
     found = [stated(raw[key]) for key in ("rope_parameters", "rope_scaling") if key in raw] or [{}]
-    # one entry, or two that must be equal once both are complete; theta may stand beside them
-    for rope in found:
+    for rope in found:  # make it complete, by what may stand beside it
         rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
-        theta = rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-        if beside := raw.get("original_max_position_embeddings"):  # it counts before rope's own
-            rope["original_max_position_embeddings"] = beside
-        require(rope == found[0] and theta == raw.get("rope_theta", theta),
-                f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other")
+        rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+        if "original_max_position_embeddings" in raw:  # it counts before rope's own
+            rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    rope = found[0]
+    require(rope == found[-1] and rope["rope_theta"] == raw.get("rope_theta", rope["rope_theta"]),
+            f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other")
     if "attn_factor" in rope:
         say(f"{where}: RoPE's attn_factor is read by nobody, transformers included")
     return rope
@@ -129,8 +128,8 @@ def config_to_dict(config):
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
         raw[SEPARATE] = settings.source == "adapter"
         # NVIDIA's code wants a block of 256 on a GPU, and refuses one not smaller than the window.
-        # Shift 1: the largest power of two below the window, at most 256. Shift 0: the window
-        # itself. That is refused, as it should be, since NVIDIA's code always shifts by one.
+        # With shift 1 it gets the largest power of two below the window, at most 256. Its code
+        # always shifts by one: so with shift 0 it gets the window itself, and refuses the model.
         block = min(256, 2 ** (max(settings.window - 1, 1).bit_length() - 1))
         raw["dms_paged_attention_block_size"] = block if settings.shift else settings.window
     return raw
@@ -157,7 +156,8 @@ def read_settings(folder, raw):
     metadata |= metadata.get("config", {})  # nested in some published folders (shisa-ai's)
     others = {key: metadata[name] for name, key in METADATA_KEYS.items() if name in metadata}
     if metadata:
-        others = {"dms_window_size": 256, "dms_shift": 0, SEPARATE: False} | others  # its defaults
+        # defaults of the program that writes this file
+        others = {"dms_window_size": 256, "dms_shift": 0, SEPARATE: False} | others
     elif not any(key.startswith("dms_") for key in raw):
         return None
     both = others | raw
@@ -208,9 +208,9 @@ def unstacked(name, tensor):
     layer, _, kind = name.rpartition(".")
     if not layer.endswith(".experts"):
         return [(name, tensor)]
-    kinds = kind.replace("gate_up", "gate_proj up").split()
-    return [(f"{layer}.{e}.{kind}.weight", part) for e, expert in enumerate(tensor)
-            for kind, part in zip(kinds, expert.chunk(len(kinds)))]
+    stacked = {"gate_up_proj": ("gate_proj", "up_proj")}.get(kind, (kind,))
+    return [(f"{layer}.{e}.{one}.weight", part) for e, expert in enumerate(tensor)
+            for one, part in zip(stacked, expert.chunk(len(stacked)))]
 
 
 def read_tensors(files, device, dtype, unused=()):
@@ -240,7 +240,8 @@ def offset_for(settings, cr):
     offsets = settings.offsets if settings else []
     for (low, below), (high, above) in itertools.pairwise(offsets):
         if low <= cr <= high:
-            return below + (above - below) * math.log(cr / low, high / low)
+            share = math.log(cr / low) / math.log(high / low)
+            return below + (above - below) * share
     raise InputError(f"{cr:g}x: the model has settled these ratios: {[x for x, _ in offsets]}")
 
 
@@ -265,12 +266,13 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None, 
     # were merged
     if index.exists() and not files[0].exists():
         files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    deciding = folder  # whose config.json says how it is decided
     if adapter:
         files.append(find_adapters(adapter))
-        folder = files[-1].parent  # from here on the adapters' folder and config.json
+        deciding = files[-1].parent
         # its tensors say that adapters decide, even where no config.json does
-        raw = read_optional(folder / "config.json") | {SEPARATE: True}
-    config.dms = read_settings(folder, raw)
+        raw = read_optional(deciding / "config.json") | {SEPARATE: True}
+    config.dms = read_settings(deciding, raw)
     if cr:
         config.dms.offset = offset_for(config.dms, cr)
     with torch.device("meta"):
@@ -311,9 +313,8 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None):
     rank, _ = torchrun_place()
     place = "meta" if rank else "cpu"  # the other processes only help to gather
     # a copy, since what was gathered is a view of something larger, which safetensors refuses
-    tensors = {name: whole(parameter.detach()).to(place, dtype).clone()
-               for name, parameter in model.named_parameters()
-               if not base or "dms_proj_alpha" in name}
+    tensors = {name: whole(p.detach()).to(place, dtype).clone()
+               for name, p in model.named_parameters() if not base or "dms_proj_alpha" in name}
     if rank:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -413,22 +414,21 @@ load_tokenizer = Tokenizer
 
 # -------------------------------------------------------------------------------------- Generation
 
-SAMPLING = "temperature top_k top_p min_p repetition_penalty".split()
 NOT_DONE = """num_beams no_repeat_ngram_size typical_p min_length min_new_tokens suppress_tokens
     begin_suppress_tokens bad_words_ids sequence_bias stop_strings penalty_alpha guidance_scale
     presence_penalty frequency_penalty epsilon_cutoff eta_cutoff top_h forced_eos_token_id
     watermarking_config exponential_decay_length_penalty encoder_repetition_penalty""".split()
 
 
-def generation_defaults(folder):
-    """{name: value} of what generation_config.json states of SAMPLING. What else would change the
-    answers is named on stderr."""
+def generation_defaults(folder, names):
+    """{name: value} of what generation_config.json states under these names. What else would change
+    the answers is named on stderr."""
     raw = read_optional(folder / "generation_config.json")
     if ignored := [key for key in NOT_DONE if raw.get(key) not in (None, 0, 1, [], {})]:
         say(f"{folder}: generation_config.json asks for {', '.join(ignored)}, which is not done")
     if raw.get("do_sample") is False:
         raw["temperature"] = 0.0
-    return {name: float(raw[name]) for name in SAMPLING if name in raw}
+    return {name: float(raw[name]) for name in names if name in raw}
 
 
 def end_ids(folder, tokenizer):

@@ -31,7 +31,7 @@ import torch
 from common import explained, read_text, require, say
 
 DEFAULT = "open-r1/OpenR1-Math-220k"
-# The columns that make a document. The first line counts that a record has in whole: OpenR1's comes
+# The columns that make a document: the first group that is there in whole counts. OpenR1's comes
 # before its "messages", whose answers may be wrong.
 COLUMNS = (("problem", "generations", "correctness_math_verify"), ("messages",), ("conversations",),
            ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
@@ -42,21 +42,13 @@ ROLES = {"human": "user", "observation": "tool",  # ShareGPT's words for them, a
 HELD_OUT = 50  # one record in so many
 
 
-def settling_sequences(seq_len):
-    """How many of the first held-out sequences settle the decisions' offset: some 8,000 tokens, in
-    which the share of evicted pairs hardly varies, but at least 8 sequences, since each is text of
-    its own kind. What evaluate.py measures comes after them, so that it is new to the offset."""
-    return max(8, min(2**13 // seq_len, 32))
-
-
 # ---------------------------------------------------------------------------------------- Documents
 
 
 def document_columns(columns):
     """The names of the columns that make the document, of those that are there."""
     names = next((names for names in COLUMNS if {*names} <= {*columns}), None)
-    wanted = ", ".join("+".join(names) for names in COLUMNS)
-    require(names, f"its columns are {list(columns)}; wanted are one of: {wanted}")
+    require(names, f"its columns are {list(columns)}; wanted are one of: {COLUMNS}")
     if ignored := {"system", "tools", "history"} & {*columns}:
         say(f"what the columns {sorted(ignored)} say has no effect")
     return [*names, *(name for name in FURTHER if name in columns)]
@@ -65,14 +57,14 @@ def document_columns(columns):
 def document_of(record):
     """The document of a record, a dict: a text, or messages for the chat template. Empty for a
     problem without a verified solution."""
-    question, answer, *_ = *document_columns(record), None
-    if question == "text":
-        return record["text"]
-    if question in ("messages", "conversations"):
-        return list(record[question])  # of a string: letters, which no template takes
-    asked = record[question]
-    told = record[answer] if answer != "generations" else verified(record)
-    if question == "instruction" and record.get("input"):
+    names = document_columns(record)
+    asked = record[names[0]]
+    if names[0] == "text":
+        return asked
+    if names[0] in ("messages", "conversations"):
+        return list(asked)  # of a string in its place: letters, which the template refuses
+    told = verified(record) if "generations" in names else record[names[1]]
+    if names[0] == "instruction" and record.get("input"):
         asked += "\n\n" + record["input"]
     messages = []
     for role, content in (("user", asked), ("assistant", told)):
@@ -114,8 +106,9 @@ def conversation(tokenizer, turns):
     if last["role"] != "assistant" or last.get("tool_calls") or not text:
         return whole
     prompt = template(asked, add_generation_prompt=True)
-    if whole.startswith(prompt) and thought in whole:  # it shows all that the model would say
+    if whole.startswith(prompt) and thought in whole:  # as most templates have it
         return whole
+    # as DeepSeek-R1's have it
     before = re.sub(r"<think>\s*$", "", prompt)
     if thought or before != prompt:
         text = f"<think>\n{thought}\n</think>\n\n{text.strip()}"
@@ -211,8 +204,8 @@ class TextData:
     def batches(self, step):
         """Endless: (ids (B, T) int64, documents) from a step on; what the steps before took is read
         again. documents: B lists of lengths whose sum is T; the last length of each may be 1."""
-        documents = self.documents()
-        every = (self.pack(documents, self.batch_size) for _ in itertools.count())
+        stream = self.documents()
+        every = (self.pack(stream, self.batch_size) for _ in itertools.count())
         return itertools.islice(every, step, None)
 
     def held_out(self, count):
@@ -220,13 +213,13 @@ class TextData:
         from its beginning again where that is too little."""
         return self.pack(self.documents(held_out=True), count)
 
-    def pack(self, documents, count):
-        """`documents` end to end, in `count` sequences: what batches yields."""
+    def pack(self, stream, count):
+        """A stream of documents end to end, in `count` sequences: what batches yields."""
         ids = []
         lengths = [[] for _ in range(count)]
         for of_sequence in lengths:
             while room := self.seq_len - sum(of_sequence):
-                document = next(documents)[:room]
+                document = next(stream)[:room]
                 ids += document
                 of_sequence.append(len(document))
         return torch.tensor(ids).view(count, -1), lengths
@@ -258,7 +251,7 @@ class TextData:
             is_text = isinstance(document, str)
             text = document if is_text else conversation(tokenizer, document)
             ids = tokenizer.encode(text, add_special_tokens=is_text)
-            # a special end token, which many templates write, is decoded to ""
+            # a special token has no text: then the template has written the end token
             ends_in_text = tokenizer.decode(ids[-1:], skip_special_tokens=True)
             if ends_in_text and tokenizer.end_id is not None:
                 ids.append(tokenizer.end_id)

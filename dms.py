@@ -31,8 +31,8 @@ class DMSConfig:
 
     window: int = 512  # a query always sees this many tokens behind it, and itself
     source: str = "adapter"  # "adapter" or "neuron": which gives the score s
-    # the logit computed at token t decides the fate of token t - shift: 1 in NVIDIA's models, which
-    # do not state it; 0 by default in a retrofit
+    # The logit computed at token t decides the fate of token t - shift. 1 here, since a checkpoint
+    # that does not state it is NVIDIA's, and theirs is 1. retrofit.py's own default is 0.
     shift: int = 1
     scale: float = 100.0  # makes small scores decide, so that adapters can learn at a small rate
     offset: float = 5.0  # a score of 0, which a fresh adapter gives, means z = -5: keep
@@ -65,7 +65,7 @@ def visible(query, key, evict, window):
     return (key <= query) & (in_window | ~evict)
 
 
-UNDECIDED = -1e4  # a logit that no noise turns into an eviction
+UNDECIDED = -1e4  # a logit far below 0: kept, for certain
 
 
 def by_subject(logits, shift):
@@ -111,31 +111,31 @@ def adapter_score(residual, norm, projection):
     return projection(norm(residual))
 
 
-def add_adapter(attention):
-    """Give a layer's attention the decision's own weights, which decide nothing yet (s = 0), in
-    float32."""
-    config = attention.config
-    with attention.o_proj.weight.device:
+def add_adapter(module):
+    """Give a layer's attention module the decision's own weights, which decide nothing yet (s = 0),
+    in float32."""
+    config = module.config
+    C = config.hidden_size
+    with module.o_proj.weight.device:
         # the names are NVIDIA's
-        attention.dms_proj_alpha_norm = torch.nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        attention.dms_proj_alpha = torch.nn.Linear(
-            config.hidden_size, config.kv_heads, bias=config.attention_bias)
-    for parameter in attention.dms_proj_alpha.parameters():
+        module.dms_proj_alpha_norm = torch.nn.RMSNorm(C, config.rms_norm_eps)
+        module.dms_proj_alpha = torch.nn.Linear(C, config.kv_heads, bias=config.attention_bias)
+    for parameter in module.dms_proj_alpha.parameters():
         torch.nn.init.zeros_(parameter)
 
 
-def decide(attention, residual, q=None):
-    """A layer's decision logits (B, Hkv, T), None where nothing is evicted. q: (B, T, Hq, D), which
-    only the borrowed neuron needs."""
-    config = attention.config
-    eviction = config.eviction
-    if eviction is None:
+def decide(module, residual, q=None):
+    """The decision logits (B, Hkv, T) of a layer's attention module, None where nothing is evicted.
+    q: (B, T, Hq, D), which only the borrowed neuron needs."""
+    config = module.config
+    settings = config.eviction  # config.dms, unless eviction is switched off
+    if settings is None:
         return None
-    if eviction.source == "neuron":
+    if settings.source == "neuron":
         s = borrowed_score(q, config.kv_heads)
     else:
-        s = adapter_score(residual, attention.dms_proj_alpha_norm, attention.dms_proj_alpha)
-    return eviction.logits(s)
+        s = adapter_score(residual, module.dms_proj_alpha_norm, module.dms_proj_alpha)
+    return settings.logits(s)
 
 
 def borrowed_score(q, kv_heads):
@@ -169,9 +169,8 @@ def start_retrofit(model, settings):
             add_adapter(block.self_attn)
             continue
         for parameter in block.self_attn.q_proj.parameters():  # (Hq * D, C), perhaps bias (Hq * D)
-            # one row in G * D: the last channel of the first query head of each group
-            group = len(parameter) // config.num_key_value_heads  # G * D
-            parameter.data[config.head_dim - 1 :: group] = 0  # s = 0 from now on
+            by_group = parameter.data.unflatten(0, (config.kv_heads, -1, config.head_dim))
+            by_group[:, 0, -1] = 0  # s = 0 from now on: see borrowed_score
     return model
 
 
@@ -183,7 +182,8 @@ class Packing:
     another, and positions begin at 0 in each. What follows a sequence's last one is padding.
 
     first, end: (B, T) int32, where the document of each token begins, and where it has ended (its
-    last token + 1). In padding `end` is 0, and `first` is where the padding begins.
+    last token + 1). Padding has `first` where it begins, as if it were a document, so that each of
+    its tokens sees something; and its `end` is 0, so that it takes no part in any loss.
     documents: an index for each, which selects its part (1, H, n, ...) of (B, H, T, ...).
     """
 
@@ -231,7 +231,8 @@ def document_attention(packing):
 # --------------------------------------------------------- Training: relaxed decisions, section 3.3
 
 
-RECOMPUTES = 2048  # tokens; what needs much memory in a longer sequence is computed again
+# tokens; of a longer sequence backward computes again what would take much memory to keep
+RECOMPUTE_ABOVE = 2048
 
 
 def run(function, *inputs, recompute):
@@ -249,9 +250,9 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
                       -inf for j > i and for j < first_i, where the document of token i begins
 
     q: (B, Hq, T, D); k, v: (B, Hkv, T, D); bias: (B, Hkv, T) float32; first: (B, T) int32. Returns
-    (B, Hq, T, D) in q's dtype; in between all is float32. It takes `block` queries at a time,
-    against all keys up to the last of them, and of a long sequence again in backward: so T x T
-    numbers never exist. kernels/training.py computes the same on a GPU.
+    (B, Hq, T, D) in q's dtype; in between all is float32. Queries are taken `block` at a time. In
+    a long sequence backward computes each block again. So T x T numbers are never in memory at
+    once. kernels/training.py computes the same on a GPU.
     """
     T, D = q.shape[2:]
     scaled = q.float() * D**-0.5
@@ -274,9 +275,14 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
         y = torch.einsum("bhgij,bhjd->bhgid", weight, v[:, :, :end])
         return y.flatten(1, 2)  # (B, Hq, n, D)
 
-    is_long = T > RECOMPUTES
+    is_long = T > RECOMPUTE_ABOVE
     blocks = [run(attend, start, recompute=is_long) for start in range(0, T, block)]
     return torch.cat(blocks, dim=2).to(q.dtype)
+
+
+def straight_through(value, relaxed):
+    """Something with this value and the gradient of `relaxed`."""
+    return value + relaxed - relaxed.detach()
 
 
 @dataclass
@@ -327,16 +333,16 @@ class RelaxedAttention:
 
     def count_evicted(self, noisy):
         """How many pairs of each head a cache no longer holds when their documents end, (Hkv,).
-        Straight through: the value is that of hard decisions, the gradient that of p."""
-        p = torch.sigmoid(noisy)
+        The value is that of hard decisions, the gradient that of p."""
         is_evicted = (noisy > 0).float()
-        hard = is_evicted + p - p.detach()
+        hard = straight_through(is_evicted, torch.sigmoid(noisy))
         expires = self.packing.expires(self.dms.window)  # (B, T)
         counted = hard * expires[:, None]  # (B, Hkv, T)
         return counted.sum((0, 2))
 
     def evicted_pairs(self):
-        """The mean over layers and heads, a scalar with a gradient."""
+        """Pairs evicted in this batch, the mean over layers and heads, a scalar with a gradient.
+        compression_loss takes their share of the tokens."""
         return torch.stack(self.evicted_by_layer).mean()
 
 

@@ -16,12 +16,19 @@ from tqdm import tqdm
 import dms
 from checkpoint import load_model
 from common import torchrun_place, write_json
-from data import settling_sequences, split_documents
+from data import split_documents
 from kv_cache import KVCache
 
 MARGIN = 1.03  # to be compressed by more than asked for: other text may be compressed by less
 RATIOS = (2, 3, 4, 6, 8, 12)  # that one retrofit serves, each by an offset of its own
 PRINTED = "kl compression_ratio peak_pairs reads peak_page_bytes".split()  # of a measurement
+
+
+def settling_sequences(seq_len):
+    """How many of the first held-out sequences settle_offsets takes: some 8,000 tokens, in which
+    the share of evicted pairs hardly varies, but at least 8 sequences, since each is text of its
+    own kind. What is measured comes after them, so that it is new to the offset."""
+    return max(8, min(2**13 // seq_len, 32))
 
 
 @torch.inference_mode()
@@ -36,7 +43,7 @@ def kl_on_text(model, reference, data, count):
     tokens = 0
     for document in split_documents(ids, documents[first:]):
         states = model.states(document, cache)
-        cache.release([0])  # it goes on counting
+        cache.release([0])  # its counts of what has ended go on
         length = document.shape[1]
         packing = dms.Packing([[length]], length, model.device)
         target = reference.hidden(document, dms.document_attention(packing))
@@ -48,12 +55,12 @@ def kl_on_text(model, reference, data, count):
 
 @torch.no_grad()
 def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_attention):
-    """Find the decisions' offset for each of `ratios` that the window allows, and for the target:
-    there a cache compresses held-out text by about MARGIN times the ratio. The target's is in force
-    then.
+    """Find the decisions' offset for the target, and for each of `ratios` that the window allows:
+    that at which a cache compresses held-out text by about MARGIN times the ratio. Afterwards the
+    target's is in force.
 
-    The logits of the text give the offset at which the right share of pairs would be evicted. But
-    what is evicted changes the logits of later layers a little, so each takes two rounds."""
+    The logits of the text tell at which offset the right share of pairs would be evicted. But what
+    is evicted changes the logits of later layers a little, so each takes two rounds."""
     settings = model.config.dms
     ids, documents = data.held_out(settling_sequences(data.seq_len))
     packing = dms.Packing(documents, ids.shape[1], model.device)
@@ -77,10 +84,12 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
     settings.offsets = []
     every = sorted({*ratios, settings.target_cr})
     for cr in tqdm(every, "settling", leave=False, disable=torchrun_place()[0] > 0):
-        kept = tokens / (MARGIN * cr) - (tokens - expired)  # of the expired tokens, by a head
+        # a head may hold so many pairs of expired tokens, beside the others, which it holds anyway
+        kept = tokens / (MARGIN * cr) - (tokens - expired)
         if kept <= 0:
             continue
         for _ in range(2):
+            # the lowest kept / expired of the logits are to be below 0, once `change` is subtracted
             logits = logits_of_expired()
             change = logits[int(kept / expired * len(logits))]
             if distributed.is_initialized():
@@ -104,10 +113,10 @@ def measure(model, data, options, reference=None):
     that read the held-out text."""
     kl, sequences, cache = kl_on_text(model, reference or model, data, options.eval_sequences)
     accuracy = {}
-    if hasattr(data, "answer_tasks"):
+    if hasattr(data, "answer_tasks"):  # then it is this cache that is reported
         accuracy, cache = data.answer_tasks(model, options.eval_problems)
         sequences = len(accuracy) * options.eval_problems
-    # of ended sequences: the cache is empty by now
+    # all sequences have ended
     counts = cache.stats() | {"tokens": cache.ended_tokens, "pairs": cache.ended_pairs}
     return counts | {"kl": kl, "accuracy": accuracy, "sequences": sequences}
 

@@ -26,17 +26,15 @@ import json
 import os
 import sys
 import time
-from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from checkpoint import (SAMPLING, end_ids, generation_defaults, load_model, load_tokenizer, resolve,
-                        stated)
+from checkpoint import (end_ids, generation_defaults, load_model, load_tokenizer, resolve, stated)
 from common import InputError, choose_device, parse_options, read_text, require, run_script, say
 from kv_cache import PLAIN, CacheFull, KVCache
 from show import show_evictions
@@ -47,8 +45,14 @@ SHIPPED = Path(__file__).with_name("toy") / "retrofitted"
 # ---------------------------------------------------------------------------------------- Sampling
 
 
-# How the next token of a sequence is sampled. The first four are arguments of `sample`.
-Sampling = namedtuple("Sampling", SAMPLING, defaults=(0.0, 0, 1.0, 0.0, 1.0))
+class Sampling(NamedTuple):
+    """How the next token of a sequence is sampled. The first four are arguments of `sample`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -106,17 +110,21 @@ def next_tokens(sequences, logits):
 class DecodeStep:
     """Appends one token to every sequence that runs, and gives the logits of the next.
 
-    On a GPU it is captured as a CUDA graph the second time that it runs on the same page table, and
-    replayed from then on: one launch in place of hundreds. cache.decode_step keeps it as long as
-    the cache lives, so the turns of a conversation do not capture it anew. It keeps no reference to
-    the cache: in such a circle the cache's memory would not be free as soon as nobody uses it.
+    On a GPU the first run on a page table is a plain one, the second is captured as a CUDA graph,
+    and from then on the graph is replayed: one launch in place of hundreds. cache.decode_step keeps
+    it as long as the cache lives, so the turns of a conversation do not capture it anew. It keeps
+    no reference to the cache: in such a circle the cache's memory would not be free as soon as
+    nobody uses it.
     """
 
     def __init__(self, model, cache):
         # plain kernels wait for the GPU, and so does a router, which a graph cannot do
         waits = cache.kernels == PLAIN or model.config.num_experts_per_tok
         self.captures = cache.device.type == "cuda" and not waits
-        self.table = None  # the page table that it has run on: the cache replaces it by wider ones
+        self.table = None  # the page table of the last run: the cache replaces it by wider ones
+        self.graph = None  # what was captured on this table
+        self.inputs = None  # the graph's own (B, 2)
+        self.logits = None  # the graph's own (B, V)
 
     @torch.inference_mode()
     def __call__(self, model, cache, tokens):
@@ -186,12 +194,11 @@ class Scheduler:
     release: bool
     running: list = field(default_factory=list)  # the youngest last
     blocked: bool = False  # after pages ran out, nothing starts until a sequence ends
-    new: dict = None  # {sequence: token id} of the step
+    sampled: dict = None  # {sequence: token id} of this step, None for one that has failed
 
     def step(self):
-        """One more token for all that run, and the first of those that start. Returns {sequence:
-        id}, None for one that has failed."""
-        self.new = {}
+        """One more token for all that run, and the first of those that start. Returns `sampled`."""
+        self.sampled = {}
         try:
             if self.running:
                 tokens = {sequence.index: sequence.ids[-1] for sequence in self.running}
@@ -200,8 +207,8 @@ class Scheduler:
             while self.may_start():
                 self.start()
         except CacheFull as problem:
-            # No page is left. The youngest gives up those that it has, and waits to be appended
-            # again with all that it has said, first in line.
+            # No page is left. The youngest (the one that was starting, if one was) gives up those
+            # that it has, and waits to be appended again with all that it has said, first in line.
             youngest = self.running.pop()
             self.give_up_place(youngest)
             self.blocked = bool(self.running)
@@ -209,8 +216,8 @@ class Scheduler:
                 self.waiting.insert(0, youngest)
             else:  # nothing else runs: it does not fit by itself
                 youngest.error = str(problem)
-                self.new[youngest] = None
-        return self.new
+                self.sampled[youngest] = None
+        return self.sampled
 
     def may_start(self):
         """May the first that waits start? One that the cache does not hold yet needs a place, and
@@ -251,7 +258,7 @@ class Scheduler:
     def record(self, sequences, logits):
         """Add to each sequence its next token, and end those that it completes."""
         new = next_tokens(sequences, logits)
-        self.new |= new
+        self.sampled |= new
         for sequence, token in new.items():
             sequence.fed = len(sequence.ids)  # the cache holds all but the new token
             sequence.ids.append(token)
@@ -313,20 +320,19 @@ class Stream:
         self.show = show
         self.text = ""
         self.stopped = False
-        # The last tokens, and how many characters of their text are out. The first token is out
-        # already. It stays, since some decoders (Llama 2's) drop a text's first space: so they
-        # would drop that of any token that is decoded alone.
-        self.ids = []
-        self.out = 0
+        # The last token whose text is out, and those behind it. That one stays in front, since
+        # some decoders (Llama 2's) drop the first space of what they are given.
+        self.pending = []
+        self.out = 0  # characters of their text that are out
 
     def __call__(self, token):
-        self.ids.append(token)
-        text = self.decode(self.ids)
+        self.pending.append(token)
+        text = self.decode(self.pending)
         name = str(self.name_of(token))
         has_no_text = not self.decode([token])
         # A later token may still change the text
         # - after a token without text: a special one may stand between two bytes of a character,
-        # - after a token that is one byte, <0x0A>: a wrong one makes U+FFFD of all bytes beside it,
+        # - after a token that is one byte, <0x0A>: an invalid byte makes U+FFFD of all its run,
         # - after the first bytes of a character, which are U+FFFD until it is whole.
         may_change = has_no_text or name.startswith("<0x") or text.endswith("\ufffd")
         if has_no_text and name in self.stops:
@@ -337,7 +343,7 @@ class Stream:
 
     def let_out(self, is_last=False):
         """Let out the text held back, unless it ends like the beginning of a stop string."""
-        text = self.decode(self.ids)[self.out :]
+        text = self.decode(self.pending)[self.out :]
         ends = [text.find(stop) for stop in self.stops if stop in text]
         beginnings = tuple(stop[:n] for stop in self.stops for n in range(1, len(stop)))
         if ends or is_last or not text.endswith(beginnings):
@@ -346,8 +352,8 @@ class Stream:
             self.text += text
             if self.show:
                 print(text, end="", flush=True)
-            self.ids = self.ids[-1:]
-            self.out = len(self.decode(self.ids))
+            self.pending = self.pending[-1:]
+            self.out = len(self.decode(self.pending))
 
 
 # -------------------------------------------------------------------------------------- The script
@@ -385,8 +391,10 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] = None  # (default: bfloat16 on a GPU)
 
 
-# what a request may set for itself, and what else is known there
-OWN_OPTIONS = "n max_new_tokens seed stop temperature top_k top_p min_p repetition_penalty".split()
+# what a request may set for itself, of which type (JSON may have "5" or 5.0 for 5)
+OWN_OPTIONS = {"n": int, "max_new_tokens": int, "seed": int, "stop": list,
+               **Sampling.__annotations__}
+# what else is known there
 OF_PROMPT = "prompt messages tools enable_thinking chat_template_kwargs".split()
 ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 
@@ -415,9 +423,8 @@ class Session:
             own["stop"] = [own["stop"]]
         if unknown := own.keys() - {*OWN_OPTIONS, *OF_PROMPT}:
             say(f"what requests say about {', '.join(sorted(unknown))} has no effect")
-        # these annotations are types, which convert: JSON may have "5" or 5.0 for 5
-        typed = {key: Options.__annotations__[key](own[key]) for key in OWN_OPTIONS if key in own}
-        return replace(self.options, **{"seed": seed} | typed)
+        typed = {key: kind(own[key]) for key, kind in OWN_OPTIONS.items() if key in own}
+        return replace(self.options, **({"seed": seed} | typed))
 
     def prompt_ids(self, request):
         """The token ids of a request's "messages" or "prompt". A prompt goes through the chat
@@ -519,7 +526,7 @@ def answer_of(chains):
             "finish_reason": [chain.finish_reason for chain in chains]}
 
 
-BEGINNING = '{"generated": {"line": '  # of each line of --out, by which a torn one is known
+BEGINNING = '{"generated": {"line": '  # of each line of --out
 
 
 def line_of(generated, request):
@@ -537,7 +544,8 @@ def answered_lines(out, requests):
         expected = [line_of(answer, requests[answer["line"]]) for answer in answers]
     except (LookupError, TypeError, ValueError):
         expected = None
-    require(lines == expected and BEGINNING.startswith(unfinished[: len(BEGINNING)]),
+    is_torn = unfinished.startswith(BEGINNING) or BEGINNING.startswith(unfinished)
+    require(lines == expected and is_torn,
             f"{out}: holds something else than answers to these requests; give another --out")
     os.truncate(out, out.stat().st_size - len(unfinished))  # lines are written in ASCII
     return {answer["line"] for answer in answers}
@@ -579,7 +587,8 @@ def main(argv=None):
     given = parse_options(Options, argv)
     finished = [*Path("out").glob("*/results.json")] or [SHIPPED / "results.json"]
     folder = resolve(given.get("model") or max(finished, key=os.path.getmtime).parent)
-    options = Options(**generation_defaults(folder) | given | {"model": folder})
+    defaults = generation_defaults(folder, Sampling._fields)
+    options = Options(**(defaults | given | {"model": folder}))
     require(options.out or not options.requests, "--requests needs --out, a file for the answers")
     choose_device(options)
     if options.prompt == "-":

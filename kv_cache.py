@@ -100,7 +100,7 @@ class Rows:
     """What every row holds, and where. rows.layer(l) is the same of one layer, without the L."""
 
     seen: torch.Tensor  # (N,) int64: tokens appended so far, which is the next one's position
-    threshold: torch.Tensor  # (N,) float32: a pair is evicted whose logit is above it
+    threshold: torch.Tensor  # (N,) float32: a pair is evicted whose logit is above; see `steer`
     length: torch.Tensor  # (L, N) int32: pairs held, in slots 0 to length - 1 of the row
     table: torch.Tensor  # (L, N, M) int32: the row's pages, in order of its slots
     ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W
@@ -124,10 +124,10 @@ class Rows:
     def pages_to_be_written(self, page_size):
         """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window.
 
-        A last page with room is among them, since a row's last slot always holds a token of the
-        window: if that token leaves and is kept, a newer one has been appended behind it. Before a
-        row has seen W tokens some entries of its ring are still 0, and mark its first page; that
-        one holds a token of the window then anyway."""
+        - A last page with room is among them: a row's last slot always holds a token of the
+          window, since a token that leaves the window and is kept has a newer one behind it.
+        - Before a row has seen W tokens, some entries of its ring are still 0, and mark its first
+          page. That page holds a token of the window then anyway."""
         column = self.ring // page_size
         written = torch.zeros_like(self.table, dtype=torch.bool)
         written.scatter_(2, column.long(), True)
@@ -143,7 +143,8 @@ def fork(rows, index, pool):
     is_same = index[:, None] == index
     is_copy = is_same.tril(-1).any(dim=1)  # of an earlier row
     to_copy = forked.pages_to_be_written(pool.page_size) & is_copy[:, None]
-    originals = forked.table[to_copy]  # in use: the first that continues a row keeps them
+    originals = forked.table[to_copy]
+    # first the pages of dropped rows are freed; the originals are in use, by the first row of each
     in_use = forked.pages_in_use(pool.page_size)
     pool.free_all_but(forked.table[in_use], needed=len(originals))
     own = pool.take(len(originals))
@@ -159,6 +160,7 @@ def fork(rows, index, pool):
 def place_of(rows, token, exists, pool):
     """Where the pair of a token of each row lies in the pool, (..., N) int64: rows are those of all
     layers or of one. token: (N,) positions, in the window; `nowhere` where not exists (N,) bool."""
+    # (..., N, 1): a row's entry in its ring, the same in all layers
     entry = (token % rows.ring.shape[-1])[:, None].expand_as(rows.ring[..., :1])
     slot = rows.ring.gather(-1, entry).long()
     column = slot // pool.page_size
@@ -199,9 +201,8 @@ def store(k, v, evict, new, rows, pool, window):
         survivors       x  y  z               the new tokens that are stored
         afterwards      a  x  c  y  e  z
 
-    No hole is left below the new length. At most min(new, W) tokens leave the window, so there are
-    at most so many holes. And at least so many tokens survive: the last min(new, W) new ones, which
-    are in the window.
+    No hole is left below the new length: there are at most min(new, W) holes, since no more tokens
+    leave the window, and at least min(new, W) survivors, since the last new ones are in it.
 
     k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
     (N,) int64, how many of the T are real. All of the rows' state is updated but `seen`. Pages that
@@ -312,7 +313,8 @@ def usable_memory(device):
 
 
 PERIOD = 128  # tokens between two settings of a sequence's threshold; see KVCache.steer
-OFFSET_PER_NAT = 8.0  # logits that e times as many pairs lie above, after a warm start
+# with a threshold higher by so many logits a head keeps e times as many pairs, after a warm start
+OFFSET_PER_NAT = 8.0
 
 
 class KVCache:
@@ -332,9 +334,9 @@ class KVCache:
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page. chunk: the
         most tokens computed at a time. memory: bytes of the pool. By default it has room for the
         whole context without eviction, but takes at most 80% of a machine's memory, or of what a
-        GPU has free. (On a CPU a page takes memory only once it is written to.) budget: (pairs that
-        a head of each sequence shall hold, on average over heads; after how many tokens), see
-        `steer`. By default the model's own offset decides, whatever number that comes to."""
+        GPU has free. (On a CPU a page takes memory only once it is written to.) budget: (pairs,
+        tokens), so that after so many tokens a head of a sequence holds so many pairs, on average
+        over heads, see `steer`. By default the model's own offset decides."""
         self.device = torch.device(device)
         default = 64 if config.key_dim >= 64 else 32
         self.page_size = page_size = page_size or default
@@ -398,13 +400,14 @@ class KVCache:
 
     @torch.inference_mode()
     def append(self, hidden, ids, lengths=None, sequence=None):
-        """Append ids (B, T) int64, and return their final states (B, T, C). `hidden` makes them,
-        and is called with a piece of the ids, its `attend` and the position (B, 1) where it begins:
-        Model.hidden. lengths, sequence: as for Model.states.
+        """Append ids (B, T) int64 to the sequences, and return their final states (B, T, C).
 
-        Raises ValueError for lengths that do not fit, and CacheFull. For a single token CacheFull
-        comes before anything has changed. Whatever is raised later comes when one layer has stored
-        a piece and the next has not. So the sequences that the ids belong to are released then.
+        hidden: Model.hidden, which is called for one piece of the ids after another, with the
+        piece's `attend` and the position (B, 1) where it begins. lengths, sequence: see
+        Model.states. Raises ValueError for lengths that do not fit, and CacheFull.
+
+        For a single token CacheFull comes before anything has changed. Any other error leaves a
+        piece stored by some layers and not by others: so the sequences concerned are released.
         """
         sequences = range(self.batch_size)
         if sequence is not None:
@@ -416,9 +419,8 @@ class KVCache:
         if not (is_possible and len(count) == B == len(sequences)):
             raise ValueError(f"ids and lengths must be of {len(sequences)} sequences, and each "
                              f"length from 0 to {T}")
-        # a slice, by which Rows.select gives views
         rows = slice(sequences.start * self.kv_heads, sequences.stop * self.kv_heads)
-        if T == 1:
+        if T == 1:  # outside of `try`: if this raises, nothing has changed
             self.begin_step(count, rows)
         try:
             if T == 1:
@@ -444,23 +446,22 @@ class KVCache:
     @torch.inference_mode()
     def begin_step(self, count, rows=slice(None)):
         """Give one token of every sequence whose count (B,) is 1 its slot, in all layers: that of
-        the token that leaves the window, if it was evicted, else the row's next one. Raises
-        CacheFull before anything has changed. It waits for a GPU, twice."""
+        the token that leaves the window, if it was evicted, else the row's next one. rows: a slice.
+        Raises CacheFull before anything has changed. It waits for a GPU, twice."""
         self.widen_tables(1)
-        part = self.rows.select(rows)
+        part = self.rows.select(rows)  # views: what is written to them is the cache's own
         self.steer(part)
         is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
         token = part.seen  # the new token's position
         W = self.window + 1
-        leaves = is_new & (token >= W)
-        # token - W leaves the window, and has the same entry in the ring
-        oldest = place_of(part, token, leaves, self.pool)  # (L, N)
+        leaves = is_new & (token >= W)  # a token leaves the window, token - W
+        oldest = place_of(part, token, leaves, self.pool)  # (L, N), as both have the same entry
         reuses = leaves & self.pool.evicted.flatten()[oldest]
         appends = is_new & ~reuses
         next_slot = part.length.clone()
         add_pages(part, self.pool, next_slot + appends)
         row = torch.arange(len(token), device=self.device)
-        present = part.ring[:, row, token % W]
+        present = part.ring[:, row, token % W]  # already right where the slot is reused
         part.ring[:, row, token % W] = next_slot.where(appends, present)
 
     def append_token(self, hidden, ids, count, rows=slice(None)):
@@ -502,11 +503,11 @@ class KVCache:
             if logits is not None:
                 z = logits.flatten(0, 1)  # (N, T)
                 evict = by_subject(z, self.shift) > part.threshold[:, None]
-            if logits is not None and self.shift:
-                evicted[decided[layer]] = z[:, 0] > part.threshold
-                # Padding must not decide about a row's last token. (Where nothing is new, -1 is
-                # the last of the padding.)
-                evict[row, new - 1] = False
+                if self.shift:
+                    evicted[decided[layer]] = z[:, 0] > part.threshold
+                    # By padding nothing is decided about a row's last token. (A row without a new
+                    # one has padding alone, and there -1 does no harm.)
+                    evict[row, new - 1] = False
             block = (k.flatten(0, 1), v.flatten(0, 1), evict, new)
             memory = (part.layer(layer), self.pool, self.window)
             q_by_row = q.reshape(len(new), -1, *q.shape[2:])  # (N, G, T, D)
@@ -534,11 +535,11 @@ class KVCache:
         """For a budget: set the threshold of sequences that have seen a multiple of PERIOD tokens,
         so that their heads come to hold, besides the window, keep_rate times what is behind it.
 
-        A decision shows in the number of pairs only after a window, and the next correction comes
-        after a period. So the threshold is chosen to make up for what is lacking within these.
-        Raised by OFFSET_PER_NAT it keeps e times as many. Since the pairs held are a sum of
-        decisions, this is integral control. It depends on nothing but what was seen and is held, so
-        it is the same however the input is cut."""
+        A decision shows in the number of pairs after a window, and the next correction comes after
+        a period. In that time a head usually keeps `usual` pairs, and x * usual more with a
+        threshold of x * OFFSET_PER_NAT, for a small x. That shall be what is lacking now. (This is
+        integral control, as `lacking` sums up all decisions so far. It depends on nothing but what
+        was seen and is held, so it is the same however the input is cut.)"""
         if self.keep_rate is None:
             return
         W = self.window + 1

@@ -6,9 +6,11 @@ part of the key that carries the position is computed apart, once for all heads:
 
     k_h = [W_UK_h c ; k_rope]       v_h = W_UV_h c       score = q_h k_h
 
-But q W_UK c is a product of W_UK^T q and c, and the sum of weighted W_UV c over tokens is W_UV
-times that of the weighted c. So a query is carried into the space of latents, and what attention
-gives is carried out of it:
+But the two projections commute with attention:
+
+    q^T (W_UK c) = (W_UK^T q)^T c        sum_j a_j (W_UV c_j) = W_UV (sum_j a_j c_j)
+
+So a query is carried into the space of latents, and the output of attention out of it:
 
     q_h = [W_UK_h^T q_nope ; q_rope]       k = [c ; k_rope]       v = k       y_h = W_UV_h y_c
 
@@ -59,8 +61,8 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = nn.RMSNorm(r, 1e-6)
         self.kv_b_proj = nn.Linear(r, H * (nope + v), bias=False)
         self.o_proj = nn.Linear(H * v, C, bias=False)
-        # Scores are divided by sqrt(D), and under yarn they are sharper. But `attend` divides them
-        # by the root of the keys' size.
+        # DeepSeek divides scores by sqrt(D), and under yarn multiplies q and k by mscale. `attend`
+        # divides them by the root of the keys' size. So queries are multiplied by the difference.
         rope = config.rope_scaling or {}
         factor = rope.get("factor", 1)
         mscale = 1 + 0.1 * rope.get("mscale_all_dim", 0) * math.log(factor)
@@ -101,7 +103,7 @@ class LatentAttention(nn.Module):
         return self.o_proj(y.flatten(2))
 
     def output_weight(self):
-        """The part of each head in it, (H, C, r + rope)."""
+        """The output projection by head, (H, C, r + rope), for warm_start.py."""
         _, W_UV = self.up()
         W = self.o_proj.weight.unflatten(1, (len(W_UV), -1))  # (C, H, v)
         W = W.transpose(0, 1) @ W_UV

@@ -101,10 +101,10 @@ class ModelConfig:
 
     @property
     def context(self):
-        """The tokens that the model can take: as its RoPE is scaled, which may be more than
-        config.json states. Qwen's instructions for YaRN leave max_position_embeddings as it was."""
+        """The tokens that the model can take: what config.json states, or under linear and yarn
+        what these make of the original context, if that is more. (Qwen's instructions for YaRN
+        leave max_position_embeddings as it was.)"""
         rope = self.rope_scaling or {}
-        # llama3 is scaled, too, but its config.json states the context that it comes to
         if rope.get("rope_type") not in ("linear", "yarn"):
             return self.max_position_embeddings
         scaled = original_context(self) * rope.get("factor", 1)
@@ -149,7 +149,7 @@ def llama3_frequencies(config, freq):
 
 
 def yarn_frequencies(config, freq):
-    """The same, with the ramp over channels, and cos and sin scaled by 0.1 ln(factor) + 1."""
+    """The same with a ramp over channels, and cos and sin scaled by 0.1 ln(factor) + 1."""
     rope = config.rope_scaling
     D = config.head_dim
     original = original_context(config)
@@ -169,8 +169,8 @@ def yarn_frequencies(config, freq):
     low = max(low, 0)
     high = min(high, D - 1)
     channel = torch.arange(D // 2, dtype=torch.float32, device="cpu")
-    divide = ((channel - low) / max(high - low, 0.001)).clamp(0, 1)
-    freq = freq * (1 - divide + divide / factor)
+    keep = 1 - ((channel - low) / max(high - low, 0.001)).clamp(0, 1)
+    freq = freq * (keep + (1 - keep) / factor)
 
     mscale = lambda m: 0.1 * m * math.log(max(factor, 1)) + 1.0
     scale = mscale(1)
@@ -222,9 +222,9 @@ class Attention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         logits = dms.decide(self, residual, q)
-        # RoPE mixes channel D - 1, the borrowed one, with channel D/2 - 1. Set to 0 before, it adds
-        # nothing to its partner; set to 0 after, it keeps nothing of it. Released models expect
-        # both.
+        # RoPE mixes channel D - 1, the borrowed one, with channel D/2 - 1. Set to 0 before RoPE,
+        # the borrowed channel leaks nothing into the other. Set to 0 after, it holds nothing that
+        # leaked from there.
         q = rotate(dms.without_borrowed(q, config))
         q = dms.without_borrowed(q, config)
         k = rotate(k)
@@ -236,7 +236,7 @@ class Attention(nn.Module):
         return self.o_proj(y.flatten(2))
 
     def output_weight(self):
-        """The part of each head in it, (Hq, C, D)."""
+        """The output projection by head, (Hq, C, D), for warm_start.py."""
         W = self.o_proj.weight.unflatten(1, (-1, self.config.head_dim))  # (C, Hq, D)
         return W.transpose(0, 1)
 
@@ -277,6 +277,7 @@ class Experts(nn.Module):
         # the bias, which keeps all experts busy, counts in the choice alone
         rank = score + self.gate.e_score_correction_bias if is_v3 else score
         if config.n_group and config.topk_method != "greedy":  # only the best groups count
+            # a group's score: that of its best expert (V2), or the sum of its best two (V3)
             groups = rank.unflatten(1, (config.n_group, -1))  # (n, groups, E / groups)
             best = groups.topk(2 if is_v3 else 1).values.sum(-1, keepdim=True)
             best_groups = best.topk(config.topk_group, dim=1)
@@ -318,9 +319,8 @@ class Block(nn.Module):
         if config.dms is not None and config.dms.source == "adapter":
             dms.add_adapter(self.self_attn)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, config.intermediate_size)
-        if config.has_experts(layer):
-            self.mlp = Experts(config)
+        size = config.intermediate_size
+        self.mlp = Experts(config) if config.has_experts(layer) else MLP(config, size)
 
     def before(self, x, rotate):
         return self.self_attn.project(x, self.input_layernorm(x), rotate)
@@ -394,13 +394,11 @@ class Model(nn.Module):
         With a cache (a KVCache) the ids are appended to it, and nothing is differentiated. lengths
         (B,): sequence b brings ids[b, :lengths[b]], and the rest is padding, which is never stored.
         sequence: ids (1, T) belong to this one sequence of the cache, and the others rest.
-        Raises ValueError for ids or lengths that do not fit, CacheFull where pages run out.
+        Raises ValueError for lengths that do not fit, CacheFull where pages run out.
         """
-        V = self.config.vocab_size
-        if ids.dim() != 2 or not ids.numel() or not 0 <= ids.min() <= ids.max() < V:
-            raise ValueError(f"ids must be (B, T), at least one, from 0 to {V - 1}")
         if cache is None:
             return self.hidden(ids, dms.masked_attention(self.config))
+        # The cache cuts the ids into pieces, and calls self.hidden for each, with its `attend`.
         return cache.append(self.hidden, ids, lengths, sequence)
 
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):

@@ -38,8 +38,8 @@ from checkpoint import (base_keys, copy_tokenizer, load_model, load_tokenizer, p
                         read_settings, resolve, save_model)
 from common import (all_reduce, choose_device, is_sharded, parse_options, read_json, require, shard,
                     run_script, sharded_like, torchrun_place, whole, write_atomic, write_json)
-from data import DEFAULT, TextData, settling_sequences
-from evaluate import MARGIN, evaluate, settle_offsets
+from data import DEFAULT, TextData
+from evaluate import MARGIN, evaluate, settle_offsets, settling_sequences
 from warm_start import warm_start
 
 TEACHER = Path(__file__).resolve().parent / "toy" / "teacher"
@@ -110,7 +110,7 @@ def load_pair(options):
         student = dms.start_retrofit(load_model(options.model, device), settings)  # in float32
         if options.shard:
             shard(student)
-        # all but routers, which the experts' weights go with
+        # all but routers: a router and its experts were trained for one another's choices
         trained = [p for name, p in student.named_parameters() if ".mlp.gate." not in name]
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -133,7 +133,7 @@ class Distillation:
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
-        # of the last step's pairs; before the first, of what the warm start has settled
+        # by the last step, see `backward`; before the first, what the warm start was settled to
         self.evicted_fraction = 1 - 1 / options.target_cr if options.warm_start else 0.0
 
     def step(self, step, ids, documents):
@@ -141,7 +141,8 @@ class Distillation:
         processes are given the same. Returns metrics. Raises InputError, before weights change, if
         the step diverges."""
         options = self.options
-        cr = MARGIN * options.target_cr  # which the warm start has reached
+        # the warm start has reached what cold adapters, or the neuron, are led to step by step
+        cr = MARGIN * options.target_cr  # a little more, since other text is compressed by less
         if not options.warm_start:
             cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
         sums = all_reduce(self.backward(step, ids, documents, cr))
@@ -166,15 +167,16 @@ class Distillation:
         predictions = tokens - sum(map(len, documents))  # a document's last token predicts none
         sums = torch.zeros(2, device=self.student.device)
         B, T = ids.shape
-        for part in torch.arange(rank, B, world).split(max(TOKENS_AT_A_TIME // T, 1)):
+        mine = torch.arange(rank, B, world)
+        for part in mine.split(max(TOKENS_AT_A_TIME // T, 1)):
+            part = part.tolist()
             packing = dms.Packing([documents[b] for b in part], T, sums.device)
             seeds = [f"{self.options.seed} {step} {b}" for b in part]
             kl, evicted = self.compare(ids[part].to(sums.device), packing, seeds)
             shares = torch.stack((kl / predictions, evicted / tokens))
-            # The step's own fraction is known only when all its sequences are done. So the value
-            # is the last step's, which says whether the target is missed, and the gradient is that
-            # of these sequences.
-            fraction = self.evicted_fraction + shares[1] - shares[1].detach()
+            # Whether the target is missed depends on all of the step's sequences, and these are
+            # only a part. So the fraction has the last step's value, with the gradient of these.
+            fraction = dms.straight_through(self.evicted_fraction, shares[1])
             compression = dms.compression_loss(fraction, cr)
             (shares[0] + self.options.compression_weight * compression).backward()
             sums += shares.detach()
@@ -186,8 +188,9 @@ class Distillation:
         with torch.no_grad():
             target = self.teacher.hidden(ids, dms.document_attention(packing), start)
         relaxed = dms.RelaxedAttention(self.student.config.dms, packing, self.attention, seeds)
-        states = self.student.hidden(ids, relaxed, start, recompute=ids.shape[1] > dms.RECOMPUTES)
-        # asked for only now: FSDP2 leaves the root's own weights whole after a forward pass
+        is_long = ids.shape[1] > dms.RECOMPUTE_ABOVE
+        states = self.student.hidden(ids, relaxed, start, recompute=is_long)
+        # read here and not before: FSDP2 has put these weights together for the forward pass
         heads = (self.student.lm_head.weight, self.teacher.lm_head.weight)
         counts = packing.predicts()
         kl = dms.distillation_loss(states, target, *heads, counts, self.options.reverse_kl)
@@ -200,9 +203,10 @@ class Distillation:
         for name, parameter in self.parameters.items():
             for key, tensor in {"weight": parameter, **self.optimizer.state[parameter]}.items():
                 tensors[f"{key}.{name}"] = whole(tensor.detach()).cpu().contiguous()
-        notes = json.dumps([step, self.evicted_fraction, self.student.config.dms.offset])
+        notes = dict(done=step, evicted_fraction=self.evicted_fraction,
+                     offset=self.student.config.dms.offset)
         if torchrun_place()[0] == 0:
-            write_atomic(file, lambda new: save_file(tensors, new, {"notes": notes}))
+            write_atomic(file, lambda new: save_file(tensors, new, {"notes": json.dumps(notes)}))
 
     def load(self, file):
         """The inverse of save; returns the step. Tensors go by name and are sharded anew, as the
@@ -211,15 +215,16 @@ class Distillation:
             for key in saved.keys():
                 kind, name = key.split(".", 1)
                 tensor = saved.get_tensor(key)
-                if kind != "step":
+                if kind != "step":  # AdamW's own, a number for each tensor
                     tensor = sharded_like(tensor, self.parameters[name])
                 if kind == "weight":
                     self.parameters[name].data.copy_(tensor)
                 else:
                     self.optimizer.state[self.parameters[name]][kind] = tensor
             notes = json.loads(saved.metadata()["notes"])
-        step, self.evicted_fraction, self.student.config.dms.offset = notes
-        return step
+        self.evicted_fraction = notes["evicted_fraction"]
+        self.student.config.dms.offset = notes["offset"]
+        return notes["done"]
 
 
 def learning_rate(step, steps, peak):
@@ -256,7 +261,7 @@ def train(options, data, out):
         done = run.load(state)
     elif options.warm_start:
         warm_start(run.student, data, options.warm_start)
-        settle_offsets(run.student, data, (), run.attention)  # of the target alone
+        settle_offsets(run.student, data, ratios=(), biased_attention=run.attention)
         run.save(state, 0)
     log = out / "metrics.jsonl"
     if is_main:
@@ -304,7 +309,8 @@ def complete(options):
         # a quarter of what the target leaves, rounded down to a power of two
         quarter = max(int(seq_len / options.target_cr / 4), 1)
         window = min(512, 2 ** (quarter.bit_length() - 1))
-        # A step moves a logit by about lr * C: half as much as in NVIDIA's recipe.
+        # AdamW moves each of an adapter's C weights by lr in a step, so a logit by about lr * C:
+        # the same in models of any width
         defaults = dict(defaults, seq_len=seq_len, window=window, lr=0.06 / config.hidden_size)
     if options.decision == "neuron":  # there are no adapters to fit
         defaults = dict(defaults, warm_start=0)
@@ -350,6 +356,15 @@ def check(options):
             f"{options.out}: holds something; continue it with --resume, or choose another --out")
 
 
+def check_window(options, data):
+    """Refuse a window that alone holds more of the settling text than the target leaves."""
+    _, documents = data.held_out(settling_sequences(options.seq_len))
+    lengths = sum(documents, [])
+    in_windows = sum(min(n, options.window + 1) for n in lengths)
+    require(sum(lengths) / in_windows >= options.target_cr,
+            f"--window {options.window} is too much of documents so short; take less")
+
+
 def main(argv=None):
     options = parse(argv)
     check(options)
@@ -364,11 +379,8 @@ def main(argv=None):
         data = make_data(options)
         if data.revision and "@" not in options.data:
             options.data += f"@{data.revision}"  # settings.json keeps the commit for --resume
+        check_window(options, data)
         if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
-            lengths = sum(data.held_out(settling_sequences(options.seq_len))[1], [])
-            in_windows = sum(min(n, options.window + 1) for n in lengths)  # held in any case
-            require(sum(lengths) / in_windows >= options.target_cr,
-                    f"--window {options.window} is too much of documents so short; take less")
             # "medium" allows less than float32 inside products: a GPU takes TF32, a CPU oneDNN
             torch.set_float32_matmul_precision("medium")
             train(options, data, out)

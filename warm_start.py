@@ -9,10 +9,13 @@ the residual would change by exactly
 
     d = a / (1 - a) W_o (o - v_j)
 
-The need of a pair is the sum over the query heads of its KV head of |d|^2 / |x|^2, where x is the
-residual: the mean over all queries i > j + window of its document, which are those that would miss
-it. As a share of the residual it compares across heads and layers, so one threshold serves all of
-them. An adapter's score is linear in what it sees of a token, hence
+The need of a pair is what its KV head's query heads would lose together, as a share of the residual
+x, on average over the queries of the document that would miss it:
+
+    need_j = mean over i > j + window of  sum over heads of  |d|^2 / |x_i|^2
+
+Such a share compares across heads and layers, so one threshold serves all of them. An adapter's
+score is linear in what it sees of a token, hence, with half the logarithm of this squared length,
 
     log(need_j) / 2  ~  W RMSNorm(x_{j + shift})      ridge regression, from sums alone
     z = -SHARPNESS W RMSNorm(x) - offset                       z > 0, evict, where need is low
@@ -29,8 +32,8 @@ from common import all_reduce, sharded_like, torchrun_place
 from data import long_documents
 from dms import attention
 
-SHARPNESS = 4.0  # logits to a nat of log(need) / 2: far above the noise of training
-RIDGE = 0.1  # of a feature's mean square, the mean over all
+SHARPNESS = 4.0  # logits for a nat of log(need) / 2: far above the noise of training
+RIDGE = 0.1  # what is added to the diagonal of the sums, as a share of its mean
 FIRST = 30.0  # weight of a document's first token, the sink, which nearly all heads need
 
 
@@ -51,7 +54,7 @@ def needs(q, k, v, residual, R, window, block=128):
     q = q.unflatten(0, (Hkv, -1))  # (Hkv, G, T, D)
     q = q * D**-0.5
     keys = k[:, None]
-    v = v[:, None] @ R.mT  # (Hkv, G, T, D), as long as what it would add to the residual
+    v = v[:, None] @ R.mT  # (Hkv, G, T, D): its norm is that of what it would add to the residual
     squared_norm = residual.square().sum(-1, keepdim=True)  # (T, 1)
     position = torch.arange(T, device=q.device)
     total = k.new_zeros(Hkv, T)
@@ -63,8 +66,9 @@ def needs(q, k, v, residual, R, window, block=128):
         o = a @ v
         change = torch.cdist(o, v)
         change *= a / (1 - a)
-        # One pair of a query may have nearly all: then 1 - a and o - v are mere rounding. So the
-        # output without it is computed as it stands: d = a W_o (that output - v).
+        # If one pair has nearly all of a query's probability, 1 - a and o - v are mere rounding. So
+        # for the largest the output without it is computed: d = a W_o (that output - v). (-1e9 and
+        # not -inf, since the first query has no other pair.)
         largest, top = a.max(-1, keepdim=True)  # (Hkv, G, n, 1)
         others = score.scatter(-1, top, -1e9)
         without = others.softmax(-1) @ v
@@ -94,14 +98,16 @@ def warm_start(model, data, documents):
     Hkv = config.kv_heads
     # by layer the sum over tokens of x x^T (C, C), and beside it of x y (C, Hkv)
     sums = torch.zeros(len(layers), C, C + Hkv, device=model.device)
-    seen = {}  # what a layer's adapter gets (1, T, C), and what its norm makes of it
+    # of the present layer: what its adapter gets (1, T, C), and what its norm makes of that. A hook
+    # keeps them, since `attend` is not given them.
+    of_adapter = {}
     outputs = {}  # layer: small_output, which is slow on a GPU
 
     def attend(layer, q, k, v, logits):
         if layer not in outputs:
             W_o = layers[layer].self_attn.output_weight()
             outputs[layer] = small_output(W_o, Hkv)
-        inputs = (x[0].float() for x in (q, k, v, seen["residual"]))
+        inputs = (x[0].float() for x in (q, k, v, of_adapter["residual"]))
         need = needs(*inputs, outputs[layer], settings.window)
         if settings.per == "layer":  # one decision holds for all heads
             need = need.sum(0).expand_as(need)
@@ -110,7 +116,7 @@ def warm_start(model, data, documents):
         certain = T * 3 // 4 - settings.window
         need = need[:, :certain] + 1e-24  # it may be 0
         y = need.log().T / 2  # (certain, Hkv)
-        x = seen["normed"][0, settings.shift :]
+        x = of_adapter["normed"][0, settings.shift :]
         x = x[:certain]  # (certain, C)
         both = torch.cat((x, y), dim=1)
         both[0] *= FIRST**0.5
@@ -118,7 +124,7 @@ def warm_start(model, data, documents):
         return attention(q, k, v)
 
     def note(norm, inputs, normed):
-        seen.update(residual=inputs[0], normed=normed)
+        of_adapter.update(residual=inputs[0], normed=normed)
 
     hooks = []
     for block in layers:
@@ -136,5 +142,5 @@ def warm_start(model, data, documents):
     settings.offset = 0.0
     for block, w in zip(layers, W):
         weight = block.self_attn.dms_proj_alpha.weight
-        z = -SHARPNESS / settings.scale * w.T
-        weight.copy_(sharded_like(z, weight))
+        fitted = -SHARPNESS / settings.scale * w.T
+        weight.copy_(sharded_like(fitted, weight))

@@ -33,7 +33,8 @@ def operations(model, T):
     head = model.lm_head.weight.numel()
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
     # what is computed again in backward counts once more
-    multiplied = (4 if T > dms.KL_SLICE else 3) * head + (4 if T > dms.RECOMPUTES else 3) * blocks
+    multiplied = (4 if T > dms.KL_SLICE else 3) * head
+    multiplied += (4 if T > dms.RECOMPUTE_ABOVE else 3) * blocks
     heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return T * (2 * multiplied + 4.5 * 2 * T * heads)
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import retrofit
 from common import run_script
-from data import settling_sequences
+from evaluate import settling_sequences
 from dms import (UNDECIDED, Packing, RelaxedAttention, attention, distillation_loss,
                  document_attention)
 

@@ -403,18 +403,21 @@ def test_what_a_template_refuses_is_an_input_error(template, tmp_path):
     refuse(lambda: load_tokenizer(tmp_path).apply_chat_template([USER]), "chat template refused")
 
 
+NAMES = "temperature top_k top_p min_p repetition_penalty".split()
+
+
 def test_defaults_of_generation_are_taken_or_named(tmp_path, capsys):
-    assert generation_defaults(tmp_path) == {}
+    assert generation_defaults(tmp_path, NAMES) == {}
     file = tmp_path / "generation_config.json"
     write_json(file, {
         "do_sample": True, "top_k": 20.0, "top_p": 0.8, "temperature": 1, "min_p": None,
         "repetition_penalty": 1.05, "typical_p": 1.0, "num_beams": 1, "suppress_tokens": []})
     defaults = dict(top_k=20, top_p=0.8, temperature=1, repetition_penalty=1.05)
-    assert generation_defaults(tmp_path) == defaults
+    assert generation_defaults(tmp_path, NAMES) == defaults
     assert capsys.readouterr().err == ""
     odd = dict(typical_p=0.9, no_repeat_ngram_size=3, suppress_tokens=[5], num_beams=4)
     edit(file, do_sample=False, **odd)
-    assert generation_defaults(tmp_path) == {**defaults, "temperature": 0}
+    assert generation_defaults(tmp_path, NAMES) == {**defaults, "temperature": 0}
     line, = capsys.readouterr().err.splitlines()
     assert all(key in line for key in odd)
 

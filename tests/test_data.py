@@ -16,7 +16,7 @@ import dms
 import evaluate
 from checkpoint import load_tokenizer
 from common import InputError
-from data import TextData, conversation, settling_sequences
+from data import TextData, conversation
 
 TOKENIZER = load_tokenizer(REPOSITORY / "toy" / "teacher")
 SENTENCE = "There was a number on the door of the old house by the river."
@@ -214,7 +214,7 @@ def test_documents_lie_end_to_end_and_their_lengths_tell_where(tmp_path, rng):
             assert any(text[: len(last)] == last for text in tokens)
 
 
-WANTED = "its columns are .'id'.; wanted are one of: .*messages.* question.answer"
+WANTED = "its columns are .'id'.; wanted are one of: .*messages.*question', 'answer"
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -276,7 +276,7 @@ def test_the_kl_is_that_of_the_masked_computation_after_the_settling_sequences(s
     dense = copy.deepcopy(model)
     dense.config.dms.disable_eviction = True
     ids, documents = held_out(11)
-    assert settling_sequences(2048) == 8
+    assert evaluate.settling_sequences(2048) == 8
     nats = []
     for sequence, lengths in zip(ids[8:], documents[8:]):
         for document in sequence[: sum(lengths)].split(lengths):

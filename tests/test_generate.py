@@ -327,7 +327,7 @@ def test_requests(run, tmp_path):
 
 def test_options_of_the_script_and_of_a_request_are_obeyed(run, folder, tmp_path, monkeypatch):
     """The model goes on from w: xyz{|}~ and its end token. generation_config.json says greedy."""
-    monkeypatch.setattr(script, "generation_defaults", lambda folder: {"temperature": 0.0})
+    monkeypatch.setattr(script, "generation_defaults", lambda *given: {"temperature": 0.0})
     at = ("--model", folder)
     assert run(*at, "--prompt", "?", "--stop", "{|")[1] == "xyz\n"
     assert run(*at, "--raw", "--prompt", "-", stdin="x")[1] == "yz{|}~\n"

@@ -152,10 +152,11 @@ def test_a_merged_release_works_and_compresses_in_transformers(
     torch.testing.assert_close(logits, model(ids)[:, 7:], rtol=1e-4, atol=1e-4)
     expected = torch.nn.functional.cross_entropy(model(ids)[0, :6], ids[0, 1:7]).item()
     assert begun.loss.item() == pytest.approx(expected, rel=1e-4)
-    beams = theirs.generate(torch.tensor(prompts[:1]), num_beams=3, **greedy)
-    chosen, likeliest = (model(x[None])[0].log_softmax(-1)[-31:-1].gather(1, x[-30:, None]).sum()
-                         for x in (beams[0], torch.tensor(ours[0].ids)))
-    assert chosen >= likeliest  # than the greedy text
+    beams = theirs.generate(torch.tensor(prompts[:1]), num_beams=3, length_penalty=0.0,
+                            return_dict_in_generate=True, output_scores=True, **greedy)
+    log_p = model(beams.sequences)[0, -31:-1].log_softmax(-1)
+    expected = log_p.gather(1, beams.sequences[0, -30:, None]).sum().item()
+    assert beams.sequences_scores.item() == pytest.approx(expected, rel=1e-4)
     pipe = transformers.pipeline("text-generation", str(folder), **loaded)
     [said] = pipe("hello", return_tensors=True, **greedy)
     alone = Sequence(load_tokenizer(folder).encode("hello"), 30)

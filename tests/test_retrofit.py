@@ -233,7 +233,7 @@ def killed(name, call, argv):
 def saved_step(out):
     """How many steps the state in a run's folder has behind it."""
     with safe_open(out / "state.safetensors", "pt") as saved:
-        return json.loads(saved.metadata()["notes"])[0]
+        return json.loads(saved.metadata()["notes"])["done"]
 
 
 def metrics_in(out):
