@@ -81,11 +81,14 @@ def parse_options(options, argv=None):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     for field in fields(options):
         choices = getattr(field.type, "__args__", ())  # of a Literal
-        how = dict(type=type(choices[0]), choices=choices) if choices else dict(type=field.type)
-        if field.type in (bool, list):
+        if choices:
+            how = dict(type=type(choices[0]), choices=choices)
+        elif field.type in (bool, list):
             how = dict(action="store_true" if field.type is bool else "append")
-        if field.default == "":
+        elif field.default == "":
             how = dict(nargs="?", const="-")
+        else:
+            how = dict(type=field.type)
         flag = f"{'-' if len(field.name) == 1 else '--'}{field.name}".replace("_", "-")
         parser.add_argument(flag, **how, help=comments.get(field.name))
     return vars(parser.parse_args(argv))

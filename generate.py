@@ -437,7 +437,7 @@ class Session:
         variables |= {"add_generation_prompt": True} | request.get("chat_template_kwargs", {})
         return self.tokenizer.encode(prompt, **variables)
 
-    def chains(self, ids, options):
+    def sequences(self, ids, options):
         """-n sequences that continue a prompt's ids, each with a Stream as its `stop`."""
         length = len(ids) + options.max_new_tokens
         config = self.model.config
@@ -454,9 +454,9 @@ class Session:
                 for i in range(options.n)]
 
     def run(self, requests, release=True):
-        """Generate for requests, {key: its chains}, in a cache that is made once. Yields each key
-        when its chains are over, and reports in the end."""
-        key_of = {chain: key for key, chains in requests.items() for chain in chains}
+        """Generate for requests, {key: its sequences}, in a cache that is made once. Yields each
+        key when its sequences are over, and reports in the end."""
+        key_of = {sequence: key for key, every in requests.items() for sequence in every}
         model = self.model
         if self.cache is None:
             memory = self.options.memory and self.options.memory * 1e9
@@ -467,15 +467,21 @@ class Session:
                                  budget=budget)
         begin = time.perf_counter()
         for new in generate(model, self.cache, list(key_of), self.end_ids, release):
-            for key in {key_of[chain] for chain, _ in new if chain.over}:
-                if all(chain.over for chain in requests[key]):
+            for key in {key_of[sequence] for sequence, _ in new if sequence.over}:
+                if all(sequence.over for sequence in requests[key]):
                     yield key
-        tokens = sum(len(chain.new) for chain in key_of)
-        cut = sum(chain.finish_reason == "length" for chain in key_of)
+        tokens = sum(len(sequence.new) for sequence in key_of)
+        cut = sum(sequence.finish_reason == "length" for sequence in key_of)
         stats = self.cache.stats()
         say(f"\n[{tokens} new tokens in {time.perf_counter() - begin:.2f} s, {cut} of {len(key_of)}"
             f" cut at --max-new-tokens; {stats['compression_ratio'] or 1:.2f}x compressed, at most "
             f"{stats['peak_pairs']:,} pairs in {stats['peak_page_bytes']:,} bytes]")
+
+    def finish(self, sequences, release):
+        """Generate for one request. Returns its answer."""
+        for _ in self.run({0: sequences}, release):
+            pass
+        return answer_of(sequences)
 
 
 def chat(session):
@@ -486,44 +492,43 @@ def chat(session):
     """
     mark = "\ue000"  # a private character, which nobody types
     turns = []
-    chain = Sequence([], 1)  # before the first turn
+    last = Sequence([], 1)  # the sequence of the turn before
     for line in filter(str.strip, sys.stdin):
         turns.append({"role": "user", "content": line.rstrip("\n")})
         text = session.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         after_answer = text.split(mark)[-1]
-        said = chain.ids
-        if said and said[-1] in session.end_ids:
-            said.pop()  # not in the cache yet, and `after_answer` begins with it
+        # The cache holds all of the conversation but its last token. An end token comes again, as
+        # `after_answer` begins with it.
+        has_end = last.ids and last.ids[-1] in session.end_ids
+        said = last.ids[:-1] if has_end else last.ids
         ids = said + session.tokenizer.encode(after_answer, add_special_tokens=False)
-        [turn] = session.chains(ids, replace(session.options, n=1))
-        chain = replace(turn, index=chain.index, fed=chain.fed)  # goes on where the last one ended
-        list(session.run({0: [chain]}, release=False))  # to its end
-        answer_of([chain])
+        [turn] = session.sequences(ids, replace(session.options, n=1))
+        last = replace(turn, index=last.index, fed=last.fed)
+        session.finish([last], release=False)
         turns.append({"role": "assistant", "content": mark})
         print()
 
 
 def one_prompt(session):
-    """Answer --prompt in -n chains."""
+    """Answer --prompt, -n times."""
     options = session.options
-    chains = session.chains(session.prompt_ids({"prompt": options.prompt}), options)
-    list(session.run({0: chains}, release=not options.show_evictions))
-    texts = answer_of(chains)["texts"]
+    sequences = session.sequences(session.prompt_ids({"prompt": options.prompt}), options)
+    texts = session.finish(sequences, release=not options.show_evictions)["texts"]
     print("\n---\n".join(texts) if options.n > 1 else "")
     if options.show_evictions:
-        show_evictions(options.show_evictions, session.cache, chains[0],
+        show_evictions(options.show_evictions, session.cache, sequences[0],
                        Stream(session.tokenizer, skip_special_tokens=False))
 
 
-def answer_of(chains):
-    """What --out says of a request: its chains' texts, lengths and ends. Raises InputError if one
-    of them did not fit into the cache."""
-    for chain in chains:
-        require(not chain.error, chain.error)
-        chain.stop.let_out(is_last=True)
-    return {"texts": [chain.stop.text for chain in chains],
-            "tokens": [len(chain.new) for chain in chains],
-            "finish_reason": [chain.finish_reason for chain in chains]}
+def answer_of(sequences):
+    """What --out says of a request: its texts, their lengths and ends. Raises InputError if one of
+    them did not fit into the cache."""
+    for sequence in sequences:
+        require(not sequence.error, sequence.error)
+        sequence.stop.let_out(is_last=True)
+    return {"texts": [sequence.stop.text for sequence in sequences],
+            "tokens": [len(sequence.new) for sequence in sequences],
+            "finish_reason": [sequence.finish_reason for sequence in sequences]}
 
 
 BEGINNING = '{"generated": {"line": '  # of each line of --out
@@ -559,7 +564,7 @@ def serve(session):
     out = Path(options.out)
     lines = enumerate(read_text(options.requests).split("\n"), 1)
     requests = {n: line for n, line in lines if line.strip()}
-    chains = {}
+    sequences = {}
     failed = {}
     with FileLock(f"{out}.lock", blocking=False), open(out, "a") as file:
         for number in sorted(requests.keys() - answered_lines(out, requests)):
@@ -569,12 +574,12 @@ def serve(session):
                 require("generated" not in request, 'a request must not have a key "generated"')
                 request = stated(request)
                 own = session.options_of(request, f"{options.seed} {number}")
-                chains[number] = session.chains(session.prompt_ids(request), own)
+                sequences[number] = session.sequences(session.prompt_ids(request), own)
             except Exception as e:  # as there may be anything
                 failed[number] = e
-        for number in tqdm(session.run(chains), total=len(chains)):
+        for number in tqdm(session.run(sequences), total=len(sequences)):
             try:
-                generated = {"line": number, **answer_of(chains[number])}
+                generated = {"line": number, **answer_of(sequences[number])}
                 print(line_of(generated, requests[number]), file=file, flush=True)
             except InputError as e:
                 failed[number] = e

@@ -46,7 +46,8 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
         engine = Model(ModelConfig(**config.dms_engine | {"dms": settings}))
         self.model = engine.model
         self.lm_head = engine.lm_head
-        self.__dict__["engine"] = engine  # no module of its own: its parts are ours
+        # not registered as a submodule, or its parameters would be listed twice
+        self.__dict__["engine"] = engine
         self.post_init()
 
     @classmethod
@@ -66,7 +67,7 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
         either side. The tokens of a sequence move to the front, and their states back."""
         engine = self.engine
         cache = past_key_values if cache is None else cache
-        # no module of this one, it has not moved with it
+        # .to(device) has moved the parameters, which are this module's, but not the engine's buffer
         engine.rope_freq = engine.rope_freq.to(input_ids.device)
         B, T = input_ids.shape
         if cache is None:

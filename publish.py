@@ -67,7 +67,7 @@ def write_release(options, out):
     if options.base:  # without a commit: the recorded one may be another repository's
         named = {"dms_base_model": options.base}
     base = named.get("dms_base_model")
-    if base and ((folder / base).is_dir() or Path(base).is_dir()):  # here, where nobody else has it
+    if base and ((folder / base).is_dir() or Path(base).is_dir()):  # no other machine has it
         require(not only_adapters, f"{base}: is a folder; give its hub id: --base")
         base = None
 

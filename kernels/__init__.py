@@ -25,14 +25,14 @@ def capability(tensor):
 
 
 def block_sizes(x, width):
-    """(own, other, few) for vectors of `width` channels in x's dtype. A program holds `own` of them
-    and walks over the rest: `other` at a time where it makes one sum, `few` where it makes more
-    and needs the registers.
+    """How many vectors of `width` channels in x's dtype a program takes: (own, other, few). It
+    holds `own` of them and walks over the rest, `other` at a time where it makes one sum, `few`
+    where it makes more sums, which need the registers.
 
-    An H100, capability 9, multiplies from shared memory. Others multiply from registers, which have
-    room for less, and so does every GPU in float32. With these sizes the kernels fit into the
-    shared memory of every GPU that they cover. On an A100 or H100 they spill at most a few
-    registers up to 128 channels.
+    The numbers were found by compiling: with them the kernels fit into the shared memory of every
+    GPU that they cover, and up to 128 channels they spill at most a few registers on an A100 or
+    H100. (An H100, capability 9, multiplies from shared memory. Others multiply from registers,
+    which have room for less, and so does every GPU in float32.)
     """
     size = width * x.element_size()
     if x.element_size() == 4:

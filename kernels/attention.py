@@ -91,7 +91,8 @@ def _attend(
     if NEW:
         new = tl.load(new_ptr + row).to(tl.int32)
         seen = tl.load(seen_ptr + row).to(tl.int32)  # the position of token 0
-        last = tl.where(tl.min(token, 0) < new, last, first)  # a block of padding sees nothing
+        is_padding = tl.min(token, 0) >= new  # all of the block: it walks over nothing
+        last = tl.where(is_padding, first, last)
     table_ptr += row * table_stride
     page = tl.load(table_ptr + (first + t) // PAGE, first + t < last, 0)
     for start in range(first, last, KEYS):
@@ -133,7 +134,7 @@ def attend_block(q, k, v, evict, new, rows, pool, window, is_block=True):
     tensors = [x.contiguous() for x in (q, k, v, evict, new)]
     tensors += [rows.seen, rows.length, rows.table, *pool.slots]
     width = max(triton.next_power_of_2(D), 16)
-    queries, _, keys = block_sizes(q, width)  # few keys: a block's queries take the registers
+    queries, _, keys = block_sizes(q, width)
     warps = 8
     parts = 1
     if not is_block:  # reading is what takes time: few queries, and 16 KiB of keys at a time

@@ -39,7 +39,7 @@ def attend_page(q, keys, values, weight, out):
     out[D]      the sum of the weights
     out[D + 1]  the highest score so far
 
-    weight: room for one number a slot, first its score."""
+    weight: room for a number for each slot of the page: its score, then its weight."""
     D = len(q)
     top = out[D + 1]
     for t in range(len(keys)):

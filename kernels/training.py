@@ -25,8 +25,8 @@ they see, for y or, in backward, for dq. One of _by_keys takes a block of keys a
 queries that see them, those of all query heads of its KV head.
 
 The kernels read q, k, v and y as (N, heads, D), which is how the projections give them. N is B * T:
-a batch is one long sequence with more documents. One more document, of zeros, fills the last block
-where N is no multiple of it. So every block is whole, and nothing that is read or written needs a
+a batch is one long sequence with more documents. If N is not a multiple of the block size, one of
+zeros fills the last block. So every block is whole, and nothing that is read or written needs a
 mask. Scores and lse are to base 2 here, as the hardware's exponential is, so they carry the factor
 log2(e).
 """
@@ -89,7 +89,7 @@ def _by_queries(
     else:
         norm = tl.zeros((OWN,), tl.float32)
         top = norm - 1e30  # the highest score so far, which weights are relative to
-    # `first` never falls, so that of the first query is the least; down to a whole block of keys
+    # `first` never falls, so the first query's is the least. It is rounded down to a whole block.
     begin = tl.load(first_ptr + start) // OTHER * OTHER
     for block in range(begin, start + OWN, OTHER):
         key = block + tl.arange(0, OTHER)
@@ -176,7 +176,7 @@ class BiasedAttention(torch.autograd.Function):
         ctx.by_keys = partial(_by_keys[N // own, Hkv], *settings, OTHER=few, **options)
         y = torch.empty_like(q)
         lse = bias.new_empty(Hq, N)
-        # y, lse and y again: in place of dy, delta and dq, which only backward has
+        # the last three stand in the places of dy, delta and dq, which only backward touches
         ctx.by_queries(q, k, v, bias, first, y, lse, y, lse, y, BACKWARD=False)
         ctx.save_for_backward(q, k, v, bias, first, y, lse)
         return y
