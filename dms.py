@@ -88,12 +88,10 @@ def masked_attention(config):
     def attend(layer, q, k, v, logits):
         if logits is None:
             return attention(q, k, v)
-        t = torch.arange(q.shape[2], device=q.device)
         evict = by_subject(logits, config.dms.shift) > 0  # (B, Hkv, T)
-        query = t[:, None]
-        mask = visible(query, t, evict[:, :, None], config.dms.window)  # (B, Hkv, T, T)
-        group = q.shape[1] // k.shape[1]
-        mask = mask.repeat_interleave(group, dim=1)  # (B, Hq, T, T)
+        evict = evict.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, Hq, T)
+        t = torch.arange(q.shape[2], device=q.device)
+        mask = visible(t[:, None], t, evict[:, :, None], config.dms.window)  # (B, Hq, T, T)
         return attention(q, k, v, mask)
 
     return attend
@@ -255,8 +253,7 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
     once. kernels/training.py computes the same on a GPU.
     """
     T, D = q.shape[2:]
-    scaled = q.float() * D**-0.5
-    q_by_group = scaled.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, T, D)
+    q_by_group = (q.float() * D**-0.5).unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, T, D)
     k = k.float()
     v = v.float()
 
@@ -271,8 +268,7 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
         q_block = q_by_group[:, :, :, start:end]
         score = torch.einsum("bhgid,bhjd->bhgij", q_block, k[:, :, :end])
         score = score + added[:, :, None]
-        weight = score.softmax(dim=-1)
-        y = torch.einsum("bhgij,bhjd->bhgid", weight, v[:, :, :end])
+        y = torch.einsum("bhgij,bhjd->bhgid", score.softmax(dim=-1), v[:, :, :end])
         return y.flatten(1, 2)  # (B, Hq, n, D)
 
     is_long = T > RECOMPUTE_ABOVE
@@ -308,8 +304,7 @@ class RelaxedAttention:
         noisy = self.noisy_logits(layer, logits)
         self.evicted_by_layer.append(self.count_evicted(noisy))
         bias = F.logsigmoid(-noisy)  # log(1 - p), (B, Hkv, T)
-        first = self.packing.first
-        return self.biased_attention(q, k, v, bias, first, self.dms.window)
+        return self.biased_attention(q, k, v, bias, self.packing.first, self.dms.window)
 
     def noisy_logits(self, layer, logits):
         """(z + g1 - g2) / tau by the token that the decision is about, (B, Hkv, T)."""
@@ -337,8 +332,7 @@ class RelaxedAttention:
         is_evicted = (noisy > 0).float()
         hard = straight_through(is_evicted, torch.sigmoid(noisy))
         expires = self.packing.expires(self.dms.window)  # (B, T)
-        counted = hard * expires[:, None]  # (B, Hkv, T)
-        return counted.sum((0, 2))
+        return (hard * expires[:, None]).sum((0, 2))  # of (B, Hkv, T)
 
     def evicted_pairs(self):
         """Pairs evicted in this batch, the mean over layers and heads, a scalar with a gradient.
@@ -392,5 +386,4 @@ def compression_loss(evicted_fraction, cr):
 def scheduled_cr(step, steps, target_cr):
     """The compression ratio asked for at a step: from 1 to target_cr, linear over the first 70% of
     the steps, then constant. 1,000 steps to 8x give the paper's +1 every 100 steps."""
-    ramp = step / (0.7 * steps)
-    return 1 + (target_cr - 1) * min(1.0, ramp)
+    return 1 + (target_cr - 1) * min(1.0, step / (0.7 * steps))

@@ -28,7 +28,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from filelock import FileLock
@@ -45,8 +45,9 @@ SHIPPED = Path(__file__).with_name("toy") / "retrofitted"
 # ---------------------------------------------------------------------------------------- Sampling
 
 
-class Sampling(NamedTuple):
-    """How the next token of a sequence is sampled. The first four are arguments of `sample`."""
+@dataclass(unsafe_hash=True)
+class Sampling:
+    """How the next token of a sequence is sampled: see `sample` and `penalized`."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -55,7 +56,7 @@ class Sampling(NamedTuple):
     repetition_penalty: float = 1.0
 
 
-def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
+def sample(logits, uniform, sampling):
     """One token for each of B sequences: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64.
 
     At a temperature below 1e-5 the likeliest token is taken. Otherwise the distribution is cut to
@@ -64,17 +65,18 @@ def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
     distribution function: the token is where the running sum of the mass passes `uniform`. The sum
     runs in order of likelihood where the logits were sorted, else in order of token ids.
     """
-    if not temperature >= 1e-5:  # NaN, too
+    if not sampling.temperature >= 1e-5:  # NaN, too
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float() / sampling.temperature
     order = None  # the token ids of sorted logits
-    if top_k > 0 or top_p < 1:
+    top_p = sampling.top_p
+    if sampling.top_k > 0 or top_p < 1:
         V = logits.shape[-1]
-        logits, order = logits.topk(int(top_k) if 0 < top_k < V else V)  # it may be 20.0
+        logits, order = logits.topk(min(int(sampling.top_k), V) if sampling.top_k > 0 else V)
     p = logits.softmax(-1)
     if top_p < 1:  # a token stays unless those before it suffice; the first always does
         p = p.where(p.cumsum(-1) - p <= top_p, 0)
-    p = p.where(p >= min_p * p.amax(-1, keepdim=True), 0)
+    p = p.where(p >= sampling.min_p * p.amax(-1, keepdim=True), 0)
     mass = p.double().cumsum(-1)
     place = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
     place = place.clamp(max=p.shape[-1] - 1)  # where nonsense, as min_p = 2, leaves no token at all
@@ -99,7 +101,7 @@ def next_tokens(sequences, logits):
     for sampling in {s.sampling for s in sequences}:
         alike = {s: penalized(x, s) for s, x in zip(sequences, logits) if s.sampling == sampling}
         uniform = torch.tensor([s.uniform() for s in alike], device=logits.device)
-        new = sample(torch.stack([*alike.values()]), uniform, *sampling[:4])
+        new = sample(torch.stack([*alike.values()]), uniform, sampling)
         tokens.update(zip(alike, new.tolist()))
     return tokens
 
@@ -150,8 +152,7 @@ class DecodeStep:
 
     def run(self, model, cache, inputs):
         token, count = inputs.T
-        states = cache.append_token(model.hidden, token[:, None], count)
-        return model.lm_head(states[:, 0])
+        return model.lm_head(cache.append_token(model.hidden, token[:, None], count)[:, 0])
 
 
 # ----------------------------------------------------------------------------- Continuous batching
@@ -360,7 +361,7 @@ class Stream:
 
 
 @dataclass
-class Options:
+class Options(Sampling):
     """Of the command line: --max-new-tokens 100 for max_new_tokens."""
 
     model: str = None  # folder or hub id (default: the last retrofit, else the shipped toy model)
@@ -375,12 +376,8 @@ class Options:
     batch: int = 64 if torch.cuda.is_available() else 16  # most chains side by side
     memory: float = None  # GB of the cache (default: 80% of what a GPU has free, or a machine has)
     max_new_tokens: int = 400
-    # the model's generation_config.json may have other defaults for these five
+    # generation_config.json may have another default for this, and for the rest of Sampling
     temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
     stop: list = ()  # a string or special token that ends the text; may be repeated
     seed: int = 0
     cr: float = None  # compression ratio, of those that the retrofit has settled, or between
@@ -447,7 +444,7 @@ class Session:
         require(max(ids) < config.vocab_size, "it has a token that the model does not know")
         if length > config.max_position_embeddings:
             say("warning: longer than the context that config.json states, as its RoPE allows")
-        sampling = Sampling(*[getattr(options, name) for name in Sampling._fields])
+        sampling = Sampling(**{name: getattr(options, name) for name in Sampling.__annotations__})
         show = options.n == 1 and not options.requests  # as it comes
         return [Sequence(ids, options.max_new_tokens, f"{options.seed} {i}",
                          Stream(self.tokenizer, options.stop, show), sampling)
@@ -592,7 +589,7 @@ def main(argv=None):
     given = parse_options(Options, argv)
     finished = [*Path("out").glob("*/results.json")] or [SHIPPED / "results.json"]
     folder = resolve(given.get("model") or max(finished, key=os.path.getmtime).parent)
-    defaults = generation_defaults(folder, Sampling._fields)
+    defaults = generation_defaults(folder, Sampling.__annotations__)
     options = Options(**(defaults | given | {"model": folder}))
     require(options.out or not options.requests, "--requests needs --out, a file for the answers")
     choose_device(options)

@@ -338,10 +338,8 @@ class KVCache:
         tokens), so that after so many tokens a head of a sequence holds so many pairs, on average
         over heads, see `steer`. By default the model's own offset decides."""
         self.device = torch.device(device)
-        default = 64 if config.key_dim >= 64 else 32
-        self.page_size = page_size = page_size or default
-        default = 2048 if self.device.type == "cuda" else 512
-        self.chunk = chunk or default
+        self.page_size = page_size = page_size or (64 if config.key_dim >= 64 else 32)
+        self.chunk = chunk or (2048 if self.device.type == "cuda" else 512)
         self.layers = L = config.num_hidden_layers
         self.kv_heads = config.kv_heads
         eviction = config.eviction
@@ -417,8 +415,7 @@ class KVCache:
         count = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
         is_possible = count.clamp(0, T).equal(count)
         if not (is_possible and len(count) == B == len(sequences)):
-            raise ValueError(f"ids and lengths must be of {len(sequences)} sequences, and each "
-                             f"length from 0 to {T}")
+            raise ValueError(f"ids, lengths: {len(sequences)} are wanted, of 0 to {T} tokens each")
         rows = slice(sequences.start * self.kv_heads, sequences.stop * self.kv_heads)
         if T == 1:  # outside of `try`: if this raises, nothing has changed
             self.begin_step(count, rows)

@@ -237,8 +237,7 @@ class Attention(nn.Module):
 
     def output_weight(self):
         """The output projection by head, (Hq, C, D), for warm_start.py."""
-        W = self.o_proj.weight.unflatten(1, (-1, self.config.head_dim))  # (C, Hq, D)
-        return W.transpose(0, 1)
+        return self.o_proj.weight.unflatten(1, (-1, self.config.head_dim)).transpose(0, 1)
 
 
 class MLP(nn.Module):

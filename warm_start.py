@@ -38,10 +38,11 @@ FIRST = 30.0  # weight of a document's first token, the sink, which nearly all h
 
 
 def small_output(output, kv_heads):
-    """R (Hkv, G, D, D) for output matrices W_o (Hq, C, D): |R u| = |W_o u|. Only lengths matter
-    here, and D is much less than C."""
-    by_group = output.float().unflatten(0, (kv_heads, -1))
-    return torch.linalg.qr(by_group, mode="r").R
+    """R (Hkv, G, D, D) for output matrices W (Hq, C, D): |R u| = |W u|, since R^T R = W^T W. Only
+    lengths matter here, and D is much less than C."""
+    W = output.float().unflatten(0, (kv_heads, -1))  # (Hkv, G, C, D)
+    squares, axes = torch.linalg.eigh(W.mT @ W)
+    return squares.clamp(min=0).sqrt()[..., None] * axes.mT
 
 
 def needs(q, k, v, residual, R, window, block=128):
@@ -101,14 +102,11 @@ def warm_start(model, data, documents):
     # of the present layer: what its adapter gets (1, T, C), and what its norm makes of that. A hook
     # keeps them, since `attend` is not given them.
     of_adapter = {}
-    outputs = {}  # layer: small_output, which is slow on a GPU
 
     def attend(layer, q, k, v, logits):
-        if layer not in outputs:
-            W_o = layers[layer].self_attn.output_weight()
-            outputs[layer] = small_output(W_o, Hkv)
+        R = small_output(layers[layer].self_attn.output_weight(), Hkv)
         inputs = (x[0].float() for x in (q, k, v, of_adapter["residual"]))
-        need = needs(*inputs, outputs[layer], settings.window)
+        need = needs(*inputs, R, settings.window)
         if settings.per == "layer":  # one decision holds for all heads
             need = need.sum(0).expand_as(need)
         # the need of a pair that hardly any query could miss says little
@@ -142,5 +140,4 @@ def warm_start(model, data, documents):
     settings.offset = 0.0
     for block, w in zip(layers, W):
         weight = block.self_attn.dms_proj_alpha.weight
-        fitted = -SHARPNESS / settings.scale * w.T
-        weight.copy_(sharded_like(fitted, weight))
+        weight.copy_(sharded_like(-SHARPNESS / settings.scale * w.T, weight))

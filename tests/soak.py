@@ -83,7 +83,7 @@ class Talks:
             near = torch.cat((logits, logits + 1e-4 * torch.randn(30, 67)))
             near = torch.stack([penalized(row, before) for row in near])
             uniform = torch.full((31,), before.uniform())
-            assert token in sample(near, uniform, *talk.sampling[:4])
+            assert token in sample(near, uniform, talk.sampling)
         assert talk.ids == history + talk.new
         self.counts["texts compared"] += 1
 

@@ -21,8 +21,8 @@ def test_the_rule_and_decisions_on_a_small_case():
     assert dms.visible(t[:, None], t, evict, window=1).int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 0, 1, 1]]
     logits = torch.tensor([[[9.0, -1, 1, -1, 1]]])
-    assert dms.decisions(logits, 0).int().tolist() == [[[1, 0, 1, 0, 1]]]
-    assert dms.decisions(logits, 1).int().tolist() == [[[0, 1, 0, 1, 0]]]
+    assert (dms.by_subject(logits, 0) > 0).int().tolist() == [[[1, 0, 1, 0, 1]]]
+    assert (dms.by_subject(logits, 1) > 0).int().tolist() == [[[0, 1, 0, 1, 0]]]
 
 
 def test_fresh_adapters_leave_the_model_as_it_was():

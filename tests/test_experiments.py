@@ -103,6 +103,24 @@ def test_hyperscaling(rows_of):
     assert script.mean_gain(*points, "reads") == (pytest.approx(0.2), 1, 100)
 
 
+@pytest.mark.parametrize("text, answer", [
+    ("so \\boxed{12} and \\boxed{7}. I checked it 3 times.", "7"), ("it is 1,234.5.", "1234.5"),
+    ("x = \u22124", "-4"), (".5 or 2.5E3", "2.5E3"), ("\\boxed{5}, not \\boxed{}", "5"),
+    ("\\boxed{\\$12{,}345}", "12345"), ("yes\nno\n", "no"), ("\n", ""), ("1/2", "1/2"),
+    ("\\boxed{\\text{(A)}} or so, 3 of 4", "A"), ("\\boxed{ (A) }", "A"), ("so 2.5e3.", "2.5e3"),
+    ("\\boxed{12,345}", "12345"), ("3-4", "4"), ("f(2)-4", "4"), ("x=-4", "-4"), ("1,2", "2"),
+    ("\\boxed{(1,2)}", "(1,2)"), ("cut \\boxed{9", "9"),
+    ("\\boxed{\\frac{\\sqrt{x_{1}}}{2}}", "\\frac{\\sqrt{x_{1}}}{2}")])
+def test_vote(text, answer, tmp_path, capsys):
+    vote = import_module("vote")
+    assert vote.final_answer(text) == answer
+    generated = {"line": 3, "texts": [text, "13", text]}
+    (tmp_path / "out").write_text(json.dumps({"generated": generated}) + "\n")
+    vote.main(tmp_path / "out")
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"line": 3, "answer": answer, "votes": 2, "of": 3}
+
+
 def test_accuracy(rows_of, monkeypatch):
     pytest.importorskip("kvpress")
     presses = import_module("presses")

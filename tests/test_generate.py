@@ -1,4 +1,5 @@
 """Sampling, continuous batching, text out of tokens, the script as a user runs it, its pictures."""
+import gc
 import html
 import io
 import itertools
@@ -41,7 +42,7 @@ def test_sampling_follows_its_textbook_distribution(settings):
     expected = torch.zeros(12)
     expected[kept] = torch.tensor([p[i] / sum(p[j] for j in kept) for i in kept])
     uniform = (torch.arange(40000) / 40000).clamp(max=1 - 2**-24)
-    tokens = sample(logits.expand(40000, -1), uniform, **{"temperature": 1.0, **settings})
+    tokens = sample(logits.expand(40000, -1), uniform, Sampling(**{"temperature": 1.0, **settings}))
     assert ((torch.bincount(tokens, minlength=12) / 40000 - expected).abs() < 1e-4).all()
 
 
@@ -53,7 +54,7 @@ def test_a_penalty_lowers_what_was_said_and_nonsense_stops_nobody():
     assert script.penalized(logits, said).tolist() == [0.5, 1.5, -4.0, logits[3].item()]
     assert next_tokens([said, other], logits.expand(2, 4)) == {said: 1, other: 0}
     for nonsense in ((1.0, 0, 1.0, 2.0), (math.nan,), (1.0, -1, -1.0)):
-        sample(logits[None], torch.rand(1), *nonsense)
+        sample(logits[None], torch.rand(1), Sampling(*nonsense))
 
 
 MIXED = [Sampling(), Sampling(1.3, top_k=20), Sampling(0.8, repetition_penalty=1.5, top_p=0.9),
@@ -146,6 +147,7 @@ def test_a_captured_step_lives_as_long_as_the_cache_and_its_table(monkeypatch):
     finish(model, cache, [Sequence([1, 2], 9)])
     assert len(graphs) == count and cache.decode_step is step  # it is not captured again
     gone = weakref.ref(cache)
+    gc.collect()  # the frames that other libraries keep in circles
     cache = None
     assert gone() is None  # its memory is free at once, without the garbage collector
 

@@ -191,9 +191,9 @@ def test_misuse_is_said_and_changes_nothing():
     model(two, cache=cache)
     before = everything(cache)
     for message, misuse in (
-            ("must be of", lambda: model(one, cache=cache)),
-            ("must be of", lambda: model(two, cache=cache, lengths=[2, 1])),
-            ("must be of", lambda: model(one, cache=cache, sequence=2)),
+            ("2 are wanted", lambda: model(one, cache=cache)),
+            ("0 to 1 tokens", lambda: model(two, cache=cache, lengths=[2, 1])),
+            ("0 are wanted", lambda: model(one, cache=cache, sequence=2)),
             ("out of bounds", lambda: cache.release([2])),
             ("out of bounds", lambda: cache.select([0, 2]))):
         with pytest.raises((ValueError, IndexError), match=message):
