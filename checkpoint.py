@@ -84,14 +84,19 @@ def read_rope(raw, where):
     """{"rope_type": ..., "rope_theta": ..., other parameters} from rope_parameters, which may hold
     theta, or the older rope_scaling with rope_theta beside it. Both may be there if they agree:
     otherwise it depends on the reader which one counts."""
-    found = [stated(raw[key]) for key in ("rope_parameters", "rope_scaling") if key in raw] or [{}]
-    for rope in found:  # make it complete, by what may stand beside it
+    def complete(rope):
+        """With what may stand beside it."""
+        rope = stated(rope)
         rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
         rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
         if "original_max_position_embeddings" in raw:  # it counts before rope's own
             rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
-    rope = found[0]
-    require(rope == found[-1] and rope["rope_theta"] == raw.get("rope_theta", rope["rope_theta"]),
+        return rope
+
+    older = complete(raw.get("rope_scaling", {}))
+    rope = complete(raw["rope_parameters"]) if "rope_parameters" in raw else older
+    theta = raw.get("rope_theta", rope["rope_theta"])
+    require(rope["rope_theta"] == theta and ("rope_scaling" not in raw or rope == older),
             f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other")
     if "attn_factor" in rope:
         say(f"{where}: RoPE's attn_factor is read by nobody, transformers included")
@@ -127,12 +132,16 @@ def config_to_dict(config):
     if settings := raw.pop("dms", None):
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}
         raw[SEPARATE] = settings.source == "adapter"
-        # NVIDIA's code wants a block of 256 on a GPU, and refuses one not smaller than the window.
-        # With shift 1 it gets the largest power of two below the window, at most 256. Its code
-        # always shifts by one: so with shift 0 it gets the window itself, and refuses the model.
-        block = min(256, 2 ** (max(settings.window - 1, 1).bit_length() - 1))
-        raw["dms_paged_attention_block_size"] = block if settings.shift else settings.window
+        raw["dms_paged_attention_block_size"] = nvidia_block(settings)
     return raw
+
+
+def nvidia_block(settings):
+    """The page size by which NVIDIA's code runs a model: the largest power of two below the window,
+    256 at most. It refuses a page as long as the window: so that is what it gets if the shift is 0,
+    as it would always shift by one."""
+    largest = 2 ** (max(settings.window - 1, 1).bit_length() - 1)
+    return min(256, largest) if settings.shift else settings.window
 
 
 # ------------------------------------------------------------------------------------ DMS settings
@@ -202,15 +211,27 @@ def find_adapters(path_or_hub_id):
     return files[0]
 
 
+def weight_files(folder):
+    """The safetensors files of a model: one, or the shards of an index. As in transformers, an
+    index does not count beside the file: it may be from before its shards were merged."""
+    file = folder / WEIGHTS
+    index = folder / f"{WEIGHTS}.index.json"
+    if file.exists() or not index.exists():
+        return [file]
+    return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+
+
 def unstacked(name, tensor):
-    """The (name, tensor) pairs of a stored tensor, by the hub's names: itself, or each expert's
-    weights where transformers 5 has stacked them, (E, ...), gate_proj above up_proj."""
+    """Yields the (name, tensor) pairs of a stored tensor, by the hub's names: itself, or each
+    expert's weights where transformers 5 has stacked them, (E, ...), gate_proj above up_proj."""
     layer, _, kind = name.rpartition(".")
     if not layer.endswith(".experts"):
-        return [(name, tensor)]
-    stacked = {"gate_up_proj": ("gate_proj", "up_proj")}.get(kind, (kind,))
-    return [(f"{layer}.{e}.{one}.weight", part) for e, expert in enumerate(tensor)
-            for one, part in zip(stacked, expert.chunk(len(stacked)))]
+        yield name, tensor
+        return
+    kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    for e, expert in enumerate(tensor):
+        for one, part in zip(kinds, expert.chunk(len(kinds))):
+            yield f"{layer}.{e}.{one}.weight", part
 
 
 def read_tensors(files, device, dtype, unused=()):
@@ -260,19 +281,15 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None, 
     if raw.get("num_nextn_predict_layers"):
         unused = f"model.layers.{config.num_hidden_layers}."
         say(f"{folder}: {unused} predicts a second token ahead (MTP), and is not used")
-    files = [folder / WEIGHTS]
-    index = folder / f"{WEIGHTS}.index.json"
-    # as in transformers, an index does not count beside the file: it may be from before its shards
-    # were merged
-    if index.exists() and not files[0].exists():
-        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
-    deciding = folder  # whose config.json says how it is decided
+    files = weight_files(folder)
     if adapter:
-        files.append(find_adapters(adapter))
-        deciding = files[-1].parent
+        file = find_adapters(adapter)
+        files.append(file)
         # its tensors say that adapters decide, even where no config.json does
-        raw = read_optional(deciding / "config.json") | {SEPARATE: True}
-    config.dms = read_settings(deciding, raw)
+        beside = read_optional(file.parent / "config.json") | {SEPARATE: True}
+        config.dms = read_settings(file.parent, beside)
+    else:
+        config.dms = read_settings(folder, raw)
     if cr:
         config.dms.offset = offset_for(config.dms, cr)
     with torch.device("meta"):

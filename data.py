@@ -81,6 +81,14 @@ def verified(record):
     return next((solution for solution, *good in both if all(good)), None)
 
 
+def split_thought(message):
+    """(the thought, the text behind it) of a message, each "" where there is none."""
+    content = message["content"] if isinstance(message.get("content"), str) else ""
+    before, _, text = content.rpartition("</think>")  # without the mark `before` is empty
+    thought = message.get("reasoning_content") or before.replace("<think>", "")
+    return thought.strip(), text
+
+
 def conversation(tokenizer, turns):
     """The text of a conversation, as the model would have seen and generated it:
 
@@ -94,9 +102,7 @@ def conversation(tokenizer, turns):
         turns = [{"role": turn["from"], "content": turn["value"]} for turn in turns]
     turns = [turn | {"role": ROLES.get(turn["role"], turn["role"])} for turn in turns]
     *asked, last = turns
-    text = last["content"] if isinstance(last.get("content"), str) else ""
-    inline, _, text = text.rpartition("</think>")  # without the mark `inline` is empty
-    thought = (last.get("reasoning_content") or inline.replace("<think>", "")).strip()
+    thought, text = split_thought(last)
     # Llama 3.2's template asks for the date of the day. Here it stays the same, or a run that is
     # resumed tomorrow would see other text.
     template = partial(tokenizer.apply_chat_template, enable_thinking=bool(thought),

@@ -40,7 +40,8 @@ class DMSConfig:
     tau: float = 0.1  # temperature of the relaxed decision, in training only
     target_cr: float = 8.0  # the compression it was trained for; documentation only
     disable_eviction: bool = False  # then the model runs as a dense one
-    offsets: list = field(default_factory=list)  # [ratio, offset], settled, rising
+    # [ratio, offset] by rising ratio, see settle_offsets in evaluate.py
+    offsets: list = field(default_factory=list)
 
     def logits(self, s):
         """The decision logits z = scale * s - offset. A pair is evicted where z > 0.
@@ -165,10 +166,10 @@ def start_retrofit(model, settings):
     for block in model.model.layers:
         if settings.source == "adapter":
             add_adapter(block.self_attn)
-            continue
-        for parameter in block.self_attn.q_proj.parameters():  # (Hq * D, C), perhaps bias (Hq * D)
-            by_group = parameter.data.unflatten(0, (config.kv_heads, -1, config.head_dim))
-            by_group[:, 0, -1] = 0  # s = 0 from now on: see borrowed_score
+        else:  # silence what borrowed_score reads: s = 0 from now on
+            for parameter in block.self_attn.q_proj.parameters():  # (Hq * D, C), perhaps (Hq * D)
+                by_group = parameter.data.unflatten(0, (config.kv_heads, -1, config.head_dim))
+                by_group[:, 0, -1] = 0
     return model
 
 
@@ -179,9 +180,10 @@ class Packing:
     """Where each document lies in the packed sequences of a batch. Documents do not see one
     another, and positions begin at 0 in each. What follows a sequence's last one is padding.
 
-    first, end: (B, T) int32, where the document of each token begins, and where it has ended (its
-    last token + 1). Padding has `first` where it begins, as if it were a document, so that each of
-    its tokens sees something; and its `end` is 0, so that it takes no part in any loss.
+    first: (B, T) int32, where the document of each token begins. In padding: where that begins, so
+    that each of its tokens sees something.
+    end: (B, T) int32, one past the last token of the document of each token. In padding: 0, so that
+    it takes no part in any loss.
     documents: an index for each, which selects its part (1, H, n, ...) of (B, H, T, ...).
     """
 
@@ -355,10 +357,12 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
     Logits of 150,000 words by 32,768 tokens take 20 GB, so they exist for KL_SLICE tokens at a
     time, and again in backward.
     """
-    more = (student_head, teacher_head, reverse)
-    by_slice = zip(*(x.flatten(0, 1).split(KL_SLICE) for x in (student, teacher, counts)))
+    inputs = (x.flatten(0, 1).split(KL_SLICE) for x in (student, teacher, counts))
     is_long = counts.numel() > KL_SLICE
-    return sum(run(slice_kl, *tensors, *more, recompute=is_long) for tensors in by_slice)
+    total = 0
+    for of_slice in zip(*inputs):
+        total += run(slice_kl, *of_slice, student_head, teacher_head, reverse, recompute=is_long)
+    return total
 
 
 def slice_kl(student, teacher, counts, student_head, teacher_head, reverse):

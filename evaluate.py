@@ -64,9 +64,10 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
     settings = model.config.dms
     ids, documents = data.held_out(settling_sequences(data.seq_len))
     packing = dms.Packing(documents, ids.shape[1], model.device)
-    expires = packing.expires(settings.window)  # (B, T): the others are held, whatever is decided
+    expires = packing.expires(settings.window)  # (B, T)
     tokens = sum(map(sum, documents))
     expired = expires.sum().item()
+    always_held = tokens - expired  # by a head, whatever is decided
 
     def logits_of_expired():
         """The logits about these tokens, of all heads and layers, with the lowest first."""
@@ -84,8 +85,7 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
     settings.offsets = []
     every = sorted({*ratios, settings.target_cr})
     for cr in tqdm(every, "settling", leave=False, disable=torchrun_place()[0] > 0):
-        # a head may hold so many pairs of expired tokens, beside the others, which it holds anyway
-        kept = tokens / (MARGIN * cr) - (tokens - expired)
+        kept = tokens / (MARGIN * cr) - always_held  # of the expired tokens, by a head
         if kept <= 0:
             continue
         for _ in range(2):

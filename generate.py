@@ -165,7 +165,9 @@ class Sequence:
     ids: list  # all of its tokens: the prompt's, then its own
     max_new_tokens: int
     seed: object = 0
-    stop: object = None  # (token id) -> bool, asked about every new token but an end token
+    # a Stream, or another function: it gets every new token but an end token, and says whether
+    # that was the last
+    stream: object = None
     sampling: Sampling = Sampling()
     new: list = field(default_factory=list)  # its own so far, an end token included
     finish_reason: str = None  # "stop", or "length" at max_new_tokens
@@ -222,8 +224,8 @@ class Scheduler:
 
     def may_start(self):
         """May the first that waits start? One that the cache does not hold yet needs a place, and
-        as many free pages as the running ones have on average. There may be none for what it says
-        later: then the youngest is put back."""
+        as many free pages as the running ones have on average. (If they do not suffice for what it
+        says later, `step` puts the youngest back.)"""
         if not self.waiting or self.blocked:
             return False
         if not self.running or self.waiting[0].index is not None:
@@ -264,7 +266,7 @@ class Scheduler:
             sequence.fed = len(sequence.ids)  # the cache holds all but the new token
             sequence.ids.append(token)
             sequence.new.append(token)
-            stops = token in self.end_ids or sequence.stop and sequence.stop(token)
+            stops = token in self.end_ids or sequence.stream and sequence.stream(token)
             if stops or len(sequence.new) == sequence.max_new_tokens:
                 sequence.finish_reason = "stop" if stops else "length"
                 self.running.remove(sequence)
@@ -283,7 +285,7 @@ def generate(model, cache, sequences, end_ids=(), release=True):
     """Continue sequences, a list of any length, in the cache's batch: continuous batching.
 
     Yields after each step the list of (sequence, new token id), None for the token of one that has
-    failed. A sequence ends on an id of end_ids, when its stop(token) is true, after max_new_tokens,
+    failed. A sequence ends on an id of end_ids, when its stream says so, after max_new_tokens,
     or because it does not fit by itself. When pages run out the youngest gives its own back and is
     appended again later: nothing is lost, and nothing is sampled twice.
 
@@ -311,7 +313,7 @@ def generate(model, cache, sequences, end_ids=(), release=True):
 class Stream:
     """Tokens in, text out (added to `text`, and printed if asked for) as soon as no later token can
     change it. In the end it is what the tokenizer makes of all tokens at once, up to a stop string.
-    As a Sequence's `stop` it says whether one has come.
+    As a Sequence's `stream` it says whether one has come.
     """
 
     def __init__(self, tokenizer, stops=(), show=False, skip_special_tokens=True):
@@ -321,10 +323,10 @@ class Stream:
         self.show = show
         self.text = ""
         self.stopped = False
-        # The last token whose text is out, and those behind it. That one stays in front, since
+        # Tokens whose text is not out yet, behind one whose text is. That one is in front because
         # some decoders (Llama 2's) drop the first space of what they are given.
         self.pending = []
-        self.out = 0  # characters of their text that are out
+        self.out = 0  # how many characters of the text of `pending` are out
 
     def __call__(self, token):
         self.pending.append(token)
@@ -435,7 +437,7 @@ class Session:
         return self.tokenizer.encode(prompt, **variables)
 
     def sequences(self, ids, options):
-        """-n sequences that continue a prompt's ids, each with a Stream as its `stop`."""
+        """-n sequences that continue a prompt's ids, each with a Stream."""
         length = len(ids) + options.max_new_tokens
         config = self.model.config
         require(min(options.n, options.max_new_tokens) > 0, "n, max_new_tokens: give 1 or more")
@@ -482,8 +484,11 @@ class Session:
 
 
 def chat(session):
-    """Turns over one cache. Each appends only what the template puts after an answer, the new turn
-    included. What the model said stays as it was said, thoughts too: the cache cannot unsay it.
+    """Turns over one cache. What the model said stays as it was said, thoughts too: the cache
+    cannot unsay it. So each turn appends only what the template puts after an answer:
+
+        all that was said before, and the answer    end token    line break, question, ...
+        held by the cache                           `after_answer`
 
     To get that text, the conversation is rendered with a mark for each answer, and cut at the last.
     """
@@ -494,8 +499,8 @@ def chat(session):
         turns.append({"role": "user", "content": line.rstrip("\n")})
         text = session.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         after_answer = text.split(mark)[-1]
-        # The cache holds all of the conversation but its last token. An end token comes again, as
-        # `after_answer` begins with it.
+        # The cache does not hold the last token of last.ids yet. If that is the end token, it is
+        # part of `after_answer`; if the answer was cut, it is one of the answer's own.
         has_end = last.ids and last.ids[-1] in session.end_ids
         said = last.ids[:-1] if has_end else last.ids
         ids = said + session.tokenizer.encode(after_answer, add_special_tokens=False)
@@ -522,8 +527,8 @@ def answer_of(sequences):
     them did not fit into the cache."""
     for sequence in sequences:
         require(not sequence.error, sequence.error)
-        sequence.stop.let_out(is_last=True)
-    return {"texts": [sequence.stop.text for sequence in sequences],
+        sequence.stream.let_out(is_last=True)
+    return {"texts": [sequence.stream.text for sequence in sequences],
             "tokens": [len(sequence.new) for sequence in sequences],
             "finish_reason": [sequence.finish_reason for sequence in sequences]}
 
@@ -541,13 +546,13 @@ def answered_lines(out, requests):
     line}. A last answer without its line's end is cut off, to be made again. Raises InputError if
     the file holds anything else."""
     *lines, unfinished = read_text(out).split("\n")
+    is_torn = unfinished.startswith(BEGINNING) or BEGINNING.startswith(unfinished)
     try:
         answers = [json.loads(line)["generated"] for line in lines]
-        expected = [line_of(answer, requests[answer["line"]]) for answer in answers]
+        is_ours = lines == [line_of(answer, requests[answer["line"]]) for answer in answers]
     except (LookupError, TypeError, ValueError):
-        expected = None
-    is_torn = unfinished.startswith(BEGINNING) or BEGINNING.startswith(unfinished)
-    require(lines == expected and is_torn,
+        is_ours = False
+    require(is_ours and is_torn,
             f"{out}: holds something else than answers to these requests; give another --out")
     os.truncate(out, out.stat().st_size - len(unfinished))  # lines are written in ASCII
     return {answer["line"] for answer in answers}

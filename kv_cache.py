@@ -124,10 +124,10 @@ class Rows:
     def pages_to_be_written(self, page_size):
         """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window.
 
-        - A last page with room is among them: a row's last slot always holds a token of the
-          window, since a token that leaves the window and is kept has a newer one behind it.
-        - Before a row has seen W tokens, some entries of its ring are still 0, and mark its first
-          page. That page holds a token of the window then anyway."""
+        - A last page with room is among them. For a row's last slot always holds a token of the
+          window: when such a token leaves and is kept, the new one goes to the slot behind it.
+        - Before a row has seen W tokens, some entries of its ring mean nothing. But then all its
+          tokens are in the window, and all its pages are marked anyway."""
         column = self.ring // page_size
         written = torch.zeros_like(self.table, dtype=torch.bool)
         written.scatter_(2, column.long(), True)
@@ -201,8 +201,9 @@ def store(k, v, evict, new, rows, pool, window):
         survivors       x  y  z               the new tokens that are stored
         afterwards      a  x  c  y  e  z
 
-    No hole is left below the new length: there are at most min(new, W) holes, since no more tokens
-    leave the window, and at least min(new, W) survivors, since the last new ones are in it.
+    All of the holes, the open slots between others, are filled:
+        holes <= min(new, W)        since no more tokens can leave the window
+        survivors >= min(new, W)    since the last new tokens are in the window
 
     k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
     (N,) int64, how many of the T are real. All of the rows' state is updated but `seen`. Pages that
@@ -313,8 +314,8 @@ def usable_memory(device):
 
 
 PERIOD = 128  # tokens between two settings of a sequence's threshold; see KVCache.steer
-# with a threshold higher by so many logits a head keeps e times as many pairs, after a warm start
-OFFSET_PER_NAT = 8.0
+# a threshold higher by this makes a head keep e times as many pairs (as measured after warm starts)
+LOGITS_PER_E_FOLD = 8.0
 
 
 class KVCache:
@@ -349,8 +350,9 @@ class KVCache:
             raise ValueError("shift 1 needs a window of 1 or more")
         self.keep_rate = None  # the share of the tokens behind the window that are to be kept
         if budget and eviction:
-            pairs, tokens = (max(n - self.window - 1, 1) for n in budget)
-            self.keep_rate = pairs / tokens
+            pairs, tokens = budget
+            in_window = self.window + 1
+            self.keep_rate = max(pairs - in_window, 1) / max(tokens - in_window, 1)
         self.kernels = choose_kernels(self.device, dtype, config.key_dim)
         self.decode_step = None  # generate.py's CUDA graph, which lives as long as these tensors
 
@@ -451,8 +453,8 @@ class KVCache:
         is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
         token = part.seen  # the new token's position
         W = self.window + 1
-        leaves = is_new & (token >= W)  # a token leaves the window, token - W
-        oldest = place_of(part, token, leaves, self.pool)  # (L, N), as both have the same entry
+        leaves = is_new & (token >= W)  # does token - W exist, which leaves the window?
+        oldest = place_of(part, token - W, leaves, self.pool)  # (L, N)
         reuses = leaves & self.pool.evicted.flatten()[oldest]
         appends = is_new & ~reuses
         next_slot = part.length.clone()
@@ -502,8 +504,9 @@ class KVCache:
                 evict = by_subject(z, self.shift) > part.threshold[:, None]
                 if self.shift:
                     evicted[decided[layer]] = z[:, 0] > part.threshold
-                    # By padding nothing is decided about a row's last token. (A row without a new
-                    # one has padding alone, and there -1 does no harm.)
+                    # A row's last real token is not decided yet: the logit behind it, which
+                    # by_subject has given it, is padding's. (-1, of a row without a new token, is
+                    # padding, too.)
                     evict[row, new - 1] = False
             block = (k.flatten(0, 1), v.flatten(0, 1), evict, new)
             memory = (part.layer(layer), self.pool, self.window)
@@ -533,10 +536,14 @@ class KVCache:
         so that their heads come to hold, besides the window, keep_rate times what is behind it.
 
         A decision shows in the number of pairs after a window, and the next correction comes after
-        a period. In that time a head usually keeps `usual` pairs, and x * usual more with a
-        threshold of x * OFFSET_PER_NAT, for a small x. That shall be what is lacking now. (This is
-        integral control, as `lacking` sums up all decisions so far. It depends on nothing but what
-        was seen and is held, so it is the same however the input is cut.)"""
+        a period. In that time a head keeps about
+
+            usual * exp(threshold / E)  ~  usual * (1 + threshold / E)      E = LOGITS_PER_E_FOLD
+
+        pairs. They shall be the usual ones and those that are lacking now, hence the threshold
+        E * lacking / usual. (This is integral control, as `lacking` sums up all decisions so far.
+        It depends only on what was seen and is held, so it is the same in every cut of the input.)
+        """
         if self.keep_rate is None:
             return
         W = self.window + 1
@@ -546,7 +553,7 @@ class KVCache:
         by_sequence = by_row.view(-1, self.kv_heads).mean(1)  # (B,)
         lacking = wanted - by_sequence.repeat_interleave(self.kv_heads)
         usual = self.keep_rate * (PERIOD + W)  # what is kept in that time
-        threshold = OFFSET_PER_NAT * lacking / usual
+        threshold = LOGITS_PER_E_FOLD * lacking / usual
         is_due = part.seen % PERIOD == 0
         part.threshold.copy_(threshold.where(is_due, part.threshold))
 

@@ -12,11 +12,12 @@ But the two projections commute with attention:
 
 So a query is carried into the space of latents, and the output of attention out of it:
 
-    q_h = [W_UK_h^T q_nope ; q_rope]       k = [c ; k_rope]       v = k       y_h = W_UV_h y_c
+    q_h = [W_UK_h^T q_nope ; q_rope]       k = [c ; k_rope]       y = sum_j a_j k_j
 
 Now all heads have the same pair: there is one KV head, and one decision for a token and layer. The
-key is its own value: of what attention makes of it, y, only the part y_c that comes from c is used.
-So one vector is all that a cache stores. The module has the methods of model.py's Attention.
+value is c, which the key contains. So only the key is cached, and serves as the value, too: y then
+begins with sum_j a_j c_j, and its rest is not used. The module has the methods of model.py's
+Attention.
 
 References: DeepSeek-AI 2405.04434 (V2), 2412.19437 (V3). Letters: those of dms.py; r, the size of a
 latent, is kv_lora_rank.
@@ -62,7 +63,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(r, H * (nope + v), bias=False)
         self.o_proj = nn.Linear(H * v, C, bias=False)
         # DeepSeek divides scores by sqrt(D), and under yarn multiplies q and k by mscale. `attend`
-        # divides them by the root of the keys' size. So queries are multiplied by the difference.
+        # divides scores by sqrt(key_dim). So queries are multiplied by the quotient of the two.
         rope = config.rope_scaling or {}
         factor = rope.get("factor", 1)
         mscale = 1 + 0.1 * rope.get("mscale_all_dim", 0) * math.log(factor)

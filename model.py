@@ -222,9 +222,8 @@ class Attention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         logits = dms.decide(self, residual, q)
-        # RoPE mixes channel D - 1, the borrowed one, with channel D/2 - 1. Set to 0 before RoPE,
-        # the borrowed channel leaks nothing into the other. Set to 0 after, it holds nothing that
-        # leaked from there.
+        # The borrowed channel, D - 1, must not reach a score. RoPE mixes it with channel D/2 - 1:
+        # set to 0 before, it puts nothing there; set to 0 after, it keeps nothing from there.
         q = rotate(dms.without_borrowed(q, config))
         q = dms.without_borrowed(q, config)
         k = rotate(k)
@@ -292,9 +291,8 @@ class Experts(nn.Module):
     def forward(self, x):
         tokens = x.flatten(0, 1)  # (n, C)
         weight, expert = self.route(tokens)
-        # the n * k choices, those of expert 0 first, then those of 1; number i is of token i // k
-        choices = expert.flatten()
-        order = choices.argsort(stable=True)
+        choices = expert.flatten()  # n * k; choice i is of token i // k
+        order = choices.argsort(stable=True)  # those of expert 0 first, then those of 1, ...
         inputs = tokens[order // expert.shape[1]]
         counts = choices.bincount(minlength=len(self.experts)).tolist()
         # In training an expert without tokens is computed, too. Its gradients are 0 then, and not

@@ -62,11 +62,11 @@ def write_release(options, out):
     require(model.config.dms, f"{options.model}: is a dense model; retrofit it")
     folder = resolve(options.model)
     raw = read_json(folder / "config.json")
-    named = {key: raw[key] for key in ("dms_base_model", "dms_base_revision") if key in raw}
-    only_adapters = named and not options.merge
-    if options.base:  # without a commit: the recorded one may be another repository's
-        named = {"dms_base_model": options.base}
-    base = named.get("dms_base_model")
+    recorded = {key: raw[key] for key in ("dms_base_model", "dms_base_revision") if key in raw}
+    only_adapters = recorded and not options.merge
+    # without a commit if it is stated: the recorded one may be another repository's
+    keys = {"dms_base_model": options.base} if options.base else recorded
+    base = keys.get("dms_base_model")
     if base and ((folder / base).is_dir() or Path(base).is_dir()):  # no other machine has it
         require(not only_adapters, f"{base}: is a folder; give its hub id: --base")
         base = None
@@ -77,7 +77,7 @@ def write_release(options, out):
         write_json(out / "results.json", run)
     weights = "the adapters alone, to be laid over the base" if only_adapters else "all weights"
     (out / "README.md").write_text(card(model.config, base, weights, run))
-    save_model(model, out, None, named if only_adapters else None)
+    save_model(model, out, None, keys if only_adapters else None)
     if not only_adapters:
         add_remote_code(model.config, out)
 

@@ -141,9 +141,9 @@ class Distillation:
         processes are given the same. Returns metrics. Raises InputError, before weights change, if
         the step diverges."""
         options = self.options
-        # the warm start has reached what cold adapters, or the neuron, are led to step by step
-        cr = MARGIN * options.target_cr  # a little more, since other text is compressed by less
-        if not options.warm_start:
+        if options.warm_start:  # it has reached the target; a little more, as other text takes less
+            cr = MARGIN * options.target_cr
+        else:  # cold adapters, or the neuron, are led there
             cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
         sums = all_reduce(self.backward(step, ids, documents, cr))
         kl, self.evicted_fraction = sums.tolist()
@@ -261,6 +261,7 @@ def train(options, data, out):
         done = run.load(state)
     elif options.warm_start:
         warm_start(run.student, data, options.warm_start)
+        # for the target alone
         settle_offsets(run.student, data, ratios=(), biased_attention=run.attention)
         run.save(state, 0)
     log = out / "metrics.jsonl"

@@ -7,15 +7,15 @@ the output of its head is o. Without it the other pairs would share its probabil
 1 / (1 - a) times its own, and the output would be (o - a v_j) / (1 - a). So what the head adds to
 the residual would change by exactly
 
-    d = a / (1 - a) W_o (o - v_j)
+    d = a / (1 - a) W_o (o - v_j)  =  a W_o (the output without it - v_j)
 
 The need of a pair is what its KV head's query heads would lose together, as a share of the residual
 x, on average over the queries of the document that would miss it:
 
     need_j = mean over i > j + window of  sum over heads of  |d|^2 / |x_i|^2
 
-Such a share compares across heads and layers, so one threshold serves all of them. An adapter's
-score is linear in what it sees of a token, hence, with half the logarithm of this squared length,
+Such a share compares across heads and layers, so one threshold serves all of them. It is a squared
+length. The logarithm of the length is what an adapter, which is linear, is fitted to:
 
     log(need_j) / 2  ~  W RMSNorm(x_{j + shift})      ridge regression, from sums alone
     z = -SHARPNESS W RMSNorm(x) - offset                       z > 0, evict, where need is low
@@ -68,8 +68,8 @@ def needs(q, k, v, residual, R, window, block=128):
         change = torch.cdist(o, v)
         change *= a / (1 - a)
         # If one pair has nearly all of a query's probability, 1 - a and o - v are mere rounding. So
-        # for the largest the output without it is computed: d = a W_o (that output - v). (-1e9 and
-        # not -inf, since the first query has no other pair.)
+        # for the largest the second form of d is used, with the output without it. (-1e9 and not
+        # -inf, since the first query has no other pair.)
         largest, top = a.max(-1, keepdim=True)  # (Hkv, G, n, 1)
         others = score.scatter(-1, top, -1e9)
         without = others.softmax(-1) @ v

@@ -38,7 +38,7 @@ def block_sizes(x, width):
     if x.element_size() == 4:
         few = 32 if width <= 64 else 16
         return 32, few, few
-    # most: vectors of 256 bytes (128 channels in 16 bits) that a program can hold
-    most = {7: 32, 9: 128}.get(capability(x), 64)
+    # of vectors of up to 256 bytes, which are 128 channels in 16 bits; of longer ones fewer
+    own = {7: 32, 9: 128}.get(capability(x), 64)
     other = min(64, 16384 // size)  # 16 KiB at a time
-    return min(most, most * 256 // size), other, 32
+    return own * 256 // max(size, 256), other, 32

@@ -102,7 +102,7 @@ def _attend(
         page = tl.load(table_ptr + (slot + KEYS) // PAGE, slot + KEYS < last, 0)
         sees = is_held[None, :]
         if NEW:
-            # as a token's number in the block, like `token`
+            # counted from the first new token, as `token` is
             until = tl.load(position_ptr + key, is_held, 0) + window - seen
             until = tl.where(tl.load(evicted_ptr + key, is_held, 0), until, FOREVER)
             sees = sees & (token[:, None] <= until[None, :])
