@@ -10,11 +10,10 @@ Where several files or keys state one thing, they rank as in transformers. If th
 which of them counts, they must agree, or the folder is refused. It is also refused if its config
 asks for something that this engine would compute wrongly.
 
-What else it asks for without effect here is named in one line. This file knows nothing of how a
-model computes, generates or is trained.
+Settings that have no effect here are named in one line on stderr. This file knows nothing of how
+models generate or are trained.
 """
 
-import contextlib
 import functools
 import itertools
 import json
@@ -42,13 +41,13 @@ TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.jso
     chat_template.jinja generation_config.json""".split()
 
 
-def stated(raw):
+def without_nulls(raw):
     """A parsed JSON object without its nulls, which state nothing."""
     return {key: value for key, value in raw.items() if value is not None}
 
 
 def read_optional(file):
-    return stated(read_json(file)) if file.exists() else {}
+    return without_nulls(read_json(file)) if file.exists() else {}
 
 
 # ------------------------------------------------------------------------------------- config.json
@@ -60,7 +59,7 @@ CONFIG_FIELDS = ModelConfig.__annotations__.keys() - {"dms", "extra"}
 def parse_config(raw, where="config.json"):
     """The ModelConfig, but for its DMS settings, of a parsed config.json. Raises InputError naming
     what this engine would compute wrongly."""
-    raw = stated(raw)
+    raw = without_nulls(raw)
     with explained(f"{where}: missing or unusable", LookupError, TypeError, ArithmeticError):
         raw["model_type"] = raw.get("dms_engine", raw)["model_type"]  # a release states it there
         rope = read_rope(raw, where)
@@ -81,22 +80,22 @@ def parse_config(raw, where="config.json"):
 
 
 def read_rope(raw, where):
-    """{"rope_type": ..., "rope_theta": ..., other parameters} from rope_parameters, which may hold
-    theta, or the older rope_scaling with rope_theta beside it. Both may be there if they agree:
-    otherwise it depends on the reader which one counts."""
-    def complete(rope):
-        """With what may stand beside it."""
-        rope = stated(rope)
-        rope.setdefault("rope_type", rope.pop("type", "default"))  # "type" is the older name
-        rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-        if "original_max_position_embeddings" in raw:  # it counts before rope's own
-            rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
-        return rope
+    """{"rope_type": ..., "rope_theta": ..., other parameters} from rope_parameters or the older
+    rope_scaling. If both are there, or theta stands in two places, they must agree: otherwise it
+    depends on the reader which one counts."""
+    original = "original_max_position_embeddings"
 
-    older = complete(raw.get("rope_scaling", {}))
-    rope = complete(raw["rope_parameters"]) if "rope_parameters" in raw else older
+    def complete(rope):
+        """A rope with what may stand beside it instead."""
+        rope = without_nulls(rope)
+        kind = rope.pop("type", "default")  # the older name of rope_type
+        beside = {original: raw[original]} if original in raw else {}  # it counts before rope's own
+        return {"rope_type": kind, "rope_theta": raw.get("rope_theta", 10000.0)} | rope | beside
+
+    found = [complete(raw[key]) for key in ("rope_parameters", "rope_scaling") if key in raw]
+    rope = found[0] if found else complete({})
     theta = raw.get("rope_theta", rope["rope_theta"])
-    require(rope["rope_theta"] == theta and ("rope_scaling" not in raw or rope == older),
+    require(theta == rope["rope_theta"] and all(other == rope for other in found),
             f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other")
     if "attn_factor" in rope:
         say(f"{where}: RoPE's attn_factor is read by nobody, transformers included")
@@ -125,7 +124,8 @@ def config_to_dict(config):
     """The parsed config.json that parse_config, read_settings and transformers read back. The class
     in architectures is NVIDIA's: engines without DMS, which lack it, should refuse the model."""
     name = f"{config.model_type.title()}ForCausalLM{'DMS' if config.dms else ''}"
-    raw = {"architectures": [name.replace("_", "")], **stated(vars(config)), "hidden_act": "silu"}
+    raw = {"architectures": [name.replace("_", "")], "hidden_act": "silu"}
+    raw |= without_nulls(vars(config))
     raw |= raw.pop("extra")
     if config.kv_lora_rank:  # null says something
         raw["q_lora_rank"] = config.q_lora_rank
@@ -137,11 +137,13 @@ def config_to_dict(config):
 
 
 def nvidia_block(settings):
-    """The page size by which NVIDIA's code runs a model: the largest power of two below the window,
-    256 at most. It refuses a page as long as the window: so that is what it gets if the shift is 0,
-    as it would always shift by one."""
-    largest = 2 ** (max(settings.window - 1, 1).bit_length() - 1)
-    return min(256, largest) if settings.shift else settings.window
+    """The page size in config.json, which only NVIDIA's code reads: the largest power of two below
+    the window, 256 at most. That code always shifts by one, so it must not run a model whose shift
+    is 0. It refuses a page as long as the window: such a model gets that."""
+    if settings.shift == 0:
+        return settings.window
+    below_window = max(settings.window - 1, 1)
+    return min(256, 2 ** (below_window.bit_length() - 1))
 
 
 # ------------------------------------------------------------------------------------ DMS settings
@@ -160,7 +162,7 @@ SEPARATE = "dms_separate_alpha"  # true: adapters decide; false or absent: the b
 def read_settings(folder, raw):
     """The DMSConfig of a checkpoint folder whose parsed config.json is `raw`, None for a dense
     model: from the dms_* keys there or from dms_metadata.json. Prints what it has to assume."""
-    raw = stated(raw)
+    raw = without_nulls(raw)
     metadata = read_optional(folder / "dms_metadata.json")
     metadata |= metadata.get("config", {})  # nested in some published folders (shisa-ai's)
     others = {key: metadata[name] for name, key in METADATA_KEYS.items() if name in metadata}
@@ -305,10 +307,6 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, adapter=None, 
     with explained(f"{folder}: does not fit its config.json", RuntimeError):
         model.load_state_dict(tensors, assign=True)
     model.rope_freq = model.rope_freq.to(device)
-    with contextlib.suppress(ImportError):
-        from kernels.onednn import use_onednn
-
-        use_onednn(model)
     return model.requires_grad_(False).eval()
 
 
@@ -419,9 +417,9 @@ class Tokenizer:
         enable_thinking. Raises InputError with what it says of them."""
         require(self.template, "the model has no chat template; give plain text, or another model")
         names = "bos_token eos_token unk_token pad_token".split()
-        known = stated({name: self.special(name) for name in names}) | variables
+        known = without_nulls({name: self.special(name) for name in names}) | variables
         with explained("the chat template refused these messages", Exception):
-            messages = [stated(message) for message in messages]
+            messages = [without_nulls(message) for message in messages]
             template = self.tool_template if known.get("tools") else self.template
             return compile_template(template).render(known, messages=messages)
 

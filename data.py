@@ -62,7 +62,7 @@ def document_of(record):
     if names[0] == "text":
         return asked
     if names[0] in ("messages", "conversations"):
-        return list(asked)  # of a string in its place: letters, which the template refuses
+        return list(asked)  # if it is a string, letters, which the chat template refuses
     told = verified(record) if "generations" in names else record[names[1]]
     if names[0] == "instruction" and record.get("input"):
         asked += "\n\n" + record["input"]

@@ -38,7 +38,7 @@ class DMSConfig:
     offset: float = 5.0  # a score of 0, which a fresh adapter gives, means z = -5: keep
     per: str = "head"  # or "layer": head 0 decides for all heads of its layer
     tau: float = 0.1  # temperature of the relaxed decision, in training only
-    target_cr: float = 8.0  # the compression it was trained for; documentation only
+    target_cr: float = 8.0  # the compression it was trained for, which decoding does not read
     disable_eviction: bool = False  # then the model runs as a dense one
     # [ratio, offset] by rising ratio, see settle_offsets in evaluate.py
     offsets: list = field(default_factory=list)
@@ -180,10 +180,10 @@ class Packing:
     """Where each document lies in the packed sequences of a batch. Documents do not see one
     another, and positions begin at 0 in each. What follows a sequence's last one is padding.
 
-    first: (B, T) int32, where the document of each token begins. In padding: where that begins, so
-    that each of its tokens sees something.
-    end: (B, T) int32, one past the last token of the document of each token. In padding: 0, so that
-    it takes no part in any loss.
+    first: (B, T) int32, where the document of each token begins. A token of padding has the place
+    where the padding begins: it must see something, if only itself.
+    end: (B, T) int32, one past the last token of the document of each token. A token of padding has
+    0, by which it takes no part in any loss.
     documents: an index for each, which selects its part (1, H, n, ...) of (B, H, T, ...).
     """
 
@@ -231,7 +231,7 @@ def document_attention(packing):
 # --------------------------------------------------------- Training: relaxed decisions, section 3.3
 
 
-# tokens; of a longer sequence backward computes again what would take much memory to keep
+# Of sequences with more tokens backward computes again what would take too much memory to keep.
 RECOMPUTE_ABOVE = 2048
 
 

@@ -139,7 +139,7 @@ def evaluate(data, options, out):
     on_gpu = options.device.startswith("cuda")
     on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     hardware = torch.cuda.get_device_name() if on_gpu else on_cpu
-    # names, not where these lie here
+    # the last part of a path: local folders are nobody's business
     names = {key: Path(getattr(options, key)).name for key in ("model", "data")}
     run = {
         "settings": options.settings() | names,

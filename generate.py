@@ -34,7 +34,8 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from checkpoint import (end_ids, generation_defaults, load_model, load_tokenizer, resolve, stated)
+from checkpoint import (end_ids, generation_defaults, load_model, load_tokenizer, resolve,
+                        without_nulls)
 from common import InputError, choose_device, parse_options, read_text, require, run_script, say
 from kv_cache import PLAIN, CacheFull, KVCache
 from show import show_evictions
@@ -323,10 +324,10 @@ class Stream:
         self.show = show
         self.text = ""
         self.stopped = False
-        # Tokens whose text is not out yet, behind one whose text is. That one is in front because
-        # some decoders (Llama 2's) drop the first space of what they are given.
+        # pending[0] is the last token whose text is out, and pending[1:] are those that wait. It is
+        # there since some decoders (Llama 2's) drop the first space of what they are given.
         self.pending = []
-        self.out = 0  # how many characters of the text of `pending` are out
+        self.out = 0  # characters of the text of `pending` that are out
 
     def __call__(self, token):
         self.pending.append(token)
@@ -546,13 +547,14 @@ def answered_lines(out, requests):
     line}. A last answer without its line's end is cut off, to be made again. Raises InputError if
     the file holds anything else."""
     *lines, unfinished = read_text(out).split("\n")
-    is_torn = unfinished.startswith(BEGINNING) or BEGINNING.startswith(unfinished)
     try:
         answers = [json.loads(line)["generated"] for line in lines]
         is_ours = lines == [line_of(answer, requests[answer["line"]]) for answer in answers]
     except (LookupError, TypeError, ValueError):
         is_ours = False
-    require(is_ours and is_torn,
+    # the rest is nothing, or the beginning of a line of ours
+    is_ours &= unfinished.startswith(BEGINNING) or BEGINNING.startswith(unfinished)
+    require(is_ours,
             f"{out}: holds something else than answers to these requests; give another --out")
     os.truncate(out, out.stat().st_size - len(unfinished))  # lines are written in ASCII
     return {answer["line"] for answer in answers}
@@ -574,7 +576,7 @@ def serve(session):
                 request = json.loads(requests[number])
                 require(isinstance(request, dict), "a request is a JSON object")
                 require("generated" not in request, 'a request must not have a key "generated"')
-                request = stated(request)
+                request = without_nulls(request)
                 own = session.options_of(request, f"{options.seed} {number}")
                 sequences[number] = session.sequences(session.prompt_ids(request), own)
             except Exception as e:  # as there may be anything

@@ -10,7 +10,12 @@ keys are stored, since RoPE is already inside them. Hence the whole trick:
         j was kept     ->  t is appended                       (length + 1)
 
 Nothing is ever moved. Each slot says whose pair it holds, by position, and what was decided about
-it. A row's ring has window + 1 entries: entry t mod (window + 1) is the slot of token t.
+it. A row's ring has window + 1 entries: entry t mod (window + 1) is the slot of token t. Two things
+are always true:
+
+- A pair that has left the window was kept. An evicted one loses its slot as it leaves.
+- A row's last slot holds a token of the window: if that token leaves and is kept, the new one goes
+  to the slot behind it.
 
 A block of new tokens attends first and is stored afterwards: its last token may take the slot of a
 pair that its first token still sees. A dense model's cache just evicts nothing.
@@ -124,10 +129,9 @@ class Rows:
     def pages_to_be_written(self, page_size):
         """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window.
 
-        - A last page with room is among them. For a row's last slot always holds a token of the
-          window: when such a token leaves and is kept, the new one goes to the slot behind it.
-        - Before a row has seen W tokens, some entries of its ring mean nothing. But then all its
-          tokens are in the window, and all its pages are marked anyway."""
+        A last page with room is among them, as a row's last slot holds a token of the window.
+        Before a row has seen W tokens, some entries of its ring mean nothing; but then all its
+        tokens are in the window, and all its pages are marked anyway."""
         column = self.ring // page_size
         written = torch.zeros_like(self.table, dtype=torch.bool)
         written.scatter_(2, column.long(), True)
@@ -201,9 +205,9 @@ def store(k, v, evict, new, rows, pool, window):
         survivors       x  y  z               the new tokens that are stored
         afterwards      a  x  c  y  e  z
 
-    All of the holes, the open slots between others, are filled:
-        holes <= min(new, W)        since no more tokens can leave the window
-        survivors >= min(new, W)    since the last new tokens are in the window
+    No hole is left between the slots of a row. Only an evicted pair that leaves the window now
+    opens one, so there are min(new, W) holes at most. And as many new tokens at least survive, as
+    they are in the window.
 
     k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
     (N,) int64, how many of the T are real. All of the rows' state is updated but `seen`. Pages that
@@ -504,10 +508,11 @@ class KVCache:
                 evict = by_subject(z, self.shift) > part.threshold[:, None]
                 if self.shift:
                     evicted[decided[layer]] = z[:, 0] > part.threshold
-                    # A row's last real token is not decided yet: the logit behind it, which
-                    # by_subject has given it, is padding's. (-1, of a row without a new token, is
-                    # padding, too.)
-                    evict[row, new - 1] = False
+                    # The last real token is decided by the next one, which is not here yet. If
+                    # padding stands behind it, by_subject took the logit of that: undo it. (In a
+                    # row with new = 0 this is column -1, which is padding itself.)
+                    last = new - 1
+                    evict[row, last] = False
             block = (k.flatten(0, 1), v.flatten(0, 1), evict, new)
             memory = (part.layer(layer), self.pool, self.window)
             q_by_row = q.reshape(len(new), -1, *q.shape[2:])  # (N, G, T, D)
@@ -532,17 +537,16 @@ class KVCache:
         return states
 
     def steer(self, part):
-        """For a budget: set the threshold of sequences that have seen a multiple of PERIOD tokens,
-        so that their heads come to hold, besides the window, keep_rate times what is behind it.
+        """For a budget: set the threshold of sequences that have seen a multiple of PERIOD tokens.
 
-        A decision shows in the number of pairs after a window, and the next correction comes after
-        a period. In that time a head keeps about
+        wanted     what a head should hold: the window, and keep_rate times what is behind it
+        lacking    wanted, less what the sequence's heads hold on average
+        usual      what should be kept of the tokens that come until the next correction shows:
+                   that takes a period, and a window, behind which decisions show
 
-            usual * exp(threshold / E)  ~  usual * (1 + threshold / E)      E = LOGITS_PER_E_FOLD
-
-        pairs. They shall be the usual ones and those that are lacking now, hence the threshold
-        E * lacking / usual. (This is integral control, as `lacking` sums up all decisions so far.
-        It depends only on what was seen and is held, so it is the same in every cut of the input.)
+        A threshold of x keeps about usual * exp(x / LOGITS_PER_E_FOLD) of these, for a small x
+        usual * x / LOGITS_PER_E_FOLD more than usual. That should be what is lacking, which gives
+        x. It depends only on what was seen and is held: it is the same in every cut of the input.
         """
         if self.keep_rate is None:
             return

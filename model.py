@@ -9,8 +9,8 @@ of mla.py.
 
 Module names are the checkpoints' own, so a state dict needs no table of names. `attend` is handed
 in: masked attention over the tokens themselves, a KVCache, or what a trainer puts there. This file
-knows nothing of where weights come from, nor of eviction, beyond computing each layer's decision
-logits and handing them to `attend` with q, k and v.
+knows nothing of where weights come from, nor of eviction, beyond asking dms.py for each layer's
+decision logits and handing them to `attend` with q, k and v.
 
     model = load_model("Qwen/Qwen3-0.6B")         # from checkpoint.py
     logits = model(ids)                           # (B, T) -> (B, T, V)
@@ -111,6 +111,22 @@ class ModelConfig:
         return max(self.max_position_embeddings, int(scaled))
 
 
+HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # has this PyTorch?
+
+
+class Linear(nn.Linear):
+    """nn.Linear. On a CPU in float32 a decoding step takes the time of reading the weights, and
+    MKL, PyTorch's choice, takes two to three times as long for large ones as oneDNN does."""
+
+    def forward(self, x):
+        is_large = self.weight.numel() >= 2**18
+        is_float32 = x.dtype == self.weight.dtype == torch.float32
+        is_covered = HAS_ONEDNN and is_large and is_float32 and x.device.type == "cpu"
+        if torch.is_grad_enabled() or not is_covered:  # the operator has no gradient
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
 # -------------------------------------------------------------------------------------------- RoPE
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -200,10 +216,10 @@ class Attention(nn.Module):
         Hkv_D = config.num_key_value_heads * config.head_dim
         qwen2 = config.model_type == "qwen2"  # has biases on q, k and v, whatever the config says
         bias = config.attention_bias or qwen2
-        self.q_proj = nn.Linear(C, Hq_D, bias=bias)
-        self.k_proj = nn.Linear(C, Hkv_D, bias=bias)
-        self.v_proj = nn.Linear(C, Hkv_D, bias=bias)
-        self.o_proj = nn.Linear(Hq_D, C, bias=config.attention_bias and not qwen2)
+        self.q_proj = Linear(C, Hq_D, bias=bias)
+        self.k_proj = Linear(C, Hkv_D, bias=bias)
+        self.v_proj = Linear(C, Hkv_D, bias=bias)
+        self.o_proj = Linear(Hq_D, C, bias=config.attention_bias and not qwen2)
         if config.model_type in ("qwen3", "qwen3_moe"):
             self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -222,8 +238,9 @@ class Attention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         logits = dms.decide(self, residual, q)
-        # The borrowed channel, D - 1, must not reach a score. RoPE mixes it with channel D/2 - 1:
-        # set to 0 before, it puts nothing there; set to 0 after, it keeps nothing from there.
+        # The borrowed channel, D - 1, must not reach a score, and RoPE mixes it with channel
+        # D/2 - 1. It is zeroed before, so that it does not leak there, and again after, to remove
+        # what has leaked from there.
         q = rotate(dms.without_borrowed(q, config))
         q = dms.without_borrowed(q, config)
         k = rotate(k)
@@ -243,9 +260,9 @@ class MLP(nn.Module):
     def __init__(self, config, size):
         super().__init__()
         C = config.hidden_size
-        self.gate_proj = nn.Linear(C, size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(C, size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(size, C, bias=config.mlp_bias)
+        self.gate_proj = Linear(C, size, bias=config.mlp_bias)
+        self.up_proj = Linear(C, size, bias=config.mlp_bias)
+        self.down_proj = Linear(size, C, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -259,7 +276,7 @@ class Experts(nn.Module):
         self.config = config
         E = config.num_experts or config.n_routed_experts
         size = config.moe_intermediate_size
-        self.gate = nn.Linear(config.hidden_size, E, bias=False)
+        self.gate = Linear(config.hidden_size, E, bias=False)
         self.experts = nn.ModuleList(MLP(config, size) for _ in range(E))
         if config.model_type == "deepseek_v3":
             self.gate.e_score_correction_bias = nn.Parameter(torch.zeros(E))
@@ -350,7 +367,7 @@ class Model(nn.Module):
         embed_tokens = nn.Embedding(V, C, _weight=torch.rand(V, C))
         norm = nn.RMSNorm(C, config.rms_norm_eps)
         self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
-        self.lm_head = nn.Linear(C, V, bias=False)
+        self.lm_head = Linear(C, V, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         freq, self.rope_scale = rope_frequencies(config)

@@ -64,7 +64,7 @@ def write_release(options, out):
     raw = read_json(folder / "config.json")
     recorded = {key: raw[key] for key in ("dms_base_model", "dms_base_revision") if key in raw}
     only_adapters = recorded and not options.merge
-    # without a commit if it is stated: the recorded one may be another repository's
+    # with --base no commit is stated, as the recorded one may belong to another repository
     keys = {"dms_base_model": options.base} if options.base else recorded
     base = keys.get("dms_base_model")
     if base and ((folder / base).is_dir() or Path(base).is_dir()):  # no other machine has it

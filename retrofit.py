@@ -112,7 +112,7 @@ def load_pair(options):
             shard(student)
         # all but routers: a router and its experts were trained for one another's choices
         trained = [p for name, p in student.named_parameters() if ".mlp.gate." not in name]
-    for parameter in trained:
+    for parameter in trained:  # load_model has frozen all others
         parameter.requires_grad_(True)
     return student, teacher
 
@@ -141,7 +141,7 @@ class Distillation:
         processes are given the same. Returns metrics. Raises InputError, before weights change, if
         the step diverges."""
         options = self.options
-        if options.warm_start:  # it has reached the target; a little more, as other text takes less
+        if options.warm_start:  # the target is reached; a margin, as other text is compressed less
             cr = MARGIN * options.target_cr
         else:  # cold adapters, or the neuron, are led there
             cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)

@@ -43,8 +43,8 @@ def texts_of(stream, ids):
 
 
 def print_tokens(texts, held):
-    """Each token shaded by the share of heads that hold it: it stands out the more (on a dark
-    terminal), the more do. Without a terminal the share in tenths follows the token in brackets."""
+    """Each token is the brighter, the more heads hold it, which stands out on a dark terminal. If
+    the output is no terminal, the share of heads in tenths follows in brackets."""
     heads = [set(positions) for layer in held for positions in layer]
     for position, text in enumerate(texts):
         share = sum(position in head for head in heads) / len(heads)

@@ -67,20 +67,24 @@ def needs(q, k, v, residual, R, window, block=128):
         o = a @ v
         change = torch.cdist(o, v)
         change *= a / (1 - a)
-        # If one pair has nearly all of a query's probability, 1 - a and o - v are mere rounding. So
-        # for the largest the second form of d is used, with the output without it. (-1e9 and not
-        # -inf, since the first query has no other pair.)
-        largest, top = a.max(-1, keepdim=True)  # (Hkv, G, n, 1)
-        others = score.scatter(-1, top, -1e9)
-        without = others.softmax(-1) @ v
-        difference = without - v.gather(2, top.expand_as(o))
-        distance = difference.norm(dim=-1, keepdim=True)
-        change.scatter_(-1, top, largest * distance)
+        top, exact = change_of_likeliest(score, a, v)
+        change.scatter_(-1, top, exact)
         share = change.square() / squared_norm[query]
         missed = share.where(age > window, 0)
         total += missed.sum((1, 2))
     queries = T - 1 - window - position  # that would miss a pair
     return total / queries.clamp(min=1)
+
+
+def change_of_likeliest(score, a, v):
+    """(the number of each query's likeliest pair, its |d|), (Hkv, G, n, 1) each. If it has nearly
+    all of the probability, 1 - a and o - v are mere rounding: so this computes d = a W_o (the
+    output without it - v_j). score, a: (Hkv, G, n, T); v: (Hkv, G, T, D)."""
+    largest, top = a.max(-1, keepdim=True)
+    others = score.scatter(-1, top, -1e9)  # not -inf: the first query has no other pair
+    without = others.softmax(-1) @ v  # (Hkv, G, n, D)
+    difference = without - v.gather(2, top.expand_as(without))
+    return top, largest * difference.norm(dim=-1, keepdim=True)
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 
 from common import choose_device  # noqa: E402
 from dms import DMSConfig, start_retrofit  # noqa: E402
-from kernels.onednn import use_onednn  # noqa: E402
 from model import Model, ModelConfig, rope_frequencies  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -76,7 +75,6 @@ def random_model(args):
         else:
             nn.init.ones_(parameter)
     model.rope_freq = rope_frequencies(config)[0].to(args.device)
-    use_onednn(model)
     return model.requires_grad_(False).eval()
 
 

@@ -5,7 +5,6 @@ everything still runs, slower.
     attention.py   attend_block, attend_one of kv_cache.py    Triton, on a GPU
     training.py    relaxed_attention of dms.py                Triton, on a GPU
     cpu.py         attend_one of kv_cache.py                  numba, on a CPU
-    onednn.py      nn.Linear in float32                       oneDNN, on a CPU
 
 Nothing here imports anything of ours from outside the folder. Importing a file without the library
 that it needs raises ImportError, and whoever imports it then takes the plain function.
@@ -26,8 +25,8 @@ def capability(tensor):
 
 def block_sizes(x, width):
     """How many vectors of `width` channels in x's dtype a program takes: (own, other, few). It
-    holds `own` of them and walks over the rest, `other` at a time where it makes one sum, `few`
-    where it makes more sums, which need the registers.
+    holds `own` of them and walks over the rest: `other` at a time if it makes one sum, as
+    training.py's _by_queries, `few` if it makes several, which need the registers (_by_keys).
 
     The numbers were found by compiling: with them the kernels fit into the shared memory of every
     GPU that they cover, and up to 128 channels they spill at most a few registers on an A100 or
@@ -38,7 +37,8 @@ def block_sizes(x, width):
     if x.element_size() == 4:
         few = 32 if width <= 64 else 16
         return 32, few, few
-    # of vectors of up to 256 bytes, which are 128 channels in 16 bits; of longer ones fewer
-    own = {7: 32, 9: 128}.get(capability(x), 64)
+    own = {7: 32, 9: 128}.get(capability(x), 64)  # of up to 256 bytes: 128 channels in 16 bits
+    if size > 256:
+        own //= 2
     other = min(64, 16384 // size)  # 16 KiB at a time
-    return own * 256 // max(size, 256), other, 32
+    return own, other, 32

@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from conftest import (DEVICE, INTERPRETED, Life, compiled, compiles, launched, launches, pointer,
                       run_interpreted, spilled, triton)
@@ -16,7 +15,6 @@ from conftest import (DEVICE, INTERPRETED, Life, compiled, compiles, launched, l
 import dms
 import kernels
 import kv_cache
-from kernels import onednn
 from kv_cache import Kernels, KVCache, PagePool, Rows
 
 if triton is not None:
@@ -212,25 +210,6 @@ def test_a_cache_works_without_numba_and_where_that_finds_no_folder(numba, monke
     monkeypatch.delattr(kernels, "cpu", raising=False)
     for place, D in ("cpu", 64), ("cuda", 320):  # wider than Triton's kernels cover
         assert kv_cache.choose_kernels(torch.device(place), torch.float32, D) == kv_cache.PLAIN
-
-
-@no_launch
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_large_layer_is_onednns_in_float32_unless_a_gradient_is_asked_for(dtype, monkeypatch):
-    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 511), nn.LayerNorm(511)).to(dtype)
-    onednn.use_onednn(model)
-    assert [type(layer) for layer in model] == [onednn.Linear, nn.Linear, nn.LayerNorm]
-    layer, plain, forward = model[0], [], nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda *inputs: plain.append(1) or forward(*inputs))
-    for shape in ((1, 1), (3, 11), (2, 20)):
-        x = torch.randn(*shape, 512).to(dtype)
-        x[-1, -1] = math.nan
-        expected = F.linear(x, layer.weight, layer.bias)
-        with torch.inference_mode():
-            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert len(plain) == (0 if dtype == torch.float32 else 3)
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
 
 
 SHARED = {75: 65536, 80: 166912, 86: 101376, 90: 232448}  # bytes that a program may have

@@ -2,11 +2,14 @@
 one way, and everything runs without kernels/."""
 
 import ast
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from conftest import OTHERS, REPOSITORY
 from oracle import FAMILIES, LENGTH, reloaded, saved, tokens
 
@@ -15,6 +18,7 @@ from common import read_json, write_json
 from dms import masked_attention
 from generate import Sequence, generate
 from kv_cache import KVCache
+from model import HAS_ONEDNN, Linear
 
 
 def same(logits, expected):
@@ -62,9 +66,26 @@ def test_greedy_texts_equal_transformers(family, tmp_path):
         assert text.tolist() == sequence.ids
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_large_layer_is_onednns_in_float32_unless_a_gradient_is_asked_for(dtype, monkeypatch):
+    large, small = (Linear(512, n).to(dtype) for n in (512, 511))
+    plain, forward = [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda *inputs: plain.append(1) or forward(*inputs))
+    for shape in ((1, 1), (3, 11), (2, 20)):
+        x = torch.randn(*shape, 512).to(dtype)
+        x[-1, -1] = math.nan
+        for layer in (large, small):
+            expected = F.linear(x, layer.weight, layer.bias)
+            with torch.inference_mode():
+                torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert len(plain) == (3 if dtype == torch.float32 and HAS_ONEDNN else 6)
+    large(x).sum().backward()
+    assert large.weight.grad is not None
+
+
 IMPORTS = {  # module: what of ours it may import. Nothing imports upwards, and there are no circles
     "dms": "", "mla": "dms", "model": "dms mla", "common": "", "kv_cache": "dms kernels",
-    "checkpoint": "common dms model kernels", "data": "common",
+    "checkpoint": "common dms model", "data": "common",
     "evaluate": "checkpoint common data dms kv_cache", "publish": "checkpoint common evaluate",
     "show": "common", "generate": "checkpoint common kv_cache model show kernels toy",
     "warm_start": "common data dms",
