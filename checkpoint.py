@@ -86,10 +86,10 @@ def read_rope(raw, where):
     original = "original_max_position_embeddings"
 
     def complete(rope):
-        """A rope with what may stand beside it instead."""
+        """A rope, filled in by what may stand beside it in config.json."""
         rope = without_nulls(rope)
         kind = rope.pop("type", "default")  # the older name of rope_type
-        beside = {original: raw[original]} if original in raw else {}  # it counts before rope's own
+        beside = {original: raw[original]} if original in raw else {}  # it wins over rope's own
         return {"rope_type": kind, "rope_theta": raw.get("rope_theta", 10000.0)} | rope | beside
 
     found = [complete(raw[key]) for key in ("rope_parameters", "rope_scaling") if key in raw]
@@ -138,8 +138,8 @@ def config_to_dict(config):
 
 def nvidia_block(settings):
     """The page size in config.json, which only NVIDIA's code reads: the largest power of two below
-    the window, 256 at most. That code always shifts by one, so it must not run a model whose shift
-    is 0. It refuses a page as long as the window: such a model gets that."""
+    the window, 256 at most. But with shift 0 it is the window, which that code refuses: it always
+    shifts by one, and would compute such a model wrongly."""
     if settings.shift == 0:
         return settings.window
     below_window = max(settings.window - 1, 1)
@@ -261,10 +261,10 @@ def offset_for(settings, cr):
     """The offset at which a retrofit compresses by cr: of those that it has settled, or between
     two of them, linear in the logarithm of the ratio."""
     offsets = settings.offsets if settings else []
-    for (low, below), (high, above) in itertools.pairwise(offsets):
+    for (low, offset), (high, next_offset) in itertools.pairwise(offsets):
         if low <= cr <= high:
             share = math.log(cr / low) / math.log(high / low)
-            return below + (above - below) * share
+            return offset + (next_offset - offset) * share
     raise InputError(f"{cr:g}x: the model has settled these ratios: {[x for x, _ in offsets]}")
 
 

@@ -62,7 +62,8 @@ def document_of(record):
     if names[0] == "text":
         return asked
     if names[0] in ("messages", "conversations"):
-        return list(asked)  # if it is a string, letters, which the chat template refuses
+        require(isinstance(asked, list), f"{names[0]}: is no list of messages")
+        return asked
     told = verified(record) if "generations" in names else record[names[1]]
     if names[0] == "instruction" and record.get("input"):
         asked += "\n\n" + record["input"]
@@ -114,7 +115,8 @@ def conversation(tokenizer, turns):
     prompt = template(asked, add_generation_prompt=True)
     if whole.startswith(prompt) and thought in whole:  # as most templates have it
         return whole
-    # as DeepSeek-R1's have it
+    # As DeepSeek-R1's have it: the prompt opens a thought, and the answer has to close it, even an
+    # empty one.
     before = re.sub(r"<think>\s*$", "", prompt)
     if thought or before != prompt:
         text = f"<think>\n{thought}\n</think>\n\n{text.strip()}"

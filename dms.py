@@ -180,10 +180,10 @@ class Packing:
     """Where each document lies in the packed sequences of a batch. Documents do not see one
     another, and positions begin at 0 in each. What follows a sequence's last one is padding.
 
-    first: (B, T) int32, where the document of each token begins. A token of padding has the place
-    where the padding begins: it must see something, if only itself.
-    end: (B, T) int32, one past the last token of the document of each token. A token of padding has
-    0, by which it takes no part in any loss.
+    first: (B, T) int32, where the document of each token begins. Padding counts as a document, or
+    its softmax would have nothing to sum.
+    end: (B, T) int32, one past the last token of the document of each token. In padding it is 0, so
+    that nothing of padding counts in a loss.
     documents: an index for each, which selects its part (1, H, n, ...) of (B, H, T, ...).
     """
 
@@ -297,7 +297,7 @@ class RelaxedAttention:
     dms: DMSConfig
     packing: Packing
     biased_attention: Callable  # relaxed_attention, or the kernel that equals it
-    seeds: list  # a text for each sequence, which seeds its noise
+    seeds: list  # a string for each sequence, such as "0 17 3": run, step, sequence
     evicted_by_layer: list = field(default_factory=list)  # (Hkv,) pairs of this batch
 
     def __call__(self, layer, q, k, v, logits):

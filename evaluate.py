@@ -89,7 +89,7 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
         if kept <= 0:
             continue
         for _ in range(2):
-            # the lowest kept / expired of the logits are to be below 0, once `change` is subtracted
+            # the offset rises by the quantile of the logits below which kept / expired of them lie
             logits = logits_of_expired()
             change = logits[int(kept / expired * len(logits))]
             if distributed.is_initialized():

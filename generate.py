@@ -292,7 +292,7 @@ def generate(model, cache, sequences, end_ids=(), release=True):
 
     release=False: ended sequences keep their places, where the cache holds all but their last
     token. To go on with one, add to its ids, reset `new` and `finish_reason`, and hand it in
-    again. One that is left in the middle gives up its place.
+    again. If the caller stops iterating, those that are not over lose their places.
     """
     for sequence in sequences:
         sequence.ids = list(sequence.ids)  # which continuations of one prompt may share until now
@@ -324,8 +324,8 @@ class Stream:
         self.show = show
         self.text = ""
         self.stopped = False
-        # pending[0] is the last token whose text is out, and pending[1:] are those that wait. It is
-        # there since some decoders (Llama 2's) drop the first space of what they are given.
+        # The last token whose text is out, and those that wait. The first of these would lose its
+        # space if it stood in front: some decoders (Llama 2's) drop that of their input.
         self.pending = []
         self.out = 0  # characters of the text of `pending` that are out
 

@@ -148,7 +148,8 @@ def fork(rows, index, pool):
     is_copy = is_same.tril(-1).any(dim=1)  # of an earlier row
     to_copy = forked.pages_to_be_written(pool.page_size) & is_copy[:, None]
     originals = forked.table[to_copy]
-    # first the pages of dropped rows are freed; the originals are in use, by the first row of each
+    # The pages of dropped rows are freed. The originals are not among them, as the first row that
+    # continues each still names them.
     in_use = forked.pages_in_use(pool.page_size)
     pool.free_all_but(forked.table[in_use], needed=len(originals))
     own = pool.take(len(originals))
@@ -163,7 +164,8 @@ def fork(rows, index, pool):
 
 def place_of(rows, token, exists, pool):
     """Where the pair of a token of each row lies in the pool, (..., N) int64: rows are those of all
-    layers or of one. token: (N,) positions, in the window; `nowhere` where not exists (N,) bool."""
+    layers or of one. token: (N,) positions, of the last W that the row has seen; `nowhere` where
+    not exists (N,) bool."""
     # (..., N, 1): a row's entry in its ring, the same in all layers
     entry = (token % rows.ring.shape[-1])[:, None].expand_as(rows.ring[..., :1])
     slot = rows.ring.gather(-1, entry).long()
@@ -205,9 +207,9 @@ def store(k, v, evict, new, rows, pool, window):
         survivors       x  y  z               the new tokens that are stored
         afterwards      a  x  c  y  e  z
 
-    No hole is left between the slots of a row. Only an evicted pair that leaves the window now
-    opens one, so there are min(new, W) holes at most. And as many new tokens at least survive, as
-    they are in the window.
+    No hole is left between the slots of a row. A hole is an evicted pair that leaves the window
+    now: there are min(new, W) at most. And the last min(new, W) new tokens are in the window, so at
+    least these survive, and fill the holes.
 
     k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
     (N,) int64, how many of the T are real. All of the rows' state is updated but `seen`. Pages that
@@ -474,6 +476,7 @@ class KVCache:
         is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
         place = place_of(part, part.seen, is_new, self.pool)  # (L, N): of the new pairs
         decided = self.first_decided(part, is_new)
+        # views: what is written to them is the pool's own
         keys, values, position, evicted = (slots.flatten(0, 1) for slots in self.pool.slots)
         position[place] = part.seen.int()
         evicted[place] = False  # until it is decided
@@ -499,25 +502,24 @@ class KVCache:
         new = count.repeat_interleave(self.kv_heads)  # (N,)
         decided = self.first_decided(part, new > 0)
         evicted = self.pool.evicted.flatten()
-        row = torch.arange(len(new), device=self.device)
+        # Decided are all real tokens but, with shift 1, the last. (About that one by_subject has the
+        # logit of padding, if there is any.)
+        t = torch.arange(T, device=self.device)
+        is_decided = t < (new - self.shift)[:, None]  # (N, T)
 
         def attend(layer, q, k, v, logits):
-            evict = torch.zeros(len(new), T, dtype=torch.bool, device=self.device)
+            evict = torch.zeros_like(is_decided)
             if logits is not None:
                 z = logits.flatten(0, 1)  # (N, T)
                 evict = by_subject(z, self.shift) > part.threshold[:, None]
+                evict &= is_decided
                 if self.shift:
                     evicted[decided[layer]] = z[:, 0] > part.threshold
-                    # The last real token is decided by the next one, which is not here yet. If
-                    # padding stands behind it, by_subject took the logit of that: undo it. (In a
-                    # row with new = 0 this is column -1, which is padding itself.)
-                    last = new - 1
-                    evict[row, last] = False
             block = (k.flatten(0, 1), v.flatten(0, 1), evict, new)
-            memory = (part.layer(layer), self.pool, self.window)
+            where = (part.layer(layer), self.pool, self.window)
             q_by_row = q.reshape(len(new), -1, *q.shape[2:])  # (N, G, T, D)
-            y = self.kernels.attend_block(q_by_row, *block, *memory)
-            store(*block, *memory)
+            y = self.kernels.attend_block(q_by_row, *block, *where)
+            store(*block, *where)
             return y.reshape(q.shape)
 
         self.reads += ((part.length + new) * (new > 0)).sum()
@@ -539,15 +541,14 @@ class KVCache:
     def steer(self, part):
         """For a budget: set the threshold of sequences that have seen a multiple of PERIOD tokens.
 
-        wanted     what a head should hold: the window, and keep_rate times what is behind it
-        lacking    wanted, less what the sequence's heads hold on average
-        usual      what should be kept of the tokens that come until the next correction shows:
-                   that takes a period, and a window, behind which decisions show
+        The pairs that a head should hold are the window's, and keep_rate times those behind it. Of
+        the PERIOD + W tokens that come before the next correction can show it usually keeps
+        `usual` pairs; with a threshold of x it keeps
 
-        A threshold of x keeps about usual * exp(x / LOGITS_PER_E_FOLD) of these, for a small x
-        usual * x / LOGITS_PER_E_FOLD more than usual. That should be what is lacking, which gives
-        x. It depends only on what was seen and is held: it is the same in every cut of the input.
-        """
+            usual * exp(x / E)  ~  usual + usual * x / E        E = LOGITS_PER_E_FOLD
+
+        So x is chosen to make usual * x / E what the sequence's heads are lacking now, on average.
+        It depends only on what was seen and is held: it is the same in every cut of the input."""
         if self.keep_rate is None:
             return
         W = self.window + 1

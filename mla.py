@@ -97,7 +97,7 @@ class LatentAttention(nn.Module):
         return q, k, k, dms.decide(self, residual)
 
     def output(self, y):
-        """What attention adds to the residual, (B, T, C), by its result y (B, H, T, r + rope)."""
+        """y (B, H, T, r + rope), the result of `attend` -> what the residual gains, (B, T, C)."""
         _, W_UV = self.up()
         y = y[..., : W_UV.shape[2]] @ W_UV.mT  # (B, H, T, v)
         y = y.transpose(1, 2)

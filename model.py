@@ -243,11 +243,11 @@ class Attention(nn.Module):
         # what has leaked from there.
         q = rotate(dms.without_borrowed(q, config))
         q = dms.without_borrowed(q, config)
-        k = rotate(k)
-        return *(heads.transpose(1, 2) for heads in (q, k, v)), logits
+        q, k, v = (heads.transpose(1, 2) for heads in (q, rotate(k), v))
+        return q, k, v, logits
 
     def output(self, y):
-        """What attention adds to the residual, (B, T, C), of what it gave, y (B, Hq, T, D)."""
+        """y (B, Hq, T, D), the result of `attend` -> what the residual gains, (B, T, C)."""
         y = y.transpose(1, 2)
         return self.o_proj(y.flatten(2))
 
@@ -316,7 +316,7 @@ class Experts(nn.Module):
         # missing: processes that sum theirs need the same ones.
         outputs = [mlp(part) for mlp, part in zip(self.experts, inputs.split(counts))
                    if len(part) or torch.is_grad_enabled()]
-        # back in the order of tokens; so the sum is one over k, and the same in every run
+        # back in the order of tokens: each one's k outputs are added in the same order in every run
         y = torch.cat(outputs)[order.argsort()]
         y = y.view(*expert.shape, -1) * weight[..., None]  # (n, k, C)
         y = y.sum(1).to(x.dtype).view_as(x)

@@ -62,14 +62,14 @@ def write_release(options, out):
     require(model.config.dms, f"{options.model}: is a dense model; retrofit it")
     folder = resolve(options.model)
     raw = read_json(folder / "config.json")
-    recorded = {key: raw[key] for key in ("dms_base_model", "dms_base_revision") if key in raw}
-    only_adapters = recorded and not options.merge
-    # with --base no commit is stated, as the recorded one may belong to another repository
-    keys = {"dms_base_model": options.base} if options.base else recorded
-    base = keys.get("dms_base_model")
+    only_adapters = "dms_base_model" in raw and not options.merge
+    base = options.base or raw.get("dms_base_model")
     if base and ((folder / base).is_dir() or Path(base).is_dir()):  # no other machine has it
         require(not only_adapters, f"{base}: is a folder; give its hub id: --base")
         base = None
+    base_keys = {"dms_base_model": base} if only_adapters else None
+    if only_adapters and not options.base:  # else the commit may belong to another repository
+        base_keys["dms_base_revision"] = raw.get("dms_base_revision")
 
     copy_tokenizer(folder, out)
     run = read_optional(folder / "results.json")
@@ -77,7 +77,7 @@ def write_release(options, out):
         write_json(out / "results.json", run)
     weights = "the adapters alone, to be laid over the base" if only_adapters else "all weights"
     (out / "README.md").write_text(card(model.config, base, weights, run))
-    save_model(model, out, None, keys if only_adapters else None)
+    save_model(model, out, None, base_keys)
     if not only_adapters:
         add_remote_code(model.config, out)
 

@@ -174,8 +174,9 @@ class Distillation:
             seeds = [f"{self.options.seed} {step} {b}" for b in part]
             kl, evicted = self.compare(ids[part].to(sums.device), packing, seeds)
             shares = torch.stack((kl / predictions, evicted / tokens))
-            # Whether the target is missed depends on all of the step's sequences, and these are
-            # only a part. So the fraction has the last step's value, with the gradient of these.
+            # Whether the target is missed depends on the whole step, of which these sequences are
+            # only a part. So the fraction has the value of the step before, and the gradient of
+            # these. (Gradients of all parts add up.)
             fraction = dms.straight_through(self.evicted_fraction, shares[1])
             compression = dms.compression_loss(fraction, cr)
             (shares[0] + self.options.compression_weight * compression).backward()

@@ -113,13 +113,12 @@ def warm_start(model, data, documents):
         need = needs(*inputs, R, settings.window)
         if settings.per == "layer":  # one decision holds for all heads
             need = need.sum(0).expand_as(need)
-        # the need of a pair that hardly any query could miss says little
-        T = q.shape[2]
-        certain = T * 3 // 4 - settings.window
-        need = need[:, :certain] + 1e-24  # it may be 0
-        y = need.log().T / 2  # (certain, Hkv)
+        # n pairs, those that the queries of at least a quarter of the document would miss
+        n = q.shape[2] * 3 // 4 - settings.window
+        need = need[:, :n] + 1e-24  # it may be 0
+        y = need.log().T / 2  # (n, Hkv)
         x = of_adapter["normed"][0, settings.shift :]
-        x = x[:certain]  # (certain, C)
+        x = x[:n]  # (n, C)
         both = torch.cat((x, y), dim=1)
         both[0] *= FIRST**0.5
         sums[layer] += both[:, :C].T @ both

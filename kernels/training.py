@@ -198,12 +198,12 @@ def relaxed_attention(q, k, v, bias, first, window):
     float32; first (B, T) int32 -> (B, Hq, T, D). Best where q, k and v are views of
     (B, T, heads, D), and B * T is a multiple of 128: others are copied."""
     B, _, T, D = q.shape
-    N = B * T
+    tokens = B * T
     width = max(16, triton.next_power_of_2(D))
     sizes = block_sizes(q, width)
-    more = -N % sizes[0]  # tokens of zeros, which fill the last block
+    more = -tokens % sizes[0]  # zeros, which fill the last block
 
-    def flat(x):  # (B, heads, T, D) -> (N + more, heads, width)
+    def flat(x):  # (B, heads, T, D) -> (N, heads, width), N = tokens + more
         x = x.transpose(1, 2).flatten(0, 1)
         if more or D < width:
             x = F.pad(x, (0, width - D, 0, 0, 0, more))
@@ -212,7 +212,7 @@ def relaxed_attention(q, k, v, bias, first, window):
     inputs = (flat(q), flat(k), flat(v))  # of less than 2**31 numbers each: offsets are 32 bits
     bias = F.pad(bias.transpose(0, 1).flatten(1), (0, more)).contiguous()
     starts = T * torch.arange(B, device=first.device)
-    first = F.pad((first + starts[:, None]).int().flatten(), (0, more), value=N)
+    first = F.pad((first + starts[:, None]).int().flatten(), (0, more), value=tokens)
     # min: key + window must fit 32 bits
     y = BiasedAttention.apply(*inputs, bias, first, min(window, T), D**-0.5, sizes)
-    return y[:N, :, :D].unflatten(0, (B, T)).transpose(1, 2)
+    return y[:tokens, :, :D].unflatten(0, (B, T)).transpose(1, 2)
