@@ -502,8 +502,8 @@ class KVCache:
         new = count.repeat_interleave(self.kv_heads)  # (N,)
         decided = self.first_decided(part, new > 0)
         evicted = self.pool.evicted.flatten()
-        # Decided are all real tokens but, with shift 1, the last. (About that one by_subject has the
-        # logit of padding, if there is any.)
+        # Decided are all real tokens but, with shift 1, the last. (About that one by_subject gives
+        # the logit of padding, if there is any.)
         t = torch.arange(T, device=self.device)
         is_decided = t < (new - self.shift)[:, None]  # (N, T)
 
