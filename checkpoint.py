@@ -61,7 +61,8 @@ def parse_config(raw, where="config.json"):
     what this engine would compute wrongly."""
     raw = without_nulls(raw)
     with explained(f"{where}: missing or unusable", LookupError, TypeError, ArithmeticError):
-        raw["model_type"] = raw.get("dms_engine", raw)["model_type"]  # a release states it there
+        # a release (publish.py) has model_type "dms", and the base's under "dms_engine"
+        raw["model_type"] = raw.get("dms_engine", raw)["model_type"]
         rope = read_rope(raw, where)
         check_supported(raw, rope, where)
         raw["rope_theta"] = rope.pop("rope_theta")
@@ -127,7 +128,7 @@ def config_to_dict(config):
     raw = {"architectures": [name.replace("_", "")], "hidden_act": "silu"}
     raw |= without_nulls(vars(config))
     raw |= raw.pop("extra")
-    if config.kv_lora_rank:  # null says something
+    if config.kv_lora_rank:  # here null means none, and a missing key would mean 1536
         raw["q_lora_rank"] = config.q_lora_rank
     if settings := raw.pop("dms", None):
         raw |= {key: getattr(settings, name) for name, key in NVIDIA_KEYS.items()}

@@ -109,7 +109,7 @@ def conversation(tokenizer, turns):
     template = partial(tokenizer.apply_chat_template, enable_thinking=bool(thought),
                        strftime_now=lambda form: "26 Jul 2024")
     whole = template(turns).rstrip()  # without the line break behind the end token
-    # a call of a tool only the template can write
+    # only the template can write a call of a tool
     if last["role"] != "assistant" or last.get("tool_calls") or not text:
         return whole
     prompt = template(asked, add_generation_prompt=True)

@@ -231,7 +231,7 @@ def document_attention(packing):
 # --------------------------------------------------------- Training: relaxed decisions, section 3.3
 
 
-# Of sequences with more tokens backward computes again what would take too much memory to keep.
+# tokens: for longer sequences backward recomputes what would take too much memory to keep
 RECOMPUTE_ABOVE = 2048
 
 

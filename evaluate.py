@@ -89,7 +89,7 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
         if kept <= 0:
             continue
         for _ in range(2):
-            # the offset rises by the quantile of the logits below which kept / expired of them lie
+            # The lowest logits are kept, kept / expired of them: the first beyond these becomes 0.
             logits = logits_of_expired()
             change = logits[int(kept / expired * len(logits))]
             if distributed.is_initialized():

@@ -324,8 +324,8 @@ class Stream:
         self.show = show
         self.text = ""
         self.stopped = False
-        # The last token whose text is out, and those that wait. The first of these would lose its
-        # space if it stood in front: some decoders (Llama 2's) drop that of their input.
+        # The tokens that wait, behind the last one whose text is out. Without that one in front
+        # some decoders (Llama 2's) would drop a space at the beginning of the text that waits.
         self.pending = []
         self.out = 0  # characters of the text of `pending` that are out
 

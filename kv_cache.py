@@ -163,9 +163,9 @@ def fork(rows, index, pool):
 
 
 def place_of(rows, token, exists, pool):
-    """Where the pair of a token of each row lies in the pool, (..., N) int64: rows are those of all
-    layers or of one. token: (N,) positions, of the last W that the row has seen; `nowhere` where
-    not exists (N,) bool."""
+    """Where the pair of a token of each row lies in the pool, (..., N) int64; `nowhere` for a row
+    where `exists` is False. rows: of all layers, or of one. token: (N,) positions, each one of the
+    last W that its row has seen. exists: (N,) bool."""
     # (..., N, 1): a row's entry in its ring, the same in all layers
     entry = (token % rows.ring.shape[-1])[:, None].expand_as(rows.ring[..., :1])
     slot = rows.ring.gather(-1, entry).long()
@@ -207,9 +207,9 @@ def store(k, v, evict, new, rows, pool, window):
         survivors       x  y  z               the new tokens that are stored
         afterwards      a  x  c  y  e  z
 
-    No hole is left between the slots of a row. A hole is an evicted pair that leaves the window
-    now: there are min(new, W) at most. And the last min(new, W) new tokens are in the window, so at
-    least these survive, and fill the holes.
+    No hole is left between the slots of a row. A hole is the slot of an evicted pair that leaves
+    the window now. Of the W pairs in the window at most min(new, W) leave it, since each new token
+    moves it by one. And at least as many new tokens survive, the last ones, since they are in it.
 
     k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
     (N,) int64, how many of the T are real. All of the rows' state is updated but `seen`. Pages that
@@ -502,8 +502,8 @@ class KVCache:
         new = count.repeat_interleave(self.kv_heads)  # (N,)
         decided = self.first_decided(part, new > 0)
         evicted = self.pool.evicted.flatten()
-        # Decided are all real tokens but, with shift 1, the last. (About that one by_subject gives
-        # the logit of padding, if there is any.)
+        # With shift 1 nothing is known yet about a row's last real token. (If padding follows it,
+        # by_subject takes the logit of that.)
         t = torch.arange(T, device=self.device)
         is_decided = t < (new - self.shift)[:, None]  # (N, T)
 
@@ -541,9 +541,10 @@ class KVCache:
     def steer(self, part):
         """For a budget: set the threshold of sequences that have seen a multiple of PERIOD tokens.
 
-        The pairs that a head should hold are the window's, and keep_rate times those behind it. Of
-        the PERIOD + W tokens that come before the next correction can show it usually keeps
-        `usual` pairs; with a threshold of x it keeps
+        A head should hold the pairs of the window, and keep_rate times those behind it. What is
+        decided now shows in its length only after the window, W tokens later, and the next
+        correction comes after PERIOD. If the model keeps keep_rate of these PERIOD + W tokens by
+        itself, that is `usual`. With a threshold of x it keeps about
 
             usual * exp(x / E)  ~  usual + usual * x / E        E = LOGITS_PER_E_FOLD
 

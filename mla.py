@@ -62,8 +62,8 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = nn.RMSNorm(r, 1e-6)
         self.kv_b_proj = nn.Linear(r, H * (nope + v), bias=False)
         self.o_proj = nn.Linear(H * v, C, bias=False)
-        # DeepSeek divides scores by sqrt(D), and under yarn multiplies q and k by mscale. `attend`
-        # divides scores by sqrt(key_dim). So queries are multiplied by the quotient of the two.
+        # A score is mscale^2 q k / sqrt(D), where mscale is 1 without yarn. `attend` divides by
+        # sqrt(key_dim), so q is multiplied by the rest.
         rope = config.rope_scaling or {}
         factor = rope.get("factor", 1)
         mscale = 1 + 0.1 * rope.get("mscale_all_dim", 0) * math.log(factor)

@@ -346,7 +346,7 @@ class Block(nn.Module):
 
     def forward(self, x, rotate, attend, recompute=False):
         """recompute: keep only each half's inputs for backward, and compute the half again there.
-        The attention, which costs most at length, is not computed again."""
+        (`attend` stands outside: it decides for itself what it keeps.)"""
         inputs = dms.run(self.before, x, rotate, recompute=recompute)
         y = attend(*inputs)
         return dms.run(self.after, x, y, recompute=recompute)

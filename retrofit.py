@@ -133,7 +133,8 @@ class Distillation:
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
-        # by the last step, see `backward`; before the first, what the warm start was settled to
+        # What the last step evicted, which `backward` compares with the target. Before the first
+        # step it is what the warm start was settled to.
         self.evicted_fraction = 1 - 1 / options.target_cr if options.warm_start else 0.0
 
     def step(self, step, ids, documents):
@@ -382,7 +383,7 @@ def main(argv=None):
         if data.revision and "@" not in options.data:
             options.data += f"@{data.revision}"  # settings.json keeps the commit for --resume
         check_window(options, data)
-        if not (out / "config.json").exists():  # it is written last: the checkpoint is complete
+        if not (out / "config.json").exists():  # which is written last, so there is more to train
             # "medium" allows less than float32 inside products: a GPU takes TF32, a CPU oneDNN
             torch.set_float32_matmul_precision("medium")
             train(options, data, out)

@@ -113,7 +113,8 @@ def warm_start(model, data, documents):
         need = needs(*inputs, R, settings.window)
         if settings.per == "layer":  # one decision holds for all heads
             need = need.sum(0).expand_as(need)
-        # n pairs, those that the queries of at least a quarter of the document would miss
+        # The need of a pair near the end is a mean over few queries, so it says little. These are
+        # the n pairs that at least a quarter of the document's queries would miss.
         n = q.shape[2] * 3 // 4 - settings.window
         need = need[:, :n] + 1e-24  # it may be 0
         y = need.log().T / 2  # (n, Hkv)

@@ -24,9 +24,10 @@ def capability(tensor):
 
 
 def block_sizes(x, width):
-    """How many vectors of `width` channels in x's dtype a program takes: (own, other, few). It
-    holds `own` of them and walks over the rest: `other` at a time if it makes one sum, as
-    training.py's _by_queries, `few` if it makes several, which need the registers (_by_keys).
+    """How many vectors of `width` channels in x's dtype a program takes: (own, other, few).
+
+    A program holds `own` queries, or keys, and walks over the other side: `other` of them at a time
+    if it adds up one thing, or `few` if it adds up several, which need the registers.
 
     The numbers were found by compiling: with them the kernels fit into the shared memory of every
     GPU that they cover, and up to 128 channels they spill at most a few registers on an A100 or

@@ -91,7 +91,7 @@ def _attend(
     if NEW:
         new = tl.load(new_ptr + row).to(tl.int32)
         seen = tl.load(seen_ptr + row).to(tl.int32)  # the position of token 0
-        is_padding = tl.min(token, 0) >= new  # all of the block: it walks over nothing
+        is_padding = tl.min(token, 0) >= new  # all of the block: it need not see anything
         last = tl.where(is_padding, first, last)
     table_ptr += row * table_stride
     page = tl.load(table_ptr + (first + t) // PAGE, first + t < last, 0)
@@ -109,7 +109,7 @@ def _attend(
         top, total, out = attend_to(q, keys_ptr, values_ptr, key, is_held, sees, top, total, out, D)
     if NEW:
         base = row * T  # token 0 in (N, T)
-        end = tl.minimum(tl.max(token, 0) + 1, new)
+        end = tl.where(is_padding, 0, tl.minimum(tl.max(token, 0) + 1, new))
         for start in range(0, end, KEYS):
             key = start + t
             real = key < end

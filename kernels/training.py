@@ -176,8 +176,8 @@ class BiasedAttention(torch.autograd.Function):
         ctx.by_keys = partial(_by_keys[N // own, Hkv], *settings, OTHER=few, **options)
         y = torch.empty_like(q)
         lse = bias.new_empty(Hq, N)
-        # y, lse, and then dy, delta and dq: only backward touches these, so any tensor will do
-        ctx.by_queries(q, k, v, bias, first, y, lse, y, lse, y, BACKWARD=False)
+        unused = (y, lse, y)  # in the places of dy, delta and dq, which only backward touches
+        ctx.by_queries(q, k, v, bias, first, y, lse, *unused, BACKWARD=False)
         ctx.save_for_backward(q, k, v, bias, first, y, lse)
         return y
 
