@@ -23,6 +23,7 @@ length. The logarithm of the length is what an adapter, which is linear, is fitt
 The offset is settled afterwards (evaluate.py), for any compression ratio.
 """
 
+import functools
 import itertools
 
 import torch
@@ -38,11 +39,10 @@ FIRST = 30.0  # weight of a document's first token, the sink, which nearly all h
 
 
 def small_output(output, kv_heads):
-    """R (Hkv, G, D, D) for output matrices W (Hq, C, D): |R u| = |W u|, since R^T R = W^T W. Only
-    lengths matter here, and D is much less than C."""
-    W = output.float().unflatten(0, (kv_heads, -1))  # (Hkv, G, C, D)
-    squares, axes = torch.linalg.eigh(W.mT @ W)
-    return squares.clamp(min=0).sqrt()[..., None] * axes.mT
+    """R (Hkv, G, D, D) for output matrices W_o (Hq, C, D): |R u| = |W_o u|. Only lengths matter
+    here, and D is much less than C."""
+    by_group = output.float().unflatten(0, (kv_heads, -1))  # (Hkv, G, C, D)
+    return torch.linalg.qr(by_group, mode="r").R
 
 
 def needs(q, k, v, residual, R, window, block=128):
@@ -107,10 +107,13 @@ def warm_start(model, data, documents):
     # keeps them, since `attend` is not given them.
     of_adapter = {}
 
+    @functools.cache  # since QR is slow on a GPU
+    def small_output_of(layer):
+        return small_output(layers[layer].self_attn.output_weight(), Hkv)
+
     def attend(layer, q, k, v, logits):
-        R = small_output(layers[layer].self_attn.output_weight(), Hkv)
         inputs = (x[0].float() for x in (q, k, v, of_adapter["residual"]))
-        need = needs(*inputs, R, settings.window)
+        need = needs(*inputs, small_output_of(layer), settings.window)
         if settings.per == "layer":  # one decision holds for all heads
             need = need.sum(0).expand_as(need)
         # The need of a pair near the end is a mean over few queries, so it says little. These are
