@@ -125,9 +125,8 @@ def config_to_dict(config):
     """The parsed config.json that parse_config, read_settings and transformers read back. The class
     in architectures is NVIDIA's: engines without DMS, which lack it, should refuse the model."""
     name = f"{config.model_type.title()}ForCausalLM{'DMS' if config.dms else ''}"
-    raw = {"architectures": [name.replace("_", "")], "hidden_act": "silu"}
-    raw |= without_nulls(vars(config))
-    raw |= raw.pop("extra")
+    raw = {"architectures": [name.replace("_", "")]} | without_nulls(vars(config))
+    raw |= {"hidden_act": "silu"} | raw.pop("extra")
     if config.kv_lora_rank:  # here null means none, and a missing key would mean 1536
         raw["q_lora_rank"] = config.q_lora_rank
     if settings := raw.pop("dms", None):
