@@ -2,13 +2,16 @@
 
 dense        the model as it is
 DMS          its retrofit, experiments/smollm2-135m-dms, at each ratio by that one's offset
+             (--retrofit: another one)
 budget       the same with a budget: 1/ratio of the prompt's pairs where the prompt ends
 window       a sliding window of 1/ratio of the prompt
 KeyDiff ...  kvpress's methods: the prompt is compressed to 1/ratio once it has been read
 """
 
+import argparse
 import json
 import sys
+from pathlib import Path
 
 import torch
 from shared import ROOT, arguments, load, sliding_window
@@ -27,6 +30,9 @@ def real_arguments(description, name, crs, dial):
     p.add_argument("--crs", type=float, nargs="*", default=crs, help="compression ratios")
     p.add_argument("--dial", type=float, nargs="*", default=dial, help="those of DMS")
     p.add_argument("--presses", nargs="*", default=PRESSES, choices=PRESSES)
+    # of results only another one than usual is a setting
+    p.add_argument("--retrofit", type=Path, default=argparse.SUPPRESS, metavar="FOLDER",
+                   help=f"another one than {RETROFIT.name}")
     return p
 
 
@@ -38,11 +44,12 @@ def texts():
 def methods(args, prompt_tokens, by_engine, by_press):
     """(Name, ratio, run) of every method for prompts of so many tokens. run is what
     by_engine(model) or by_press(transformers' model, press) returns."""
+    retrofit = getattr(args, "retrofit", RETROFIT)
     yield "dense", 1, by_engine(load(MODEL)[0])
     for cr in args.dial:
-        yield "DMS", cr, by_engine(load(RETROFIT, cr)[0])
+        yield "DMS", cr, by_engine(load(retrofit, cr)[0])
     for cr in args.crs:
-        yield "budget", cr, by_engine(load(RETROFIT, cr)[0], prompt_tokens / cr)
+        yield "budget", cr, by_engine(load(retrofit, cr)[0], prompt_tokens / cr)
     for cr in args.crs:
         window = sliding_window(load(MODEL)[0], round(prompt_tokens / cr))
         yield "window", cr, by_engine(window)

@@ -66,6 +66,8 @@ class Results:
 
     def __init__(self, args):
         settings = {key: value for key, value in vars(args).items() if key not in ("out", "fresh")}
+        if "retrofit" in settings:  # its name, not where it lies here
+            settings["retrofit"] = settings["retrofit"].name
         # places in the repository are the same on every machine
         settings = json.loads(json.dumps(settings, default=str).replace(f"{ROOT}/", ""))
         self.file = args.out
