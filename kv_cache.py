@@ -126,6 +126,14 @@ class Rows:
         first_slot = column * page_size
         return first_slot < self.length[..., None]
 
+    def widen(self, tokens, page_size):
+        """Make room in the table for the longest row and `tokens` more. A table that must grow is
+        replaced, by one with room to spare."""
+        present = self.table.shape[-1]
+        missing = -(-(int(self.length.max()) + tokens) // page_size) - present
+        if missing > 0:
+            self.table = F.pad(self.table, (0, missing + present // 2))
+
     def pages_to_be_written(self, page_size):
         """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window.
 
@@ -319,9 +327,35 @@ def usable_memory(device):
     return memory
 
 
-PERIOD = 128  # tokens between two settings of a sequence's threshold; see KVCache.steer
+PERIOD = 128  # tokens between two settings of a sequence's threshold; see `steer`
 # a threshold higher by this makes a head keep e times as many pairs (as measured after warm starts)
 LOGITS_PER_E_FOLD = 8.0
+
+
+def steer(cache, part):
+    """For a budget: set the threshold of sequences that have seen a multiple of PERIOD tokens.
+
+    A head should hold the pairs of the window, and keep_rate times those behind it. What is
+    decided now shows in its length only after the window, W tokens later, and the next
+    correction comes after PERIOD. If the model keeps keep_rate of these PERIOD + W tokens by
+    itself, that is `usual`. With a threshold of x it keeps about
+
+        usual * exp(x / E)  ~  usual + usual * x / E        E = LOGITS_PER_E_FOLD
+
+    So x is chosen to make usual * x / E what the sequence's heads are lacking now, on average.
+    It depends only on what was seen and is held: it is the same in every cut of the input."""
+    if cache.keep_rate is None:
+        return
+    W = cache.window + 1
+    behind = (part.seen - W).clamp(min=0)
+    wanted = part.seen.clamp(max=W) + cache.keep_rate * behind  # (N,)
+    by_row = part.length.float().mean(0)  # (N,), over layers
+    by_sequence = by_row.view(-1, cache.kv_heads).mean(1)  # (B,)
+    lacking = wanted - by_sequence.repeat_interleave(cache.kv_heads)
+    usual = cache.keep_rate * (PERIOD + W)  # what is kept in that time
+    threshold = LOGITS_PER_E_FOLD * lacking / usual
+    is_due = part.seen % PERIOD == 0
+    part.threshold.copy_(threshold.where(is_due, part.threshold))
 
 
 class KVCache:
@@ -453,9 +487,9 @@ class KVCache:
         """Give one token of every sequence whose count (B,) is 1 its slot, in all layers: that of
         the token that leaves the window, if it was evicted, else the row's next one. rows: a slice.
         Raises CacheFull before anything has changed. It waits for a GPU, twice."""
-        self.widen_tables(1)
+        self.rows.widen(1, self.page_size)
         part = self.rows.select(rows)  # views: what is written to them is the cache's own
-        self.steer(part)
+        steer(self, part)
         is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
         token = part.seen  # the new token's position
         W = self.window + 1
@@ -496,9 +530,9 @@ class KVCache:
     def append_block(self, hidden, ids, count, rows):
         """Append ids[b, :count[b]] to each sequence, ids (B, T)."""
         T = ids.shape[1]
-        self.widen_tables(T)
+        self.rows.widen(T, self.page_size)
         part = self.rows.select(rows)
-        self.steer(part)
+        steer(self, part)
         new = count.repeat_interleave(self.kv_heads)  # (N,)
         decided = self.first_decided(part, new > 0)
         evicted = self.pool.evicted.flatten()
@@ -537,41 +571,6 @@ class KVCache:
         part.seen += new  # a view of the cache's own
         self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
         return states
-
-    def steer(self, part):
-        """For a budget: set the threshold of sequences that have seen a multiple of PERIOD tokens.
-
-        A head should hold the pairs of the window, and keep_rate times those behind it. What is
-        decided now shows in its length only after the window, W tokens later, and the next
-        correction comes after PERIOD. If the model keeps keep_rate of these PERIOD + W tokens by
-        itself, that is `usual`. With a threshold of x it keeps about
-
-            usual * exp(x / E)  ~  usual + usual * x / E        E = LOGITS_PER_E_FOLD
-
-        So x is chosen to make usual * x / E what the sequence's heads are lacking now, on average.
-        It depends only on what was seen and is held: it is the same in every cut of the input."""
-        if self.keep_rate is None:
-            return
-        W = self.window + 1
-        behind = (part.seen - W).clamp(min=0)
-        wanted = part.seen.clamp(max=W) + self.keep_rate * behind  # (N,)
-        by_row = part.length.float().mean(0)  # (N,), over layers
-        by_sequence = by_row.view(-1, self.kv_heads).mean(1)  # (B,)
-        lacking = wanted - by_sequence.repeat_interleave(self.kv_heads)
-        usual = self.keep_rate * (PERIOD + W)  # what is kept in that time
-        threshold = LOGITS_PER_E_FOLD * lacking / usual
-        is_due = part.seen % PERIOD == 0
-        part.threshold.copy_(threshold.where(is_due, part.threshold))
-
-    def widen_tables(self, tokens):
-        """Make room in the page tables for the longest row and `tokens` more. A table that must
-        grow is replaced, by one with room to spare."""
-        longest = int(self.rows.length.max())
-        present = self.rows.table.shape[2]
-        missing = -(-(longest + tokens) // self.page_size) - present
-        if missing > 0:
-            more = missing + present // 2
-            self.rows.table = F.pad(self.rows.table, (0, more))
 
     # -------------------------------------------------------------------------- Ending and forking
 

@@ -54,7 +54,7 @@ def filled_cache(model, shares, context, batch, steps):
     memory = batch * sequence_bytes(model, shares, context, steps)
     cache = KVCache(model.config, batch, model.device, model.dtype, memory=memory)
     length = held_pairs(shares, context, cache.window + 1)
-    cache.widen_tables(cache.chunk + int(length.max()))  # about as wide as a prompt makes it
+    cache.rows.widen(cache.chunk + int(length.max()), cache.page_size)  # as a prompt makes it
     cache.rows.seen.fill_(context)
     for layer in range(cache.layers):
         by_row = [x[layer].repeat(batch).to(cache.device) for x in (length, shares)]
