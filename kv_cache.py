@@ -369,9 +369,8 @@ class KVCache:
         cache.release([1])                         # its pages are free again
     """
 
-    def __init__(
-            self, config, batch_size, device="cpu", dtype=torch.float32,
-            page_size=None, chunk=None, memory=None, budget=None):
+    def __init__(self, config, batch_size, device="cpu", dtype=torch.float32,
+                 page_size=None, chunk=None, memory=None, budget=None):
         """config: a ModelConfig; device, dtype: the model's. page_size: slots of a page. chunk: the
         most tokens computed at a time. memory: bytes of the pool. By default it has room for the
         whole context without eviction, but takes at most 80% of a machine's memory, or of what a
@@ -412,9 +411,7 @@ class KVCache:
             self.rows = Rows(
                 seen=torch.zeros(N, dtype=torch.int64),
                 threshold=torch.zeros(N),
-                length=zeros(L, N),
-                table=zeros(L, N, 1),
-                ring=zeros(L, N, self.window + 1))
+                length=zeros(L, N), table=zeros(L, N, 1), ring=zeros(L, N, self.window + 1))
             # counted on the device, since a replayed CUDA graph adds to them; see stats
             self.reads = torch.zeros(1, dtype=torch.int64)
             self.peak_pairs = torch.zeros(1, dtype=torch.int64)
@@ -620,8 +617,7 @@ class KVCache:
         """Tokens seen so far x L x Hkv / the pairs held at their ends, None before any token."""
         pairs = self.ended_pairs + int(self.rows.length.sum())
         tokens = self.ended_tokens + int(self.seen.sum())
-        dense = tokens * self.layers * self.kv_heads
-        return dense / pairs if pairs else None
+        return tokens * self.layers * self.kv_heads / pairs if pairs else None
 
     def stats(self):
         """Of the sequences in the cache now:
