@@ -87,18 +87,38 @@ def change_of_likeliest(score, a, v):
     return top, largest * difference.norm(dim=-1, keepdim=True)
 
 
-@torch.no_grad()
 def warm_start(model, data, documents):
     """Fit a model's fresh adapters to the first `documents` documents of the training text that are
     long enough to reach the target. Processes share them, and end with the same weights."""
-    config = model.config
-    settings = config.dms
-    layers = model.model.layers
+    settings = model.config.dms
     rank, world = torchrun_place()
     count = -(-documents // world)  # the same in each process, as sharding demands
     least = (settings.window + 1) * max(settings.target_cr, 2)
     mine = itertools.islice(long_documents(data, least), rank, count * world, world)
 
+    def log_needs(*inputs):
+        need = needs(*inputs, settings.window)
+        if settings.per == "layer":  # one decision holds for all heads
+            need = need.sum(0).expand_as(need)
+        # The need of a pair near the end is a mean over few queries, so it says little. These are
+        # the n pairs that at least a quarter of the document's queries would miss.
+        n = need.shape[1] * 3 // 4 - settings.window
+        need = need[:, :n] + 1e-24  # it may be 0
+        return need.log().T / 2
+
+    fit_adapters(model, tqdm(mine, "warm start", count, disable=rank > 0), log_needs)
+
+
+@torch.no_grad()
+def fit_adapters(model, documents, target):
+    """Fit a model's fresh adapters to a target by ridge regression.
+
+    documents: token ids (1, T). target(q, k, v, residual, R), with the arguments of `needs`: y
+    (n, Hkv), the larger, the rather to be kept, of each document's first n pairs.
+    """
+    config = model.config
+    settings = config.dms
+    layers = model.model.layers
     C = config.hidden_size
     Hkv = config.kv_heads
     # by layer the sum over tokens of x x^T (C, C), and beside it of x y (C, Hkv)
@@ -113,16 +133,9 @@ def warm_start(model, data, documents):
 
     def attend(layer, q, k, v, logits):
         inputs = (x[0].float() for x in (q, k, v, of_adapter["residual"]))
-        need = needs(*inputs, small_output_of(layer), settings.window)
-        if settings.per == "layer":  # one decision holds for all heads
-            need = need.sum(0).expand_as(need)
-        # The need of a pair near the end is a mean over few queries, so it says little. These are
-        # the n pairs that at least a quarter of the document's queries would miss.
-        n = q.shape[2] * 3 // 4 - settings.window
-        need = need[:, :n] + 1e-24  # it may be 0
-        y = need.log().T / 2  # (n, Hkv)
+        y = target(*inputs, small_output_of(layer))
         x = of_adapter["normed"][0, settings.shift :]
-        x = x[:n]  # (n, C)
+        x = x[: len(y)]  # (n, C)
         both = torch.cat((x, y), dim=1)
         both[0] *= FIRST**0.5
         sums[layer] += both[:, :C].T @ both
@@ -135,7 +148,7 @@ def warm_start(model, data, documents):
     for block in layers:
         norm = block.self_attn.dms_proj_alpha_norm
         hooks.append(norm.register_forward_hook(note))
-    for ids in tqdm(mine, "warm start", count, disable=rank > 0):
+    for ids in documents:
         model.hidden(ids.to(model.device), attend)
     for hook in hooks:
         hook.remove()

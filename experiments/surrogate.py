@@ -30,10 +30,9 @@ from tqdm import tqdm
 from checkpoint import base_keys, copy_tokenizer, save_model
 from common import run_script
 from data import long_documents
-from dms import attention
 from evaluate import settle_offsets
 from retrofit import Options, complete, load_pair, make_data
-from warm_start import FIRST, RIDGE, SHARPNESS, small_output
+from warm_start import fit_adapters
 
 TRAINING = ROOT / "out" / "text" / "train.jsonl"
 
@@ -62,46 +61,20 @@ def copy_scores(q, k, v, residual, R, block=128):
     return scores.amax(1)
 
 
-@torch.no_grad()
 def fit(model, data, documents, keep_first=False):
     """Fit a model's fresh adapters to the logarithms of scores, as warm_start does to needs."""
     settings = model.config.dms
-    layers = model.model.layers
-    C = model.config.hidden_size
-    Hkv = model.config.kv_heads
-    # by layer the sum over tokens of x x^T (C, C), and beside it of x y (C, Hkv)
-    sums = torch.zeros(len(layers), C, C + Hkv)
-    outputs = [small_output(block.self_attn.output_weight(), Hkv) for block in layers]
-    seen = {}  # what a layer's adapter gets (1, 2T, C), and what its norm makes of it
+    least = (settings.window + 1) * settings.target_cr  # tokens, as in warm_start
+    chosen = itertools.islice(long_documents(data, least), documents)
+    twice = (ids.repeat(1, 2) for ids in chosen)
 
-    def attend(layer, q, k, v, logits):
-        inputs = (x[0] for x in (q, k, v, seen["residual"]))
-        score = copy_scores(*inputs, outputs[layer]) + 1e-12  # it may be 0
+    def log_scores(*inputs):
+        score = copy_scores(*inputs) + 1e-12  # it may be 0
         if keep_first:
             score[:, 0] = 1  # as if it added as much as all that is there
-        y = score.log().T  # (T, Hkv)
-        x = seen["normed"][0, : len(y)]
-        both = torch.cat((x, y), dim=1)
-        both[0] *= FIRST**0.5
-        sums[layer] += both[:, :C].T @ both
-        return attention(q, k, v)
+        return score.log().T  # (T, Hkv)
 
-    def note(norm, inputs, normed):
-        seen.update(residual=inputs[0], normed=normed)
-
-    norms = [block.self_attn.dms_proj_alpha_norm for block in layers]
-    hooks = [norm.register_forward_hook(note) for norm in norms]
-    least = (settings.window + 1) * settings.target_cr  # tokens, as in warm_start
-    for ids in tqdm(itertools.islice(long_documents(data, least), documents), total=documents):
-        model.hidden(ids.repeat(1, 2), attend)
-    for hook in hooks:
-        hook.remove()
-    xx, xy = sums.split((C, Hkv), dim=2)
-    squares = xx.diagonal(dim1=1, dim2=2)  # (L, C), a view of xx
-    squares += RIDGE * squares.mean()
-    settings.offset = 0.0
-    for block, w in zip(layers, torch.linalg.solve(xx, xy)):
-        block.self_attn.dms_proj_alpha.weight.copy_(-SHARPNESS / settings.scale * w.T)
+    fit_adapters(model, tqdm(twice, total=documents), log_scores)
 
 
 def main():

@@ -16,6 +16,7 @@ from shared import SHIPPED, TEACHER, KVCache, Sampling, Sequence, generate, task
 import dms  # noqa: E402
 import retrofit  # noqa: E402
 from dms import Packing  # noqa: E402
+from warm_start import small_output  # noqa: E402
 
 TOKENIZER = shared.load_tokenizer(TEACHER)
 SHORT = [tasks.make_problem(task, random.Random(task), "test", 110) for task in tasks.TASKS]
@@ -187,7 +188,7 @@ def test_paging(rows_of, tmp_path):
 def test_surrogate():
     """The score against its definition, pair by pair; and adapters that have learnt it."""
     surrogate = import_module("surrogate")
-    model = dms.start_retrofit(shared.load_model(TEACHER), dms.DMSConfig(window=16))
+    model = dms.start_retrofit(shared.load_model(TEACHER), dms.DMSConfig(window=16, shift=0))
     layers = model.model.layers
     ids = torch.tensor([TOKENIZER.encode(SHORT[0].prompt)])
     T = ids.shape[1]
@@ -197,7 +198,7 @@ def test_surrogate():
     def attend(layer, q, k, v, logits):
         W_o = layers[layer].self_attn.output_weight()  # (Hq, C, D)
         x = seen[layer]
-        R = surrogate.small_output(W_o, len(k[0]))
+        R = small_output(W_o, len(k[0]))
         score = surrogate.copy_scores(q[0], k[0], v[0], x, R, block=50)
         group = len(W_o) // len(score)
         for head, j in ((0, 0), (1, 5), (len(score) - 1, T - 1)):
