@@ -506,7 +506,7 @@ class KVCache:
         part = self.rows.select(rows)
         is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
         place = place_of(part, part.seen, is_new, self.pool)  # (L, N): of the new pairs
-        decided = self.first_decided(part, is_new)
+        decided = self.first_decided(part, is_new) if self.shift else place
         # views: what is written to them is the pool's own
         keys, values, position, evicted = (slots.flatten(0, 1) for slots in self.pool.slots)
         position[place] = part.seen.int()

@@ -408,8 +408,11 @@ class Model(nn.Module):
         With a cache (a KVCache) the ids are appended to it, and nothing is differentiated. lengths
         (B,): sequence b brings ids[b, :lengths[b]], and the rest is padding, which is never stored.
         sequence: ids (1, T) belong to this one sequence of the cache, and the others rest.
-        Raises ValueError for lengths that do not fit, CacheFull where pages run out.
+        Raises ValueError for ids or lengths that do not fit, CacheFull where pages run out.
         """
+        V = self.config.vocab_size
+        if ids.dim() != 2 or not ids.numel() or not 0 <= ids.min() <= ids.max() < V:
+            raise ValueError(f"ids must be (B, T), at least one, from 0 to {V - 1}")
         if cache is None:
             return self.hidden(ids, dms.masked_attention(self.config))
         # The cache cuts the ids into pieces, and calls self.hidden for each, with its `attend`.

@@ -348,6 +348,8 @@ def check(options):
     require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
     require(options.decision == "adapter" or not config.kv_lora_rank,
             "neuron: latent attention has no groups of query heads to borrow from; use adapters")
+    require((options.window + 1) * options.target_cr <= options.seq_len,
+            f"--window {options.window} is too much of {options.seq_len} tokens; take less")
     require(options.decision == "adapter" or options.train == "all" and not options.warm_start,
             "neuron needs --train all, and no --warm-start")
     require(not options.device.startswith("cuda") or torch.cuda.get_device_capability()[0] >= 8,
@@ -382,8 +384,8 @@ def main(argv=None):
         data = make_data(options)
         if data.revision and "@" not in options.data:
             options.data += f"@{data.revision}"  # settings.json keeps the commit for --resume
-        check_window(options, data)
         if not (out / "config.json").exists():  # which is written last, so there is more to train
+            check_window(options, data)
             # "medium" allows less than float32 inside products: a GPU takes TF32, a CPU oneDNN
             torch.set_float32_matmul_precision("medium")
             train(options, data, out)

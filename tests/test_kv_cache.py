@@ -191,6 +191,9 @@ def test_misuse_is_said_and_changes_nothing():
     model(two, cache=cache)
     before = everything(cache)
     for message, misuse in (
+            ("ids must be", lambda: model(torch.tensor([[67], [0]]), cache=cache)),
+            ("ids must be", lambda: model(-one)),
+            ("ids must be", lambda: model(two[:, :0], cache=cache)),
             ("2 are wanted", lambda: model(one, cache=cache)),
             ("0 to 1 tokens", lambda: model(two, cache=cache, lengths=[2, 1])),
             ("0 are wanted", lambda: model(one, cache=cache, sequence=2)),
