@@ -142,8 +142,7 @@ def nvidia_block(settings):
     shifts by one, and would compute such a model wrongly."""
     if settings.shift == 0:
         return settings.window
-    below_window = max(settings.window - 1, 1)
-    return min(256, 2 ** (below_window.bit_length() - 1))
+    return min(256, 2 ** (max(settings.window - 1, 1).bit_length() - 1))
 
 
 # ------------------------------------------------------------------------------------ DMS settings
@@ -263,8 +262,7 @@ def offset_for(settings, cr):
     offsets = settings.offsets if settings else []
     for (low, offset), (high, next_offset) in itertools.pairwise(offsets):
         if low <= cr <= high:
-            share = math.log(cr / low) / math.log(high / low)
-            return offset + (next_offset - offset) * share
+            return offset + (next_offset - offset) * math.log(cr / low) / math.log(high / low)
     raise InputError(f"{cr:g}x: the model has settled these ratios: {[x for x, _ in offsets]}")
 
 
@@ -429,17 +427,17 @@ load_tokenizer = Tokenizer
 
 # -------------------------------------------------------------------------------------- Generation
 
-NOT_DONE = """num_beams no_repeat_ngram_size typical_p min_length min_new_tokens suppress_tokens
-    begin_suppress_tokens bad_words_ids sequence_bias stop_strings penalty_alpha guidance_scale
-    presence_penalty frequency_penalty epsilon_cutoff eta_cutoff top_h forced_eos_token_id
-    watermarking_config exponential_decay_length_penalty encoder_repetition_penalty""".split()
+# keys of generation_config.json that are read, or that change no answer here
+KNOWN = """do_sample eos_token_id bos_token_id pad_token_id max_length max_new_tokens use_cache
+    transformers_version _from_model_config""".split()
 
 
 def generation_defaults(folder, names):
-    """{name: value} of what generation_config.json states under these names. What else would change
-    the answers is named on stderr."""
+    """{name: value} of what generation_config.json states under these names. What else it asks for
+    is named on stderr."""
     raw = read_optional(folder / "generation_config.json")
-    if ignored := [key for key in NOT_DONE if raw.get(key) not in (None, 0, 1, [], {})]:
+    asked = {key for key, value in raw.items() if value not in (0, 1, [], {}, "")}
+    if ignored := sorted(asked.difference(KNOWN, names)):
         say(f"{folder}: generation_config.json asks for {', '.join(ignored)}, which is not done")
     if raw.get("do_sample") is False:
         raw["temperature"] = 0.0

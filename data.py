@@ -75,10 +75,9 @@ def document_of(record):
 
 def verified(record):
     """The first solution of a problem that is right, and complete where that is stated, or None."""
-    solutions = record["generations"]
     is_right = record["correctness_math_verify"] or []  # a null: none counts as right
     is_complete = record.get("is_reasoning_complete", is_right) or []
-    both = zip(solutions, is_right, is_complete)
+    both = zip(record["generations"], is_right, is_complete)
     return next((solution for solution, *good in both if all(good)), None)
 
 

@@ -62,8 +62,7 @@ def visible(query, key, evict, window):
 
     query, key: positions (integers); evict: bool, what was decided about the key. Returns bool.
     """
-    in_window = query - key <= window
-    return (key <= query) & (in_window | ~evict)
+    return (key <= query) & ((query - key <= window) | ~evict)
 
 
 UNDECIDED = -1e4  # a logit far below 0: kept, for certain
@@ -101,15 +100,6 @@ def masked_attention(config):
 # ---------------------------------------------------------------- The two sources of the decision
 
 
-def adapter_score(residual, norm, projection):
-    """The adapter: s = RMSNorm_a(x) W_a^T, with weights of its own (NVIDIA's later recipe).
-
-    residual: x, the residual stream before the layer's input norm, (B, T, C). Returns (B, T, Hkv).
-    """
-    residual = residual.to(projection.weight.dtype)  # float32 while it is trained
-    return projection(norm(residual))
-
-
 def add_adapter(module):
     """Give a layer's attention module the decision's own weights, which decide nothing yet (s = 0),
     in float32."""
@@ -125,15 +115,19 @@ def add_adapter(module):
 
 def decide(module, residual, q=None):
     """The decision logits (B, Hkv, T) of a layer's attention module, None where nothing is evicted.
-    q: (B, T, Hq, D), which only the borrowed neuron needs."""
-    config = module.config
-    settings = config.eviction  # config.dms, unless eviction is switched off
+
+    residual: x (B, T, C), the residual stream before the layer's input norm. The adapter's score is
+    s = RMSNorm_a(x) W_a^T, with weights of its own (NVIDIA's later recipe). q: (B, T, Hq, D), which
+    only the borrowed neuron needs.
+    """
+    settings = module.config.eviction  # config.dms, unless eviction is switched off
     if settings is None:
         return None
     if settings.source == "neuron":
-        s = borrowed_score(q, config.kv_heads)
+        s = borrowed_score(q, module.config.kv_heads)
     else:
-        s = adapter_score(residual, module.dms_proj_alpha_norm, module.dms_proj_alpha)
+        x = residual.to(module.dms_proj_alpha.weight.dtype)  # float32 while it is trained
+        s = module.dms_proj_alpha(module.dms_proj_alpha_norm(x))
     return settings.logits(s)
 
 
@@ -142,8 +136,7 @@ def borrowed_score(q, kv_heads):
 
     q: (B, T, Hq, D), after its norm and before RoPE. Returns s (B, T, Hkv), a view of q.
     """
-    by_group = q.unflatten(2, (kv_heads, -1))  # (B, T, Hkv, G, D)
-    return by_group[:, :, :, 0, -1]
+    return q.unflatten(2, (kv_heads, -1))[:, :, :, 0, -1]  # of (B, T, Hkv, G, D)
 
 
 def without_borrowed(q, config):
@@ -264,8 +257,7 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
         query = torch.arange(start, end, device=q.device)[:, None]
         key = torch.arange(end, device=q.device)
         added = torch.where(query - key > window, bias[:, :, None, :end], 0)  # (B, Hkv, n, end)
-        is_elsewhere = key < first[:, start:end, None]  # (B, n, end): in an earlier document
-        unseen = is_elsewhere | (key > query)
+        unseen = (key > query) | (key < first[:, start:end, None])  # (B, n, end)
         added = added.masked_fill(unseen[:, None], float("-inf"))
         q_block = q_by_group[:, :, :, start:end]
         score = torch.einsum("bhgid,bhjd->bhgij", q_block, k[:, :, :end])
@@ -331,8 +323,7 @@ class RelaxedAttention:
     def count_evicted(self, noisy):
         """How many pairs of each head a cache no longer holds when their documents end, (Hkv,).
         The value is that of hard decisions, the gradient that of p."""
-        is_evicted = (noisy > 0).float()
-        hard = straight_through(is_evicted, torch.sigmoid(noisy))
+        hard = straight_through((noisy > 0).float(), torch.sigmoid(noisy))
         expires = self.packing.expires(self.dms.window)  # (B, T)
         return (hard * expires[:, None]).sum((0, 2))  # of (B, Hkv, T)
 

@@ -70,13 +70,12 @@ def sample(logits, uniform, sampling):
         return logits.argmax(-1)
     logits = logits.float() / sampling.temperature
     order = None  # the token ids of sorted logits
-    top_p = sampling.top_p
-    if sampling.top_k > 0 or top_p < 1:
+    if sampling.top_k > 0 or sampling.top_p < 1:
         V = logits.shape[-1]
         logits, order = logits.topk(min(int(sampling.top_k), V) if sampling.top_k > 0 else V)
     p = logits.softmax(-1)
-    if top_p < 1:  # a token stays unless those before it suffice; the first always does
-        p = p.where(p.cumsum(-1) - p <= top_p, 0)
+    if sampling.top_p < 1:  # a token stays unless those before it suffice; the first always does
+        p = p.where(p.cumsum(-1) - p <= sampling.top_p, 0)
     p = p.where(p >= sampling.min_p * p.amax(-1, keepdim=True), 0)
     mass = p.double().cumsum(-1)
     place = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
@@ -392,8 +391,7 @@ class Options(Sampling):
 
 
 # what a request may set for itself, of which type (JSON may have "5" or 5.0 for 5)
-OWN_OPTIONS = {"n": int, "max_new_tokens": int, "seed": int, "stop": list,
-               **Sampling.__annotations__}
+OWN_OPTIONS = dict(n=int, max_new_tokens=int, seed=int, stop=list, **Sampling.__annotations__)
 # what else is known there
 OF_PROMPT = "prompt messages tools enable_thinking chat_template_kwargs".split()
 ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
@@ -554,8 +552,7 @@ def answered_lines(out, requests):
         is_ours = False
     # the rest is nothing, or the beginning of a line of ours
     is_ours &= unfinished.startswith(BEGINNING) or BEGINNING.startswith(unfinished)
-    require(is_ours,
-            f"{out}: holds something else than answers to these requests; give another --out")
+    require(is_ours, f"{out}: holds more than answers to these requests; give another --out")
     os.truncate(out, out.stat().st_size - len(unfinished))  # lines are written in ASCII
     return {answer["line"] for answer in answers}
 

@@ -42,7 +42,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dms import attention, by_subject, visible
+from dms import DMSConfig, attention, by_subject, visible
 
 
 class CacheFull(RuntimeError):
@@ -88,12 +88,13 @@ class PagePool:
         self.least_free = min(self.least_free, self.free_count)
         return self.free[self.free_count : self.free_count + count]
 
-    def free_all_but(self, in_use, needed=0):
-        """Put every page on the stack that is not in `in_use`, an integer tensor. Since forks share
-        pages, a page is free once no table names it: so the tables are asked, and nothing needs to
-        count references. Raises CacheFull, freeing none, if that makes fewer than `needed`."""
+    def free_all_but(self, rows, needed=0):
+        """Put every page on the stack that no row of `rows` has. Since forks share pages, a page is
+        free once no table names it: so the tables are asked, and nothing needs to count references.
+        Raises CacheFull, freeing none, if that makes fewer than `needed`."""
         is_free = torch.ones_like(self.free, dtype=torch.bool)
-        is_free[in_use] = False
+        in_use = rows.pages_in_use(self.page_size)
+        is_free[rows.table[in_use]] = False
         pages = is_free.nonzero()[:, 0]
         self.check(needed, len(pages))
         self.free[: len(pages)] = pages
@@ -102,7 +103,7 @@ class PagePool:
 
 @dataclass
 class Rows:
-    """What every row holds, and where. rows.layer(l) is the same of one layer, without the L."""
+    """What every row holds, and where."""
 
     seen: torch.Tensor  # (N,) int64: tokens appended so far, which is the next one's position
     threshold: torch.Tensor  # (N,) float32: a pair is evicted whose logit is above; see `steer`
@@ -110,14 +111,11 @@ class Rows:
     table: torch.Tensor  # (L, N, M) int32: the row's pages, in order of its slots
     ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W
 
-    def layer(self, layer):
-        by_layer = (x[layer] for x in (self.length, self.table, self.ring))
-        return Rows(self.seen, self.threshold, *by_layer)
-
-    def select(self, index):
-        """The rows of an index: views for a slice, copies for a tensor of numbers."""
-        by_row = (x[:, index] for x in (self.length, self.table, self.ring))
-        return Rows(self.seen[index], self.threshold[index], *by_row)
+    def part(self, layers=slice(None), rows=slice(None)):
+        """The Rows of some layers and rows: views, but for a tensor of numbers copies. Those of one
+        layer, rows.part(l), have no L."""
+        by_layer = (x[layers, rows] for x in (self.length, self.table, self.ring))
+        return Rows(self.seen[rows], self.threshold[rows], *by_layer)
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
@@ -151,15 +149,14 @@ def fork(rows, index, pool):
     dropped. The first row that continues an old one takes over its pages. Each further one is a
     copy: it shares the pages that are full and final, and gets its own of those that may still be
     written to. Raises CacheFull before anything has changed."""
-    forked = rows.select(index)
+    forked = rows.part(rows=index)
     is_same = index[:, None] == index
     is_copy = is_same.tril(-1).any(dim=1)  # of an earlier row
     to_copy = forked.pages_to_be_written(pool.page_size) & is_copy[:, None]
     originals = forked.table[to_copy]
     # The pages of dropped rows are freed. The originals are not among them, as the first row that
     # continues each still names them.
-    in_use = forked.pages_in_use(pool.page_size)
-    pool.free_all_but(forked.table[in_use], needed=len(originals))
+    pool.free_all_but(forked, needed=len(originals))
     own = pool.take(len(originals))
     forked.table[to_copy] = own
     for slots in pool.slots:
@@ -299,7 +296,8 @@ PLAIN = Kernels(attend_one, attend_block)
 
 def choose_kernels(device, dtype, key_dim):
     """Triton's on a GPU, numba's for a step on a CPU, and the plain ones elsewhere."""
-    try:
+    # no Triton, numba or kernels/, or no folder in which numba may keep compiled code
+    with suppress(ImportError, RuntimeError):
         if device.type == "cuda" and key_dim <= 256:
             from kernels import attention
 
@@ -308,8 +306,6 @@ def choose_kernels(device, dtype, key_dim):
             from kernels import cpu
 
             return Kernels(cpu.attend_one, attend_block)
-    except (ImportError, RuntimeError):
-        pass  # no Triton, numba or kernels/, or no folder in which numba may keep compiled code
     return PLAIN
 
 
@@ -382,13 +378,13 @@ class KVCache:
         self.chunk = chunk or (2048 if self.device.type == "cuda" else 512)
         self.layers = L = config.num_hidden_layers
         self.kv_heads = config.kv_heads
-        eviction = config.eviction
-        self.window = eviction.window if eviction else 0
-        self.shift = eviction.shift if eviction else 0
+        settings = config.eviction or DMSConfig(window=0, shift=0)
+        self.window = settings.window
+        self.shift = settings.shift
         if self.window < self.shift:
             raise ValueError("shift 1 needs a window of 1 or more")
         self.keep_rate = None  # the share of the tokens behind the window that are to be kept
-        if budget and eviction:
+        if budget and config.eviction:
             pairs, tokens = budget
             in_window = self.window + 1
             self.keep_rate = max(pairs - in_window, 1) / max(tokens - in_window, 1)
@@ -479,14 +475,20 @@ class KVCache:
                 cuts.update(range(-seen % PERIOD, T, PERIOD))
         return sorted(cuts - {0})
 
+    def prepare(self, rows, tokens):
+        """Those of the cache's own rows that `rows`, a slice, names, with room in their table for
+        so many more tokens, and steered. They are views: what is written to them stays."""
+        self.rows.widen(tokens, self.page_size)
+        part = self.rows.part(rows=rows)
+        steer(self, part)
+        return part
+
     @torch.inference_mode()
     def begin_step(self, count, rows=slice(None)):
         """Give one token of every sequence whose count (B,) is 1 its slot, in all layers: that of
         the token that leaves the window, if it was evicted, else the row's next one. rows: a slice.
         Raises CacheFull before anything has changed. It waits for a GPU, twice."""
-        self.rows.widen(1, self.page_size)
-        part = self.rows.select(rows)  # views: what is written to them is the cache's own
-        steer(self, part)
+        part = self.prepare(rows, 1)
         is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
         token = part.seen  # the new token's position
         W = self.window + 1
@@ -503,10 +505,10 @@ class KVCache:
     def append_token(self, hidden, ids, count, rows=slice(None)):
         """Append the token ids (B, 1) of every sequence whose count (B,) is 1, after `begin_step`.
         Nothing here waits for a GPU."""
-        part = self.rows.select(rows)
+        part = self.rows.part(rows=rows)
         is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
         place = place_of(part, part.seen, is_new, self.pool)  # (L, N): of the new pairs
-        decided = self.first_decided(part, is_new) if self.shift else place
+        decided = self.first_decided(part, is_new)
         # views: what is written to them is the pool's own
         keys, values, position, evicted = (slots.flatten(0, 1) for slots in self.pool.slots)
         position[place] = part.seen.int()
@@ -518,7 +520,7 @@ class KVCache:
             if logits is not None:
                 evicted[decided[layer]] = logits.flatten() > part.threshold
             q_by_row = q.reshape(len(is_new), -1, q.shape[3])  # (N, G, D)
-            y = self.kernels.attend_one(q_by_row, part.layer(layer), self.pool)
+            y = self.kernels.attend_one(q_by_row, part.part(layer), self.pool)
             return y.reshape(q.shape)
 
         self.reads += (part.length * is_new).sum()
@@ -527,9 +529,7 @@ class KVCache:
     def append_block(self, hidden, ids, count, rows):
         """Append ids[b, :count[b]] to each sequence, ids (B, T)."""
         T = ids.shape[1]
-        self.rows.widen(T, self.page_size)
-        part = self.rows.select(rows)
-        steer(self, part)
+        part = self.prepare(rows, T)
         new = count.repeat_interleave(self.kv_heads)  # (N,)
         decided = self.first_decided(part, new > 0)
         evicted = self.pool.evicted.flatten()
@@ -547,7 +547,7 @@ class KVCache:
                 if self.shift:
                     evicted[decided[layer]] = z[:, 0] > part.threshold
             block = (k.flatten(0, 1), v.flatten(0, 1), evict, new)
-            where = (part.layer(layer), self.pool, self.window)
+            where = (part.part(layer), self.pool, self.window)
             q_by_row = q.reshape(len(new), -1, *q.shape[2:])  # (N, G, T, D)
             y = self.kernels.attend_block(q_by_row, *block, *where)
             store(*block, *where)
@@ -578,8 +578,7 @@ class KVCache:
         self.count_ended(rows)
         self.rows.seen[rows] = 0
         self.rows.length[:, rows] = 0
-        in_use = self.rows.pages_in_use(self.page_size)
-        self.pool.free_all_but(self.rows.table[in_use])
+        self.pool.free_all_but(self.rows)
 
     @torch.inference_mode()
     def select(self, sequences):
@@ -602,7 +601,7 @@ class KVCache:
     def positions(self, sequence, layer, head):
         """The positions of the tokens whose pairs a KV head holds, ascending, (n,) int32."""
         row = sequence * self.kv_heads + head
-        rows = self.rows.layer(layer)
+        rows = self.rows.part(layer)
         [position] = held([self.pool.position], rows, row)
         return position.sort().values
 

@@ -220,9 +220,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, Hkv_D, bias=bias)
         self.v_proj = Linear(C, Hkv_D, bias=bias)
         self.o_proj = Linear(Hq_D, C, bias=config.attention_bias and not qwen2)
-        if config.model_type in ("qwen3", "qwen3_moe"):
-            self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+        norm = nn.RMSNorm if config.model_type in ("qwen3", "qwen3_moe") else nn.Identity
+        self.q_norm = norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
     def project(self, residual, x, rotate):
         """What `attend` takes: q (B, Hq, T, D), k and v (B, Hkv, T, D), rotated, and the decision
@@ -234,16 +234,14 @@ class Attention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         # q (B, T, Hq, D), k and v (B, T, Hkv, D)
         q, k, v = (proj(x).unflatten(2, (-1, config.head_dim)) for proj in projections)
-        if config.model_type in ("qwen3", "qwen3_moe"):
-            q = self.q_norm(q)
-            k = self.k_norm(k)
+        q = self.q_norm(q)
         logits = dms.decide(self, residual, q)
         # The borrowed channel, D - 1, must not reach a score, and RoPE mixes it with channel
         # D/2 - 1. It is zeroed before, so that it does not leak there, and again after, to remove
         # what has leaked from there.
         q = rotate(dms.without_borrowed(q, config))
         q = dms.without_borrowed(q, config)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, rotate(k), v))
+        q, k, v = (heads.transpose(1, 2) for heads in (q, rotate(self.k_norm(k)), v))
         return q, k, v, logits
 
     def output(self, y):
@@ -295,11 +293,10 @@ class Experts(nn.Module):
             # a group's score: that of its best expert (V2), or the sum of its best two (V3)
             groups = rank.unflatten(1, (config.n_group, -1))  # (n, groups, E / groups)
             best = groups.topk(2 if is_v3 else 1).values.sum(-1, keepdim=True)
-            best_groups = best.topk(config.topk_group, dim=1)
-            least = best_groups.values[:, -1:]  # the score of the last group that counts
+            # the score of the last group that counts
+            least = best.topk(config.topk_group, dim=1).values[:, -1:]
             rank = groups.where(best >= least, float("-inf")).flatten(1)
-        chosen = rank.topk(config.num_experts_per_tok)
-        expert = chosen.indices
+        expert = rank.topk(config.num_experts_per_tok).indices
         weight = score.gather(1, expert)
         if config.norm_topk_prob:
             weight = weight / weight.sum(-1, keepdim=True)

@@ -146,8 +146,7 @@ class Distillation:
             cr = MARGIN * options.target_cr
         else:  # cold adapters, or the neuron, are led there
             cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
-        sums = all_reduce(self.backward(step, ids, documents, cr))
-        kl, self.evicted_fraction = sums.tolist()
+        kl, self.evicted_fraction = all_reduce(self.backward(step, ids, documents, cr)).tolist()
         for parameter in self.parameters.values():
             if not is_sharded(parameter.grad):  # FSDP has summed what it shards
                 all_reduce(parameter.grad)
@@ -270,8 +269,8 @@ def train(options, data, out):
     if is_main:
         lines = log.read_text().splitlines(keepends=True)[:done] if done else []
         log.write_text("".join(lines))  # what comes after the saved state will come again
-    bar = tqdm(range(done, options.steps), "retrofit", disable=not is_main,
-               initial=done, total=options.steps)
+    steps = range(done, options.steps)
+    bar = tqdm(steps, "retrofit", options.steps, initial=done, disable=not is_main)
     for step, (ids, documents) in zip(bar, data.batches(done)):
         begin = time.time()
         metrics = run.step(step, ids, documents)
@@ -329,8 +328,7 @@ def parse(argv=None):
     out = options.out or f"out/{Path(options.model).name}-dms-{options.target_cr:g}x"
     if options.resume:
         saved = read_json(Path(out) / "settings.json")
-        changed = [f"{name} = {saved[name]}" for name in stated.keys() & saved.keys()
-                   if stated[name] != saved[name]]
+        changed = [f"{k} = {saved[k]}" for k in stated if saved.get(k, stated[k]) != stated[k]]
         require(not changed, f"{out}: was started with {', '.join(changed)}; keep that")
         options = Options(**{**saved, **stated})
     options.out = out

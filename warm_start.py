@@ -144,10 +144,8 @@ def fit_adapters(model, documents, target):
     def note(norm, inputs, normed):
         of_adapter.update(residual=inputs[0], normed=normed)
 
-    hooks = []
-    for block in layers:
-        norm = block.self_attn.dms_proj_alpha_norm
-        hooks.append(norm.register_forward_hook(note))
+    norms = [block.self_attn.dms_proj_alpha_norm for block in layers]
+    hooks = [norm.register_forward_hook(note) for norm in norms]
     for ids in documents:
         model.hidden(ids.to(model.device), attend)
     for hook in hooks:

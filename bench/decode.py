@@ -58,7 +58,7 @@ def filled_cache(model, shares, context, batch, steps):
     cache.rows.seen.fill_(context)
     for layer in range(cache.layers):
         by_row = [x[layer].repeat(batch).to(cache.device) for x in (length, shares)]
-        fill_layer(cache.rows.layer(layer), cache.pool, context, *by_row)
+        fill_layer(cache.rows.part(layer), cache.pool, context, *by_row)
     for slots in (cache.pool.keys, cache.pool.values):
         for pages in slots.split(4096):
             pages.normal_()
@@ -130,7 +130,7 @@ def attention_alone(model, cache):
 
     def attend():
         for layer in range(cache.layers):
-            cache.kernels.attend_one(q, cache.rows.layer(layer), cache.pool)
+            cache.kernels.attend_one(q, cache.rows.part(layer), cache.pool)
 
     if not GPU:
         return attend

@@ -132,7 +132,7 @@ def _by_keys(
     own = vectors(key, kv_head, Hkv, D)
     k = tl.load(k_ptr + own)
     v = tl.load(v_ptr + own)
-    bias = tl.load(bias_ptr + line)
+    bias = tl.load(bias_ptr + line)[:, None]
     end = tl.load(end_ptr + key)
     dk = tl.zeros((OWN, D), tl.float32)
     dv = tl.zeros((OWN, D), tl.float32)
@@ -146,8 +146,7 @@ def _by_keys(
             lse = tl.load(lse_ptr + head * N + query)
             delta = tl.load(delta_ptr + head * N + query)
             together = query[None, :] < end[:, None]
-            score = scores(
-                k, q, bias[:, None], query[None, :], key[:, None], together, window, scale)
+            score = scores(k, q, bias, query[None, :], key[:, None], together, window, scale)
             p = tl.exp2(score - lse[None, :])
             dv = dot(p.to(dy.dtype), dy, dv)
             dp = dot(v, tl.trans(dy))

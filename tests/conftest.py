@@ -299,7 +299,7 @@ class Life:
             for b, history in enumerate(self.history):
                 for row, (position, evicted) in enumerate(self.held(history)):
                     k, v = (x.flatten(0, 1)[row, position] for x in history[:2])
-                    mine = held_by(cache.rows.layer(row // 2), cache.pool, b * 2 + row % 2)
+                    mine = held_by(cache.rows.part(row // 2), cache.pool, b * 2 + row % 2)
                     assert (mine[0].tolist(), mine[3].tolist()) == (position, evicted)
                     assert torch.equal(mine[1].cpu(), k) and torch.equal(mine[2].cpu(), v)
             stats = cache.stats()

@@ -399,7 +399,7 @@ def test_a_cut_row_is_made_again_and_other_files_stay(content, ours, run, tmp_pa
     if ours:
         assert code == 0 and answers_in(tmp_path / "out")[1]["generated"]["texts"] != ["y"]
     else:
-        assert code == 2 and "out: holds something else" in errors and errors.count("\n") == 1
+        assert code == 2 and "out: holds more than answers" in errors and errors.count("\n") == 1
         assert (tmp_path / "out").read_text() == content
 
 
