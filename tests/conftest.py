@@ -1,57 +1,26 @@
 """What several test files need: small random models, dense and DMS, that decide at random but
-reproducibly; a random life of a cache, and what each of its rows must hold; how Triton's kernels
-run without a GPU, and how they are compiled for one."""
+reproducibly; a random life of a cache, and what each of its rows must hold."""
+import functools
 import os
 import random
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-try:
-    import triton
-except ImportError:  # it has no wheel for this platform
-    triton = None
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 from dms import DMSConfig, attention, visible  # noqa: E402
-from kv_cache import CacheFull  # noqa: E402
+from kv_cache import CacheFull, held  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 
 torch.set_num_threads(1)  # the models are tiny
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-HAS_LAUNCHES = triton is not None and (DEVICE == "cuda" or INTERPRETED)
-launches = pytest.mark.skipif(not HAS_LAUNCHES, reason="test_interpreter runs it")
-compiles = pytest.mark.skipif(triton is None or INTERPRETED, reason="nothing is compiled here")
 
-
-def run_interpreted(file, names):
-    """Run a file's tests whose names match under Triton's interpreter. It takes a process of its
-    own, since Triton decides as it is imported."""
-    import numpy
-
-    is_old = [int(x) for x in triton.__version__.split(".")[:2]] < [3, 7]
-    if is_old and numpy.__version__ >= "2.4":
-        pytest.skip("this triton's interpreter needs numpy < 2.4 (triton-lang/triton#9171)")
-    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", file,
-                         "-k", names], cwd=REPOSITORY, env={**os.environ, "TRITON_INTERPRET": "1"},
-                         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert run.returncode == 0, run.stdout
-
-
-# ------------------------------------------------------------------------------------ Small models
-
+close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 SLOT = 2 * 8 * 4 + 5  # bytes: k and v of 8 float32 each, a position and a decision
-
-
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12)
 LATENT = dict(num_experts_per_tok=2, moe_intermediate_size=12, n_routed_experts=6,
               n_shared_experts=2, first_k_dense_replace=1, num_key_value_heads=4, kv_lora_rank=16,
@@ -59,8 +28,7 @@ LATENT = dict(num_experts_per_tok=2, moe_intermediate_size=12, n_routed_experts=
 GROUPS = dict(n_group=3, topk_group=2, q_lora_rank=20, routed_scaling_factor=1.5)
 OTHERS = {  # families of another build than Qwen3's: what they add to small_config
     "qwen3_moe": dict(EXPERTS, norm_topk_prob=True), "deepseek_v2": LATENT,
-    "deepseek_v3": {**LATENT, **GROUPS, "norm_topk_prob": True},
-}
+    "deepseek_v3": {**LATENT, **GROUPS, "norm_topk_prob": True}}
 
 
 def small_config(**changes):
@@ -71,8 +39,7 @@ def small_config(**changes):
 
 
 def small_model(seed=0, dms=None, keep=0.5, **changes):
-    """A random model in float32. keep: about this fraction of tokens is kept, through the
-    decisions' offset."""
+    """A random model in float32. keep: the fraction of tokens that it keeps, roughly."""
     torch.manual_seed(seed)
     model = Model(small_config(dms=dms, **changes))
     for name, p in model.named_parameters():
@@ -84,18 +51,6 @@ def small_model(seed=0, dms=None, keep=0.5, **changes):
         dms.scale = 1.0
         dms.offset = {0.1: -2.0, 0.5: 0.0, 0.9: 2.0}[keep]
     return model.requires_grad_(False).eval()
-
-
-def in_hub_cache(cache, **folders):
-    """The environment of a process without network for which owner/NAME of the hub is a folder.
-    folders: {NAME: folder}."""
-    commit = "0123456789" * 4
-    for name, folder in folders.items():
-        place = cache / f"models--owner--{name}"
-        (place / "refs").mkdir(parents=True)
-        (place / "refs" / "main").write_text(commit)
-        shutil.copytree(folder, place / "snapshots" / commit)
-    return {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
@@ -110,9 +65,6 @@ def random_dms(rng):
         source=rng.choice(["adapter", "neuron"]), per=rng.choice(["head", "head", "layer"]))
 
 
-# -------------------------------------------------------------------------- What a cache must hold
-
-
 def rule(said, shift, window):
     """What the visibility rule leaves of T tokens: the positions held, ascending, and the decisions
     about them, two lists. said: (T,) bool, decided at each token about the one `shift` before."""
@@ -121,17 +73,6 @@ def rule(said, shift, window):
     evict[:max(T - shift, 0)] = said[shift:]
     held = visible(T - 1, torch.arange(T), evict, window).nonzero()[:, 0]
     return held.tolist(), evict[held].tolist()
-
-
-def held_by(rows, pool, row):
-    """What a row holds, by position: positions (n,), keys and values (n, D), and decisions (n,).
-    rows: those of one layer."""
-    slot = torch.arange(int(rows.length[row]), device=rows.length.device)
-    page = rows.table[row, slot // pool.page_size].long()
-    place = slot % pool.page_size
-    position, order = pool.position[page, place].sort()
-    by_position = [x[page, place][order] for x in (pool.keys, pool.values, pool.evicted)]
-    return position, *by_position
 
 
 def everything(cache):
@@ -173,7 +114,6 @@ class Life:
         return sum(-(-len(held) // self.settings["page_size"]) for held, _ in self.held(history))
 
     def end(self, sequences):
-        """Count what ends, and forget it."""
         for b in sequences:
             self.ended_tokens += self.history[b][2].shape[2]
             self.ended_pairs += sum(len(position) for position, _ in self.held(self.history[b]))
@@ -252,7 +192,7 @@ class Life:
                 real = (layer, i, slice(None), slice(lengths[i]))
                 expected = self.attention(q[real], *(x[layer] for x in after[i]))
                 for y in outputs:
-                    torch.testing.assert_close(y[real].cpu(), expected, atol=1e-4, rtol=1e-4)
+                    close(y[real].cpu(), expected)
 
     def run(self, cache, lengths, sequences, inputs, accident, is_step):
         """What attention gives, (L, n, Hq, T, D). is_step: append as DecodeStep does."""
@@ -292,16 +232,17 @@ class Life:
         return attention(q[None], k[None], v[None], mask[None])[0]
 
     def check(self, *caches):
-        """Every row holds just what the rule leaves: pairs, positions and decisions."""
         for cache in caches:
             check_pages(cache)
             assert cache.seen.tolist() == [said.shape[2] for _, _, said in self.history]
             for b, history in enumerate(self.history):
                 for row, (position, evicted) in enumerate(self.held(history)):
-                    k, v = (x.flatten(0, 1)[row, position] for x in history[:2])
-                    mine = held_by(cache.rows.part(row // 2), cache.pool, b * 2 + row % 2)
-                    assert (mine[0].tolist(), mine[3].tolist()) == (position, evicted)
-                    assert torch.equal(mine[1].cpu(), k) and torch.equal(mine[2].cpu(), v)
+                    mine = held(cache.pool.slots, cache.rows.part(row // 2), b * 2 + row % 2)
+                    order = mine[2].argsort()
+                    k, v, *mine = (x[order].cpu() for x in mine)
+                    assert [x.tolist() for x in mine] == [position, evicted]
+                    assert torch.equal(k, history[0].flatten(0, 1)[row, position])
+                    assert torch.equal(v, history[1].flatten(0, 1)[row, position])
             stats = cache.stats()
             assert stats["pairs"] == sum(len(p) for x in self.history for p, _ in self.held(x))
             pairs = self.ended_pairs + stats["pairs"]
@@ -334,65 +275,3 @@ def check_pages(cache):
         assert all(len(x) == 1 or set(x) == {(x[0][0], False)} for x in owners.values())
     free = pool.free[: pool.free_count].tolist()
     assert sorted([*free, *taken]) == list(range(len(pool)))
-
-
-# ------------------------------------------------------------------------------ Compiling for a GPU
-
-
-def pointer(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def launched(module, launcher, *arguments):
-    """What `launcher` launches of a module's kernels, given tensors without memory: for each
-    kernel's name the (arguments, options) of its launches, in order."""
-    calls = {}
-
-    class Recorder:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            record = calls.setdefault(self.name, [])
-            return lambda *values, **options: record.append((values, options))
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, triton.runtime.jit.JITFunction):
-                patch.setattr(module, name, Recorder(name))
-        launcher(*arguments)
-    return calls
-
-
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-         torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1", int: "i32", float: "fp32"}
-
-
-def compiled(kernel, values, options, arch):
-    """The kernel as the JIT would compile it for these arguments. It knows of pointers and integers
-    that are divisible by 16, unless the kernel says otherwise."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    options = dict(options)
-    names = kernel.arg_names
-    constants = {name: options.pop(name) for name in names if name in options}
-    signature = dict.fromkeys(names, "constexpr")
-    hints = {}
-    for i, (name, value) in enumerate(zip(names, values)):
-        is_pointer = isinstance(value, torch.Tensor)
-        signature[name] = TYPES[value.dtype if is_pointer else type(value)]
-        is_special = isinstance(value, int) and not kernel.params[i].do_not_specialize
-        if is_pointer or is_special and value % 16 == 0:
-            hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def spilled(kernel):
-    """The bytes of local memory that a thread of a compiled kernel has, for registers it lacks."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage.stdout + usage.stderr).groups()
-    return int(stack) + int(local)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXPERTS, GROUPS, LATENT, OTHERS
+from conftest import EXPERTS, GROUPS, LATENT, OTHERS, close
 from safetensors.torch import load_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
@@ -27,6 +27,13 @@ YARN_DEFAULTS = dict(rope_type="yarn", factor=4.0, original_max_position_embeddi
 YARN = dict(YARN_DEFAULTS, beta_fast=3.0, beta_slow=0.5)
 PUBLISHED = dict(head_dim=128, max_position_embeddings=131072)
 TIED_BIASES = dict(tie_word_embeddings=True, attention_bias=True)
+TEXTS = [
+    "", " ", "Hello,  World!\n\n\ttabs   and 12345 numbers", "naïve café — ☃ 漢字 🙂👍🏽", "a\r\nb",
+    "e\u0301 against \u00e9", "<|im_start|>user\nhi<|im_end|>\n", "x<|eot_id|>y </s> <s>",
+    "<think>\nhm\n</think>\n\n4", " before and after ", "\x00\x7f\u200b\ufeff", "don't we'll"]
+SPECIAL = {  # what each style calls its special tokens
+    "qwen": dict(pad_token="<|endoftext|>", start="<|im_start|>", eos_token="<|im_end|>"),
+    "llama": dict(bos_token="<|begin_of_text|>", unk_token="<unk>", eos_token="<|eot_id|>")}
 
 
 def scaled(rope, **more):
@@ -62,10 +69,8 @@ FAMILIES = {  # the name begins with the model_type: what differs from the sizes
     "qwen3 yarn mscale": scaled(YARN, mscale=2.0, mscale_all_dim=0.6),
     "qwen3 yarn mscale alone": scaled(YARN, mscale=2.0),
     "qwen3 yarn untruncated": scaled(YARN, truncate=False),
-    # max_position_embeddings is the original context then
-    "qwen3 yarn no original": dict(
-        scaled(dict(rope_type="yarn", factor=4.0)), max_position_embeddings=40),
-}
+    "qwen3 yarn no original": dict(  # it is max_position_embeddings then
+        scaled(dict(rope_type="yarn", factor=4.0)), max_position_embeddings=40)}
 
 
 def saved(folder, kind="qwen3", seed=0, dtype=torch.float32, shard="5GB", **changes):
@@ -113,8 +118,7 @@ def tokens(batch=1):
 
 @torch.no_grad()
 def same_logits(ours, theirs):
-    expected = theirs(tokens()).logits.to(ours.dtype)
-    torch.testing.assert_close(ours(tokens()), expected, atol=1e-4, rtol=1e-4)
+    close(ours(tokens()), theirs(tokens()).logits.to(ours.dtype))
 
 
 def edit(file, **changes):
@@ -175,18 +179,6 @@ def plain_forward(folder, ids, shift=1, per="head", separate=False):
             q = getattr(layer.self_attn, "q_norm", layer.self_attn.q_proj)
             q.register_forward_hook(read_neuron)
     return model(ids[None]).logits[0].float(), torch.stack(decided)
-
-
-# -------------------------------------------------------------------------------------- Tokenizers
-
-TEXTS = [
-    "", " ", "Hello,  World!\n\n\ttabs   and 12345 numbers", "naïve café — ☃ 漢字 🙂👍🏽", "a\r\nb",
-    "e\u0301 against \u00e9", "<|im_start|>user\nhi<|im_end|>\n", "x<|eot_id|>y </s> <s>",
-    "<think>\nhm\n</think>\n\n4", " before and after ", "\x00\x7f\u200b\ufeff", "don't we'll"]
-SPECIAL = {  # what each style calls its special tokens
-    "qwen": dict(pad_token="<|endoftext|>", start="<|im_start|>", eos_token="<|im_end|>"),
-    "llama": dict(bos_token="<|begin_of_text|>", unk_token="<unk>", eos_token="<|eot_id|>"),
-}
 
 
 def make_tokenizer(folder, style="qwen", **settings):

@@ -1,14 +1,11 @@
+"""A soak, python tests/soak.py MINUTES [FIRST_SEED]: random lives of small caches, and random
+continuous batching, in which every text is what the dense masked model says to that history alone.
 """
-A soak: random lives of small caches (test_kv_cache.py), and random continuous batching, in which
-every text is compared with what the dense masked model says to that history alone.
-
-    python tests/soak.py MINUTES [FIRST_SEED]
-"""
-
 import random
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 
 import torch
 from conftest import SLOT, check_pages, random_dms, small_model
@@ -96,31 +93,26 @@ class Talks:
         calls = []
         kept = [(talk, len(talk.new)) for talk in talks if talk.index is not None]
 
-        def counting(x):
-            calls.append(x)
+        def count(*given):
+            calls.append(given)
             if len(calls) == accident_after:
                 raise EOFError
-            return type(mlp).forward(mlp, x)
 
-        mlp.forward = counting
         steps = generate(self.model, self.cache, talks, self.ends, rng.random() < 0.4)
         try:
-            for number, _ in enumerate(steps):
-                if number == 0 and all(talk.index is not None for talk, _ in kept):
-                    assert all(len(talk.new) > said for talk, said in kept)  # none has to wait
-                if number == steps_left:
-                    assert number < 3000, "it does not end"
-                    return False
+            with mlp.register_forward_pre_hook(count), closing(steps):
+                for number, _ in enumerate(steps):
+                    if number == 0 and all(talk.index is not None for talk, _ in kept):
+                        assert all(len(talk.new) > said for talk, said in kept)  # none has to wait
+                    if number == steps_left:
+                        assert number < 3000, "it does not end"
+                        return False
         except EOFError:
             self.counts["accidents"] += 1
             return False
-        finally:
-            del mlp.forward
-            steps.close()
         return True
 
     def end(self):
-        """End those that are long, and others; then look at what is held."""
         for talk in self.talks:
             if talk.index is not None and (len(talk.ids) > LONGEST or self.rng.random() < 0.1):
                 self.cache.release([talk.index])

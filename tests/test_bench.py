@@ -1,5 +1,4 @@
 """bench/gpu.sh at sizes for a CPU: what will run on a GPU runs, and leaves its rows."""
-
 import json
 import os
 import subprocess
@@ -7,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import REPOSITORY
 
 
 @pytest.mark.parametrize("part, kinds", [
@@ -18,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_what_is_run_on_a_gpu(part, kinds, tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "SMALL": "1", "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", ROOT / "bench" / "gpu.sh", tmp_path, part]
+    command = ["bash", REPOSITORY / "bench" / "gpu.sh", tmp_path, part]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = (tmp_path / "gpu.jsonl").read_text().splitlines()

@@ -23,6 +23,29 @@ SENTENCE = "There was a number on the door of the old house by the river."
 ASKED = {"role": "user", "content": "How many?"}
 TOLD = {"role": "assistant", "content": "Six."}
 SYSTEM = {"role": "system", "content": "Be brief."}
+CHAT = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\nSix.<|im_end|>"
+BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n"
+WANTED = "its columns are .'id'.; wanted are one of: .*messages.*question', 'answer"
+QWEN = (  # Qwen3's shape
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set parts = m.content.split('</think>') %}"
+    "{% set thought = m.reasoning_content or parts[0].split('<think>')[-1] if parts[1:] or "
+    "m.reasoning_content else '' %}{% if m.role == 'assistant' and loop.last %}<think>\n"
+    "{{ thought.strip('\n') }}\n</think>\n\n{% endif %}{{ parts[-1].lstrip('\n') }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+R1 = (  # that of DeepSeek's distilled models, whose prompt begins the thought
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<|A|>"
+    "{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|A|><think>\n{% endif %}")
+LLAMA = (  # Llama 3.2's, which writes the date
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|A|>{{ m.role }}\n\n{{ m.content }}"
+    "<|eot|>{% endfor %}{% if add_generation_prompt %}<|A|>assistant\n\n{% endif %}")
+Q = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+L = "26 Jul 2024<|A|>user\n\nHow many?<|eot|><|A|>assistant\n\n"
+R = "<|im_start|>How many?<|A|><think>\n"
+THOUGHT = "<think>\nOkay\n\nso\n</think>\n\nSix."
+APART = {"content": "Six.", "reasoning_content": "Okay\n\nso"}
+OPEN = THOUGHT.removeprefix("<think>\n")
 
 
 def text_data(source, seq_len=8, batch_size=1, seed=0):
@@ -60,10 +83,6 @@ def openr1(generations, is_right, **more):
             "messages": [ASKED, {"role": "assistant", "content": "Nine."}], **more}
 
 
-CHAT = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\nSix.<|im_end|>"
-BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n"
-
-
 @pytest.mark.parametrize("row, document", [
     ({"text": SENTENCE}, SENTENCE + "<|im_end|>"),
     ({"messages": [SYSTEM, ASKED, TOLD]}, BRIEF + CHAT),
@@ -79,8 +98,7 @@ BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n"
     ({"instruction": "How many?", "input": "", "output": "Six."}, CHAT),
     ({"instruction": "How", "input": "many?", "output": "Six."}, CHAT.replace("How ", "How\n\n")),
     (openr1(["Five.", "Six.", "Seven."], [None, True, True]), CHAT),
-    (openr1(["Five.", "Six."], [True, True], is_reasoning_complete=[False, True]), CHAT),
-])
+    (openr1(["Five.", "Six."], [True, True], is_reasoning_complete=[False, True]), CHAT)])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_each_spelling_gives_its_document_with_one_end_token(row, document, kind, tmp_path):
     assert first_document(write(tmp_path / f"a.{kind}", [row, row])) == document
@@ -116,28 +134,6 @@ def test_rows_that_cannot_be_used_are_skipped_and_named_once(tmp_path, capsys):
     assert sorted(named) == [*range(3, 3 + len(bad)), 31 + len(bad)]
 
 
-QWEN = (  # Qwen3's shape
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set parts = m.content.split('</think>') %}"
-    "{% set thought = m.reasoning_content or parts[0].split('<think>')[-1] if parts[1:] or "
-    "m.reasoning_content else '' %}{% if m.role == 'assistant' and loop.last %}<think>\n"
-    "{{ thought.strip('\n') }}\n</think>\n\n{% endif %}{{ parts[-1].lstrip('\n') }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
-R1 = (  # that of DeepSeek's distilled models, whose prompt begins the thought
-    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<|A|>"
-    "{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|A|><think>\n{% endif %}")
-LLAMA = (  # Llama 3.2's, which writes the date
-    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|A|>{{ m.role }}\n\n{{ m.content }}"
-    "<|eot|>{% endfor %}{% if add_generation_prompt %}<|A|>assistant\n\n{% endif %}")
-Q = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
-L = "26 Jul 2024<|A|>user\n\nHow many?<|eot|><|A|>assistant\n\n"
-R = "<|im_start|>How many?<|A|><think>\n"
-THOUGHT = "<think>\nOkay\n\nso\n</think>\n\nSix."
-APART = {"content": "Six.", "reasoning_content": "Okay\n\nso"}
-OPEN = THOUGHT.removeprefix("<think>\n")
-
-
 def tokenizer_with(template, folder):
     (folder / "tokenizer.json").symlink_to(REPOSITORY / "toy" / "teacher" / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(template)
@@ -155,8 +151,7 @@ def tokenizer_with(template, folder):
     (R1, {"content": "<think>Okay</think>Six."}, R, "Okay\n</think>\n\nSix."),
     (R1, {"content": "Six."}, R, "\n</think>\n\nSix."),  # as R1 does without a thought
     (LLAMA, {"content": THOUGHT}, L, THOUGHT + "<|eot|>"),
-    (LLAMA, APART, L, THOUGHT),
-])
+    (LLAMA, APART, L, THOUGHT)])
 def test_a_document_is_what_the_model_would_have_seen_and_generated(
         template, answer, prompt, generated, tmp_path):
     turns = [ASKED, {"role": "assistant", **answer}]
@@ -206,15 +201,12 @@ def test_from_every_step_the_stream_goes_on_as_if_uninterrupted(three_files, seq
 def test_documents_lie_end_to_end_and_their_lengths_tell_where(tmp_path, rng):
     rows = [{"text": (SENTENCE * rng.randint(1, 4))[rng.randrange(40) :]} for _ in range(90)]
     tokens = {tuple(TOKENIZER.encode(row["text"]) + [TOKENIZER.end_id]) for row in rows}
-    file = write(tmp_path / "a.jsonl", rows)
-    for ids, documents in itertools.islice(text_data(file, 100, 3).batches(0), 40):
+    data = text_data(write(tmp_path / "a.jsonl", rows), 100, 3)
+    for ids, documents in itertools.islice(data.batches(0), 40):
         for sequence, lengths in zip(ids, documents):
             *whole, last = (tuple(part.tolist()) for part in sequence.split(lengths))
             assert all(part in tokens for part in whole)
             assert any(text[: len(last)] == last for text in tokens)
-
-
-WANTED = "its columns are .'id'.; wanted are one of: .*messages.*question', 'answer"
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -225,8 +217,7 @@ WANTED = "its columns are .'id'.; wanted are one of: .*messages.*question', 'ans
     ("a.txt", b"One.\n\n", "a.txt: no text .* to hold out"),  # none that may be held out
     ("a.parquet", b"PAR1 and no more", "a.parquet .*magic bytes"),
     ("a.parquet", [{"id": 2}], "a.parquet .*" + WANTED),
-    ("a.jsonl", [{"id": 2}] * 200, "document 2 is skipped: " + WANTED),
-])
+    ("a.jsonl", [{"id": 2}] * 200, "document 2 is skipped: " + WANTED)])
 def test_a_source_that_cannot_be_used_is_refused_at_once(name, content, message, tmp_path, capsys):
     if content is not None:
         write(tmp_path / name, content)
@@ -240,8 +231,7 @@ def test_a_source_that_cannot_be_used_is_refused_at_once(name, content, message,
      ["data/train-0.parquet", "data/train-1.parquet"]),  # of several configs and splits
     (["b/train/1.parquet", "data/a.parquet", "a-train.parquet", "train.md"],
      ["a-train.parquet", "b/train/1.parquet"]),
-    (["b.parquet", "a/c.parquet"], ["a/c.parquet", "b.parquet"]),
-])
+    (["b.parquet", "a/c.parquet"], ["a/c.parquet", "b.parquet"])])
 def test_a_hub_dataset_s_files_are_fetched_when_they_are_reached(
         files, chosen, tmp_path, monkeypatch):
     for i, file in enumerate(files):
@@ -252,8 +242,8 @@ def test_a_hub_dataset_s_files_are_fetched_when_they_are_reached(
     monkeypatch.setattr(huggingface_hub, "dataset_info", info)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     data = text_data("owner/name")
-    first = mock.call("owner/name", chosen[0], repo_type="dataset", revision="commit")
-    assert (data.files, data.revision, fetch.mock_calls) == (chosen, "commit", [first])
+    assert (data.files, data.revision) == (chosen, "commit")
+    fetch.assert_called_once_with("owner/name", chosen[0], repo_type="dataset", revision="commit")
     found = numbers(data.batches(0), 58)
     assert sorted({number // 30 for number in found}) == sorted(map(files.index, chosen))
     asked = [call.args[1] for call in fetch.mock_calls]
@@ -262,29 +252,23 @@ def test_a_hub_dataset_s_files_are_fetched_when_they_are_reached(
     info.assert_called_with("owner/name", revision="commit")
 
 
-def held_out(count):
-    ids = torch.randint(67, (count, 60), generator=torch.Generator().manual_seed(0))
-    return ids, [[25 + i, 30 - i] for i in range(count)]
-
-
-DATA = SimpleNamespace(seq_len=2048, held_out=held_out)  # two documents to a sequence
-
-
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_kl_is_that_of_the_masked_computation_after_the_settling_sequences(shift):
     model = small_model(dms=dms.DMSConfig(window=4, shift=shift))
     dense = copy.deepcopy(model)
     dense.config.dms.disable_eviction = True
-    ids, documents = held_out(11)
+    ids = torch.randint(67, (20, 60), generator=torch.Generator().manual_seed(0))
+    documents = [[25 + i, 30 - i] for i in range(20)]
+    data = SimpleNamespace(seq_len=2048, held_out=lambda count: (ids[:count], documents[:count]))
     assert evaluate.settling_sequences(2048) == 8
     nats = []
-    for sequence, lengths in zip(ids[8:], documents[8:]):
+    for sequence, lengths in zip(ids[8:11], documents[8:11]):
         for document in sequence[: sum(lengths)].split(lengths):
             log_q, log_p = (m(document[None]).log_softmax(-1)[0, :-1] for m in (model, dense))
             nats.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    kl, count, cache = evaluate.kl_on_text(model, dense, DATA, 3)
+    kl, count, cache = evaluate.kl_on_text(model, dense, data, 3)
     assert count == 6 and cache.compression_ratio() > 1.2 and kl > 0.01
     assert kl == pytest.approx(torch.cat(nats).mean().item(), rel=1e-3)
-    assert abs(evaluate.kl_on_text(dense, model, DATA, 3)[0]) < 1e-5  # it never evicts
+    assert abs(evaluate.kl_on_text(dense, model, data, 3)[0]) < 1e-5  # it never evicts
     window = evaluate.sliding_window(small_model(), 7)
-    assert evaluate.kl_on_text(window, window, DATA, 3)[2].ended_pairs == 7 * count * 2 * 2
+    assert evaluate.kl_on_text(window, window, data, 3)[2].ended_pairs == 7 * count * 2 * 2

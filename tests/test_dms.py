@@ -1,18 +1,15 @@
 """The method: the rule, the decision and its two sources, relaxed attention, losses, schedule."""
-
-import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_model
+from conftest import close, small_model
 
 import dms
 from dms import DMSConfig, Packing, RelaxedAttention
 from kv_cache import KVCache
-
-close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+from retrofit import learning_rate
 
 
 def test_the_rule_and_decisions_on_a_small_case():
@@ -99,7 +96,10 @@ def test_noise_follows_from_the_seed_of_a_sequence_and_the_layer_alone():
     assert many.var().item() == pytest.approx(math.pi**2 / 3, rel=0.05)  # the logistic's
 
 
-def test_compression_loss_is_one_sided_and_its_target_grows():
+def test_the_compression_loss_is_one_sided_and_what_changes_with_the_step():
     assert dms.compression_loss(torch.tensor(0.5), 8).item() == pytest.approx(0.375)
     assert dms.compression_loss(torch.tensor(0.9), 8).item() == 0
     assert [dms.scheduled_cr(step, 1000, 8) for step in (0, 100, 700, 999)] == [1, 2, 8, 8]
+    rates = [learning_rate(step, 1000, 0.5) for step in (0, 9, 19, 600, 800, 1000)]
+    assert rates == pytest.approx([0.025, 0.25, 0.5, 0.5, 0.25, 0])
+    assert learning_rate(9, 10, 0.5) == pytest.approx(0.125)  # a short run stays below the peak

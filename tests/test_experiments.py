@@ -1,5 +1,4 @@
 """Each experiment runs at the smallest size that still means something, and counts what is held."""
-
 import json
 import random
 import sys
@@ -72,8 +71,7 @@ def test_needles(rows_of):
 
 
 def test_heads(rows_of, tmp_path):
-    heads = import_module("heads")
-    ids, kinds = heads.kinds_of(SHORT[0], TOKENIZER)
+    ids, kinds = import_module("heads").kinds_of(SHORT[0], TOKENIZER)
     answer = [TOKENIZER.decode([i]) for i, kind in zip(ids, kinds) if kind.startswith("answer")]
     assert "".join(answer).strip() == SHORT[0].answer
     rows = rows_of("heads", "--problems 1 --every 200")
@@ -119,8 +117,7 @@ def test_vote(text, answer, tmp_path, capsys):
     generated = {"line": 3, "texts": [text, "13", text]}
     (tmp_path / "out").write_text(json.dumps({"generated": generated}) + "\n")
     vote.main(tmp_path / "out")
-    found = json.loads(capsys.readouterr().out)
-    assert found == {"line": 3, "answer": answer, "votes": 2, "of": 3}
+    assert json.loads(capsys.readouterr().out) == {"line": 3, "answer": answer, "votes": 2, "of": 3}
 
 
 def test_accuracy(rows_of, monkeypatch):

@@ -10,23 +10,30 @@ import re
 import sys
 import weakref
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import tokenizers
 import torch
-from conftest import DEVICE, SLOT, small_config, small_model
+from conftest import DEVICE, SLOT, close, small_config, small_model
 from tokenizers import decoders, models, normalizers
 
 import generate as script
 import show
-from checkpoint import load_model, load_tokenizer, save_model
+from checkpoint import load_tokenizer, save_model
 from dms import DMSConfig
 from generate import Sampling, Sequence, Stream, generate, next_tokens, sample
-from kv_cache import PLAIN, KVCache
+from kv_cache import PLAIN, KVCache, held
 from model import Model, ModelConfig
 from toy import tasks
 
 TEACHER = script.SHIPPED.parent / "teacher"
+MIXED = [Sampling(), Sampling(1.3, top_k=20), Sampling(0.8, repetition_penalty=1.5, top_p=0.9),
+         Sampling(repetition_penalty=1.3)]
+TEMPLATE = ("{% if refuse is defined %}{{ raise_exception('no ' + refuse) }}{% endif %}"
+            "{% for m in messages %}{{ m.content or m.tool_calls[0].name }};{% endfor %}"
+            "{{ tools[0].function.name if tools else 'w' }}{{ 'k' if enable_thinking else '' }}")
+ANSWER = '{"generated": {"line": 1, "texts": ["y"]}, "prompt": "x"}\n'  # a line of an answer file
 
 
 @pytest.mark.parametrize("settings", [
@@ -57,10 +64,6 @@ def test_a_penalty_lowers_what_was_said_and_nonsense_stops_nobody():
         sample(logits[None], torch.rand(1), Sampling(*nonsense))
 
 
-MIXED = [Sampling(), Sampling(1.3, top_k=20), Sampling(0.8, repetition_penalty=1.5, top_p=0.9),
-         Sampling(repetition_penalty=1.3)]
-
-
 def sequences(count, seed=0, longest=60, new=25):
     """Random prompts, several of them twice, each with sampling of its own."""
     rng = random.Random(seed)
@@ -71,18 +74,16 @@ def sequences(count, seed=0, longest=60, new=25):
 
 def alone(model, sequence, ends=()):
     """What a sequence says by itself, by the whole masked model on all its tokens, one by one."""
-    ids = list(sequence.ids)
     new = []
     while len(new) < sequence.max_new_tokens and not (new and new[-1] in ends):
+        ids = sequence.ids + new
         one = Sequence(ids, 1, sequence.seed, sampling=sequence.sampling, new=new)
         logits = model(torch.tensor([ids]), last_only=True)[:, -1]
         new += next_tokens([one], logits).values()
-        ids.append(new[-1])
     return new
 
 
 def finish(*arguments, **options):
-    """The steps of generate(), which must end."""
     steps = list(itertools.islice(generate(*arguments, **options), 999))
     assert len(steps) < 999
     return steps
@@ -116,12 +117,12 @@ def test_sequences_side_by_side_say_what_each_says_alone(places, pages):
 def test_a_captured_step_lives_as_long_as_the_cache_and_its_table(monkeypatch):
     """A graph is simulated: recording leaves everything as it was, replaying finds the tensors that
     were recorded. The table grows; sequences are forked, dropped, and followed by others."""
-    graphs = []
-
     class Graph:
         def replay(self):
             assert all(x is y for x, y in zip(vars(cache.rows).values(), self.recorded))
             step.logits = step.run(model, cache, step.inputs)
+
+    graphs = []
 
     @contextmanager
     def record(graph):
@@ -150,11 +151,6 @@ def test_a_captured_step_lives_as_long_as_the_cache_and_its_table(monkeypatch):
     gc.collect()  # the frames that other libraries keep in circles
     cache = None
     assert gone() is None  # its memory is free at once, without the garbage collector
-
-
-TEMPLATE = ("{% if refuse is defined %}{{ raise_exception('no ' + refuse) }}{% endif %}"
-            "{% for m in messages %}{{ m.content or m.tool_calls[0].name }};{% endfor %}"
-            "{{ tools[0].function.name if tools else 'w' }}{{ 'k' if enable_thinking else '' }}")
 
 
 @pytest.fixture(scope="session")
@@ -242,14 +238,12 @@ def run(capfd, tmp_path, monkeypatch):
         except SystemExit as e:
             code = e.code
         return code, *capfd.readouterr()
-
     return run
 
 
 def test_works_at_once_with_the_shipped_model_and_shows_what_it_holds(run, tmp_path):
     code, text, errors = run("--max-new-tokens", 60)
     assert code == 0 and text and "expected: 75 99 77 32" in errors
-    assert "new tokens in" in errors
     assert "1.00x compressed" in run("--max-new-tokens", 60, "--dense")[2]
     budgets = (run("--max-new-tokens", 60, "--budget", pairs)[2] for pairs in (60, 220))
     ratios = [float(re.search(r"([\d.]+)x compressed", errors)[1]) for errors in budgets]
@@ -268,29 +262,20 @@ def test_works_at_once_with_the_shipped_model_and_shows_what_it_holds(run, tmp_p
 
 
 def test_chat_remembers_earlier_turns_as_if_they_were_read_at_once(run, monkeypatch):
-    seen = []
-
-    class Spy(KVCache):
-        def append(self, hidden, ids, *more):
-            seen.extend(ids[0].tolist())
-            Spy.latest = self
-            return super().append(hidden, ids, *more)
-
-        def append_token(self, hidden, ids, count):
-            seen.extend(ids[0].tolist())
-            return super().append_token(hidden, ids, count)
-
-    monkeypatch.setattr(script, "KVCache", Spy)
+    spy = mock.create_autospec(script.Session.finish, side_effect=script.Session.finish)
+    monkeypatch.setattr(script.Session, "finish", spy)
     turns = ["The code of ann is 31. Give the codes of ann.",
              "The code of tom is 52. Give the codes of tom, ann.",
              "The @ANSWER@ crosses the road. Give the codes of tom."]
     chat = ("--chat", "--temperature", 0, "--max-new-tokens", 40, "--model", TEACHER)
     answers = ["ann is 31.", "tom is 52, ann is 31.", "tom is 52."]
     assert run(*chat, stdin="\n\n".join(turns))[1].splitlines() == answers
-    model = load_model(TEACHER)
-    whole = KVCache(model.config, 1)
-    model(torch.tensor([seen]), cache=whole)
-    assert torch.equal(whole.rows.length, Spy.latest.rows.length)
+    session, [last] = spy.call_args.args
+    seen = last.ids[: last.fed]
+    whole = KVCache(session.model.config, 1)
+    session.model(torch.tensor([seen]), cache=whole)
+    rows = [held(x.pool.slots, x.rows.part(1), 0) for x in (session.cache, whole)]
+    close(*rows)
     said = [f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
             for turn, answer in zip(turns, answers)]
     assert load_tokenizer(TEACHER).decode(seen) in "".join(said)
@@ -380,9 +365,6 @@ def test_a_bad_line_does_not_stop_the_others(run, folder, tmp_path):
     write_lines(tmp_path / "in", good, "\n", *[{"prompt": "y", "max_tokens": 2}] * 13, good)
     code, _, errors = run(*arguments)
     assert code == 0 and "13/13" in errors and len(answers_in(tmp_path / "out")) == 15
-
-
-ANSWER = '{"generated": {"line": 1, "texts": ["y"]}, "prompt": "x"}\n'
 
 
 @pytest.mark.parametrize("content, ours", [

@@ -1,22 +1,18 @@
-"""
-The cache against the dense masked computation: whatever the cut of the input, raggedness, forks
-and releases, attention is each sequence's alone under the rule, and rows hold what the rule leaves.
-"""
-
-import functools
+"""The cache against the dense masked computation: whatever the cut of the input, raggedness, forks
+and releases, attention is each sequence's alone under the rule, and rows hold what that leaves."""
 import itertools
 import random
+from unittest import mock
 
 import pytest
 import torch
-from conftest import OTHERS, SLOT, Life, everything, random_dms, rule, small_config, small_model
+from conftest import (OTHERS, SLOT, Life, close, everything, random_dms, rule, small_config,
+                      small_model)
 
 import dms
 import kv_cache
 from dms import DMSConfig
 from kv_cache import PLAIN, KVCache
-
-close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 
 
 def oracle(model, ids, budget=None):
@@ -47,16 +43,14 @@ def oracle(model, ids, budget=None):
 
 
 def check_held(cache, sequence, said):
-    """The sequence's rows hold just the positions that the rule leaves."""
     for layer, heads in enumerate(said):
         for h, at in enumerate(heads):
-            held, _ = rule(at, cache.shift, cache.window)
-            assert cache.positions(sequence, layer, h).tolist() == held
+            held = cache.positions(sequence, layer, h).tolist()
+            assert held == rule(at, cache.shift, cache.window)[0]
 
 
 @pytest.mark.parametrize("seed", range(25))
 def test_a_random_life_of_a_batch(seed):
-    """In two caches at once: one plain, one with kernels."""
     life = Life(seed)
     caches = [KVCache(**life.settings) for _ in range(2)]
     caches[0].kernels = PLAIN
@@ -110,27 +104,24 @@ def test_any_cut_equals_the_dense_masked_model(seed, family, monkeypatch):
         check_held(cache, b, said)
 
 
-def test_forks_share_all_full_pages():
-    model = small_model(0)
+@pytest.mark.parametrize("family, heads, slot", [
+    ("qwen3", 2, SLOT), ("deepseek_v2", 1, (16 + 8) * 4 + 5)])  # of latents one vector is stored
+def test_forks_share_all_full_pages(family, heads, slot):
+    model = small_model(0, model_type=family)
     cache = KVCache(model.config, 1, page_size=16)
     model(torch.randint(0, 67, (1, 200)), cache=cache)
-    assert cache.stats()["pages"] == 2 * 2 * 13  # layers, heads, pages of a row
+    assert cache.stats()["pages"] == 2 * heads * 13  # layers, heads, pages of a row
     cache.select([0] * 5)
     stats = cache.stats()
-    assert stats["pages"] == 2 * 2 * (12 + 5)
-    assert stats["peak_page_bytes"] == stats["page_bytes"] == stats["pages"] * 16 * SLOT
+    assert stats["pages"] == 2 * heads * (12 + 5)
+    assert stats["peak_page_bytes"] == stats["page_bytes"] == stats["pages"] * 16 * slot
 
 
-def test_of_latent_attention_one_vector_is_stored():
-    """In bfloat16 1,152 bytes a token and layer for DeepSeek-V2-Lite."""
-    model = small_model(0, model_type="deepseek_v2")
-    cache = KVCache(model.config, 1, page_size=16)
-    model(torch.randint(0, 67, (1, 200)), cache=cache)
-    assert cache.stats()["page_bytes"] == 2 * 13 * 16 * ((16 + 8) * 4 + 5)  # layers, pages, slots
-    pool = cache.pool
-    assert pool.values.data_ptr() == pool.keys.data_ptr()
+def test_a_latent_of_deepseek_v2_lite_takes_1152_bytes_a_token_and_layer():
     lite = small_config(model_type="deepseek_v2", kv_lora_rank=512, head_dim=64)
-    assert KVCache(lite, 1, dtype=torch.bfloat16, memory=1e6).page_bytes == 64 * (1152 + 5)
+    cache = KVCache(lite, 1, dtype=torch.bfloat16, memory=1e6)
+    assert cache.page_bytes == 64 * (1152 + 5)
+    assert cache.pool.values.data_ptr() == cache.pool.keys.data_ptr()
 
 
 def test_bytes_fall_with_compression_and_what_is_counted_is_what_is_stored():
@@ -159,17 +150,12 @@ def test_bytes_fall_with_compression_and_what_is_counted_is_what_is_stored():
 
 def test_the_masks_of_a_block_are_of_one_row_at_a_time(monkeypatch):
     """So a long prompt's work fits beside a small pool, whatever the batch."""
-    shapes = []
-
-    def spy(q, k, v, mask, **named):
-        assert mask is None or mask.dim() == 2  # None: causal
-        shapes.append(len(q))
-        return torch.zeros_like(q)
-
+    spy = mock.Mock(side_effect=lambda q, *others, **named: torch.zeros_like(q))
     monkeypatch.setattr(dms.F, "scaled_dot_product_attention", spy)
     model = small_model(0, DMSConfig(window=3))
     model(torch.zeros(3, 20, dtype=torch.int64), cache=KVCache(model.config, 3, chunk=8))
-    assert shapes == [1] * 3 * 3 * 2 * 2
+    shapes = [(len(q), mask.dim()) for (q, k, v, mask), _ in spy.call_args_list]
+    assert shapes == [(1, 2)] * 3 * 3 * 2 * 2
 
 
 @pytest.mark.parametrize("limit", ["", "max", "1000000"])
@@ -207,5 +193,4 @@ def test_misuse_is_said_and_changes_nothing():
 @pytest.mark.parametrize("seed", range(8))
 def test_a_short_soak(seed):
     from soak import Talks  # it imports this file
-
     assert Talks(seed).live()["texts compared"] > 0

@@ -1,6 +1,5 @@
 """The retrofit: its step against the naive one, in one process or several, and the script, which
 survives being killed and refuses what cannot work."""
-
 import itertools
 import json
 import math
@@ -31,7 +30,7 @@ from common import InputError, read_json
 from data import split_documents
 from kv_cache import KVCache
 from model import Model
-from retrofit import TEACHER, Distillation, Options, learning_rate
+from retrofit import TEACHER, Distillation, Options
 
 FORKS = multiprocessing.get_context("forkserver")  # a process of its own begins with these imports
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "retrofit"])
@@ -145,33 +144,24 @@ def peak_memory(function, *given):
 
 
 def test_a_long_sequence_takes_little_memory(monkeypatch):
-    """Beside attention: halves of blocks are computed again, and logits exist for a slice."""
+    """Halves of blocks are computed again, logits exist for a slice; then attention by itself."""
     T = 2100
     run = run_of(0, vocab_size=2000, intermediate_size=1024, num_hidden_layers=3)
     run.attention = lambda q, k, v, bias, *_: q * bias.mean()
     ids = torch.randint(0, 67, (1, T))
     ours = peak_memory(run.backward, 0, ids, [[T]], 4.0)
     hidden = run.student.hidden
-    for place, name, value in ((dms, "KL_SLICE", T),
-                               (run.student, "hidden", lambda *given, **_: hidden(*given[:3]))):
+    at_once = lambda ids, attend, start, recompute=False: hidden(ids, attend, start)
+    for place, name, value in (dms, "KL_SLICE", T), (run.student, "hidden", at_once):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
             assert peak_memory(run.backward, 0, ids, [[T]], 4.0) > 1.4 * ours, name
-
-
-def test_attention_of_a_long_sequence_takes_little_memory(monkeypatch):
-    q, k, v = (torch.randn(1, heads, 2100, 8, requires_grad=True) for heads in (4, 2, 2))
-    inputs = (q, k, v, torch.randn(1, 2, 2100), torch.zeros(1, 2100, dtype=torch.int32), 9)
+    q, k, v = (torch.randn(1, heads, T, 8, requires_grad=True) for heads in (4, 2, 2))
+    inputs = (q, k, v, torch.randn(1, 2, T), torch.zeros(1, T, dtype=torch.int32), 9)
     both_ways = lambda: dms.relaxed_attention(*inputs).sum().backward()
     ours = peak_memory(both_ways)
     monkeypatch.setattr(dms, "run", lambda function, *given, recompute: function(*given))
     assert peak_memory(both_ways) > 3 * ours
-
-
-def test_the_learning_rate_rises_stays_and_falls():
-    rates = [learning_rate(step, 1000, 0.5) for step in (0, 9, 19, 600, 800, 1000)]
-    assert rates == pytest.approx([0.025, 0.25, 0.5, 0.5, 0.25, 0])
-    assert learning_rate(9, 10, 0.5) == pytest.approx(0.125)  # a short run stays below the peak
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +188,10 @@ def arguments(model, data, out, more=""):
             f"--warm-start 4 {more}").split()
 
 
-def child(place, function, *given):
-    os.environ.update(place)
+def child(place, rank, function, *given):
+    os.environ.update(place, RANK=str(rank))
     torch.set_num_threads(1)
-    # fewer than usual
-    evaluate.settling_sequences = retrofit.settling_sequences = lambda seq_len: 8
+    evaluate.settling_sequences = retrofit.settling_sequences = lambda seq_len: 8  # fewer
     function(*given)
 
 
@@ -211,8 +200,7 @@ def run(function, *given, count=1, exitcode=0):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     place = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    processes = [FORKS.Process(target=child, daemon=True,
-                               args=({**place, "RANK": str(rank)}, function, *given))
+    processes = [FORKS.Process(target=child, args=(place, rank, function, *given), daemon=True)
                  for rank in range(count)]
     for process in processes:
         process.start()
@@ -231,7 +219,6 @@ def killed(name, call, argv):
 
 
 def saved_step(out):
-    """How many steps the state in a run's folder has behind it."""
     with safe_open(out / "state.safetensors", "pt") as saved:
         return json.loads(saved.metadata()["notes"])["done"]
 
@@ -264,8 +251,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(random_teacher, text, tmp_pa
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
     assert [row["step"] for row in metrics_in(cut)] == list(range(1, 16))
     assert results_in(whole) == results_in(cut) and not list(cut.glob(".*"))
-    model = load_model(cut)
-    assert model.config.dms.source == ("neuron" if "neuron" in train else "adapter")
+    assert load_model(cut).config.dms.source == ("neuron" if "neuron" in train else "adapter")
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -340,7 +326,7 @@ def toy_run(tmp_path_factory):
         yield out, retrofit.make_data(retrofit.parse(argv.split()))
 
 
-def test_compression_is_learned(toy_run):
+def test_compression_is_learned_and_the_offset_settled_just_above_the_target(toy_run):
     """What is kept is chosen: the KL stays far below that of a window of more memory."""
     out, data = toy_run
     first, *_, last = metrics_in(out)
@@ -349,10 +335,6 @@ def test_compression_is_learned(toy_run):
     assert set(found["accuracy"]) == {"needles", "variables", "arithmetic"} and found["reads"] > 0
     window = evaluate.sliding_window(load_model(TEACHER), 16)
     assert found["kl"] < 0.5 * evaluate.kl_on_text(window, load_model(TEACHER), data, 8)[0]
-
-
-def test_the_offset_is_settled_just_above_the_target(toy_run):
-    out, data = toy_run
     assert [cr for cr, _ in load_model(out).config.dms.offsets] == [2, 3, 4, 6, 8, 12]
     for target, within in ((6, 0.02), (2, 0.02), (5, 0.05)):  # 5 is between two of them
         model = load_model(out, cr=target)
@@ -385,8 +367,7 @@ def test_defaults_follow_from_device_context_and_width(tmp_path, monkeypatch):
     for device, context, cr, *expected in (
             ("cuda", 40960, 8, 8192, 256, 200), ("cuda", 2048, 8, 2048, 64, 200),
             ("cpu", 40960, 8, 1024, 32, 200), ("cpu", 40960, 2, 1024, 128, 200)):
-        model = Model(small_config(max_position_embeddings=context))
-        save_model(model, tmp_path, torch.float32)
+        save_model(Model(small_config(max_position_embeddings=context)), tmp_path)
         options = Options(model=str(tmp_path), device=device, target_cr=cr)
         retrofit.complete(options)
         assert [options.seq_len, options.window, options.steps] == expected
@@ -416,11 +397,10 @@ def test_a_resumed_run_keeps_its_own_options_and_refuses_others(random_teacher, 
     ("--target-cr 64", "--window 4 is too much of 64"), ("--shard", "needs several processes"),
     ("--decision neuron", "neuron needs --train all"), ("--seq-len 5000", "the model's context is"),
     ("--model /no/such", "/no/such"), ("--data /no/such.txt", "/no/such.txt"),
-    ("--resume", "No such file.*settings.json"),
-    (f"--model {REPOSITORY}/toy/retrofitted", "already a DMS checkpoint"),
+    (f"--model {REPOSITORY}/toy/retrofitted", "already a DMS checkpoint"), ("", "holds something"),
     ("--data short.txt", "--window 4 is too much of documents so short"),
-    ("--save-every 2", "out.lock"),  # as another process writes there
-    ("", "holds something")])
+    ("--resume", "No such file.*settings.json"),
+    ("--save-every 2", "out.lock")])  # as another process writes there
 def test_what_cannot_work_ends_before_any_work(
         random_teacher, text, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)

@@ -1,8 +1,7 @@
 """The warm start: need against brute force, and what the fitted adapters are worth."""
-
 import pytest
 import torch
-from conftest import small_model
+from conftest import close, small_model
 
 import dms
 from checkpoint import load_model, load_tokenizer
@@ -51,7 +50,7 @@ def test_a_heads_part_of_the_output(family):
     attention = small_model(model_type=family).model.layers[0].self_attn
     W = attention.output_weight()
     y = torch.randn(2, 4, 5, W.shape[2])  # (B, Hq, T, D)
-    torch.testing.assert_close((y @ W.mT).sum(1), attention.output(y), rtol=1e-4, atol=1e-4)
+    close((y @ W.mT).sum(1), attention.output(y))
 
 
 @pytest.mark.parametrize("shift", [0, 1])
