@@ -6,12 +6,12 @@ Everything on disk: a model folder's config.json, weights, DMS settings, tokeniz
     save_model(model, "out/mine")
 
 Only safetensors and JSON are read; a chat template runs in jinja2's sandbox, as in transformers.
-Where several files or keys state one thing, they rank as in transformers. If the logits depend on
-which of them counts, they must agree, or the folder is refused. It is also refused if its config
+Where two places state one thing and the logits depend on it, they must agree, or the folder is
+refused. Of others the one that transformers prefers counts. A folder is also refused if its config
 asks for something that this engine would compute wrongly.
 
 Settings that have no effect here are named in one line on stderr. This file knows nothing of how
-models generate or are trained.
+models are run or trained.
 """
 
 import functools
@@ -138,8 +138,8 @@ def config_to_dict(config):
 
 def nvidia_block(settings):
     """The page size in config.json, which only NVIDIA's code reads: the largest power of two below
-    the window, 256 at most. But with shift 0 it is the window, which that code refuses: it always
-    shifts by one, and would compute such a model wrongly."""
+    the window, 256 at most. That code always shifts by one, and would compute a model with shift 0
+    wrongly. It refuses a page as large as the window: so that is what such a model states."""
     if settings.shift == 0:
         return settings.window
     return min(256, 2 ** (max(settings.window - 1, 1).bit_length() - 1))
@@ -164,14 +164,14 @@ def read_settings(folder, raw):
     raw = without_nulls(raw)
     metadata = read_optional(folder / "dms_metadata.json")
     metadata |= metadata.get("config", {})  # nested in some published folders (shisa-ai's)
-    others = {key: metadata[name] for name, key in METADATA_KEYS.items() if name in metadata}
+    of_metadata = {key: metadata[name] for name, key in METADATA_KEYS.items() if name in metadata}
     if metadata:
         # defaults of the program that writes this file
-        others = {"dms_window_size": 256, "dms_shift": 0, SEPARATE: False} | others
+        of_metadata = {"dms_window_size": 256, "dms_shift": 0, SEPARATE: False} | of_metadata
     elif not any(key.startswith("dms_") for key in raw):
         return None
-    both = others | raw
-    require(both == raw | others,  # equal only if no key has two values
+    both = of_metadata | raw
+    require(both == raw | of_metadata,  # equal only if no key has two values
             f"{folder}: config.json and dms_metadata.json contradict each other; remove one")
     known = {name: both[key] for name, key in NVIDIA_KEYS.items() if key in both}
     settings = DMSConfig(**known, source="adapter" if both.get(SEPARATE) else "neuron")
@@ -436,6 +436,7 @@ def generation_defaults(folder, names):
     """{name: value} of what generation_config.json states under these names. What else it asks for
     is named on stderr."""
     raw = read_optional(folder / "generation_config.json")
+    # but for values that switch a thing off
     asked = {key for key, value in raw.items() if value not in (0, 1, [], {}, "")}
     if ignored := sorted(asked.difference(KNOWN, names)):
         say(f"{folder}: generation_config.json asks for {', '.join(ignored)}, which is not done")

@@ -151,7 +151,7 @@ def find_files(source):
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [str(file) for file in files if file.suffix in (".txt", ".jsonl", ".parquet")]
     require(files, f"{source}: no .txt, .jsonl or .parquet file")
-    return files, str, None
+    return files, str, None  # str: a file's name is its path
 
 
 def find_on_hub(name, revision=None):
@@ -241,6 +241,7 @@ class TextData:
                 file = self.fetch(name)
                 records = open_file(file)
                 for n in order(range(len(records))):
+                    # 1, not 0: a file's only record is trained on
                     is_ours = (n % HELD_OUT == 1) == held_out
                     if is_ours and (ids := self.encode(f"{file}: document {n + 1}", records[n])):
                         found_any = True

@@ -31,8 +31,8 @@ class DMSConfig:
 
     window: int = 512  # a query always sees this many tokens behind it, and itself
     source: str = "adapter"  # "adapter" or "neuron": which gives the score s
-    # The logit computed at token t decides the fate of token t - shift. 1 here, since a checkpoint
-    # that does not state it is NVIDIA's, and theirs is 1. retrofit.py's own default is 0.
+    # The logit computed at token t decides the fate of token t - shift. NVIDIA's checkpoints mean 1
+    # and do not state it: hence this default. Ours state it; retrofit.py's own default is 0.
     shift: int = 1
     scale: float = 100.0  # makes small scores decide, so that adapters can learn at a small rate
     offset: float = 5.0  # a score of 0, which a fresh adapter gives, means z = -5: keep
@@ -173,8 +173,8 @@ class Packing:
     """Where each document lies in the packed sequences of a batch. Documents do not see one
     another, and positions begin at 0 in each. What follows a sequence's last one is padding.
 
-    first: (B, T) int32, where the document of each token begins. Padding counts as a document, or
-    its softmax would have nothing to sum.
+    first: (B, T) int32, where the document of each token begins. It never falls along a sequence.
+    Padding counts as one more document, which sees nothing but itself.
     end: (B, T) int32, one past the last token of the document of each token. In padding it is 0, so
     that nothing of padding counts in a loss.
     documents: an index for each, which selects its part (1, H, n, ...) of (B, H, T, ...).
@@ -228,7 +228,7 @@ def document_attention(packing):
 RECOMPUTE_ABOVE = 2048
 
 
-def run(function, *inputs, recompute):
+def computed(function, *inputs, recompute):
     """function(*inputs), in which nothing is random. recompute: only the inputs are kept for
     backward, where it is computed again."""
     if not recompute:
@@ -253,20 +253,21 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
     v = v.float()
 
     def attend(start):  # what it needs only for a moment is free again when it returns
+        begin = int(first[:, start].min())  # all keys before it are of earlier documents
         end = min(start + block, T)  # all keys from there on lie in the future
         query = torch.arange(start, end, device=q.device)[:, None]
-        key = torch.arange(end, device=q.device)
-        added = torch.where(query - key > window, bias[:, :, None, :end], 0)  # (B, Hkv, n, end)
-        unseen = (key > query) | (key < first[:, start:end, None])  # (B, n, end)
-        added = added.masked_fill(unseen[:, None], float("-inf"))
+        key = torch.arange(begin, end, device=q.device)  # S of them
+        added = torch.where(query - key > window, bias[:, :, None, begin:end], 0)
+        unseen = (key > query) | (key < first[:, start:end, None])  # (B, n, S)
+        added = added.masked_fill(unseen[:, None], float("-inf"))  # (B, Hkv, n, S)
         q_block = q_by_group[:, :, :, start:end]
-        score = torch.einsum("bhgid,bhjd->bhgij", q_block, k[:, :, :end])
+        score = torch.einsum("bhgid,bhjd->bhgij", q_block, k[:, :, begin:end])
         score = score + added[:, :, None]
-        y = torch.einsum("bhgij,bhjd->bhgid", score.softmax(dim=-1), v[:, :, :end])
+        y = torch.einsum("bhgij,bhjd->bhgid", score.softmax(dim=-1), v[:, :, begin:end])
         return y.flatten(1, 2)  # (B, Hq, n, D)
 
     is_long = T > RECOMPUTE_ABOVE
-    blocks = [run(attend, start, recompute=is_long) for start in range(0, T, block)]
+    blocks = [computed(attend, start, recompute=is_long) for start in range(0, T, block)]
     return torch.cat(blocks, dim=2).to(q.dtype)
 
 
@@ -310,7 +311,8 @@ class RelaxedAttention:
         sequence's seed and the layer alone: so a step's sequences may be computed side by side, one
         by one, or by several processes."""
         generator = torch.Generator(logits.device)
-        # not empty_like: logits may be strided, and numbers are generated in the order of memory
+        # Not empty_like: numbers are generated in the order of memory, and logits may be strided.
+        # The same seed would then give other noise.
         uniform = torch.empty(logits.shape, device=logits.device)
         for sequence, seed in zip(uniform, self.seeds):
             generator.manual_seed(zlib.crc32(f"{seed} {layer}".encode()))
@@ -348,17 +350,18 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
     Logits of 150,000 words by 32,768 tokens take 20 GB, so they exist for KL_SLICE tokens at a
     time, and again in backward.
     """
-    inputs = (x.flatten(0, 1).split(KL_SLICE) for x in (student, teacher, counts))
+    slices = (x.flatten(0, 1).split(KL_SLICE) for x in (student, teacher, counts))
     is_long = counts.numel() > KL_SLICE
     total = 0
-    for of_slice in zip(*inputs):
-        total += run(slice_kl, *of_slice, student_head, teacher_head, reverse, recompute=is_long)
+    for of_slice in zip(*slices):
+        inputs = (*of_slice, student_head, teacher_head, reverse)
+        total += computed(slice_kl, *inputs, recompute=is_long)
     return total
 
 
 def slice_kl(student, teacher, counts, student_head, teacher_head, reverse):
     """The same for one slice: student, teacher (n, C), counts (n,). Tokens that do not count are
-    computed, too: so shapes stay the same, and nothing waits for a GPU."""
+    computed, too: to leave them out, the CPU would have to wait for the GPU to know the shapes."""
     teacher = F.linear(teacher, teacher_head)
     student = F.linear(student, student_head)
     log_p = F.log_softmax(teacher.float(), dim=-1)

@@ -89,7 +89,8 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
         if kept <= 0:
             continue
         for _ in range(2):
-            # The lowest logits are kept, kept / expired of them: the first beyond these becomes 0.
+            # A pair is kept where its logit is below 0. Of all logits kept / expired shall be: if
+            # the offset grows by the first one beyond these, that one becomes 0.
             logits = logits_of_expired()
             change = logits[int(kept / expired * len(logits))]
             if distributed.is_initialized():

@@ -210,8 +210,8 @@ class Scheduler:
             while self.may_start():
                 self.start()
         except CacheFull as problem:
-            # No page is left. The youngest (the one that was starting, if one was) gives up those
-            # that it has, and waits to be appended again with all that it has said, first in line.
+            # No page is left. The youngest (the one that was starting, if one was) gives its pages
+            # back and goes to the front of the line, to be appended again with all it has said.
             youngest = self.running.pop()
             self.give_up_place(youngest)
             self.blocked = bool(self.running)
@@ -266,7 +266,9 @@ class Scheduler:
             sequence.fed = len(sequence.ids)  # the cache holds all but the new token
             sequence.ids.append(token)
             sequence.new.append(token)
-            stops = token in self.end_ids or sequence.stream and sequence.stream(token)
+            stops = token in self.end_ids
+            if sequence.stream and not stops:
+                stops = sequence.stream(token)
             if stops or len(sequence.new) == sequence.max_new_tokens:
                 sequence.finish_reason = "stop" if stops else "length"
                 self.running.remove(sequence)
@@ -504,7 +506,7 @@ def chat(session):
         said = last.ids[:-1] if has_end else last.ids
         ids = said + session.tokenizer.encode(after_answer, add_special_tokens=False)
         [turn] = session.sequences(ids, replace(session.options, n=1))
-        last = replace(turn, index=last.index, fed=last.fed)
+        last = replace(turn, index=last.index, fed=last.fed)  # where the last turn lies
         session.finish([last], release=False)
         turns.append({"role": "assistant", "content": mark})
         print()
@@ -515,15 +517,15 @@ def one_prompt(session):
     options = session.options
     sequences = session.sequences(session.prompt_ids({"prompt": options.prompt}), options)
     texts = session.finish(sequences, release=not options.show_evictions)["texts"]
-    print("\n---\n".join(texts) if options.n > 1 else "")
+    print("\n---\n".join(texts) if options.n > 1 else "")  # a single one was printed as it came
     if options.show_evictions:
         show_evictions(options.show_evictions, session.cache, sequences[0],
                        Stream(session.tokenizer, skip_special_tokens=False))
 
 
 def answer_of(sequences):
-    """What --out says of a request: its texts, their lengths and ends. Raises InputError if one of
-    them did not fit into the cache."""
+    """What --out says of a request: its texts, of which the rest is let out, their lengths and
+    ends. Raises InputError if one of them did not fit into the cache."""
     for sequence in sequences:
         require(not sequence.error, sequence.error)
         sequence.stream.let_out(is_last=True)

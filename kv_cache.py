@@ -14,8 +14,8 @@ it. A row's ring has window + 1 entries: entry t mod (window + 1) is the slot of
 are always true:
 
 - A pair that has left the window was kept. An evicted one loses its slot as it leaves.
-- A row's last slot holds a token of the window: if that token leaves and is kept, the new one goes
-  to the slot behind it.
+- A row's last slot holds a token of the window: if that token leaves and was kept, the new one goes
+  to the slot behind it, and if it was evicted, into its slot.
 
 A block of new tokens attends first and is stored afterwards: its last token may take the slot of a
 pair that its first token still sees. A dense model's cache just evicts nothing.
@@ -112,8 +112,8 @@ class Rows:
     ring: torch.Tensor  # (L, N, W) int32: the slot of token t, at t mod W
 
     def part(self, layers=slice(None), rows=slice(None)):
-        """The Rows of some layers and rows: views, but for a tensor of numbers copies. Those of one
-        layer, rows.part(l), have no L."""
+        """The Rows of some layers and rows: views for slices and numbers, copies for a tensor of
+        numbers. Those of one layer, rows.part(l), have no L."""
         by_layer = (x[layers, rows] for x in (self.length, self.table, self.ring))
         return Rows(self.seen[rows], self.threshold[rows], *by_layer)
 
@@ -128,7 +128,8 @@ class Rows:
         """Make room in the table for the longest row and `tokens` more. A table that must grow is
         replaced, by one with room to spare."""
         present = self.table.shape[-1]
-        missing = -(-(int(self.length.max()) + tokens) // page_size) - present
+        longest = int(self.length.max()) + tokens
+        missing = -(-longest // page_size) - present  # rounded up
         if missing > 0:
             self.table = F.pad(self.table, (0, missing + present // 2))
 
@@ -136,8 +137,8 @@ class Rows:
         """Which pages a row may still write to, (L, N, M) bool: those with a slot of the window.
 
         A last page with room is among them, as a row's last slot holds a token of the window.
-        Before a row has seen W tokens, some entries of its ring mean nothing; but then all its
-        tokens are in the window, and all its pages are marked anyway."""
+        Before a row has seen W tokens, some entries of its ring mean nothing, and may mark any
+        page. But then all its tokens are in the window: all its pages are to be marked."""
         column = self.ring // page_size
         written = torch.zeros_like(self.table, dtype=torch.bool)
         written.scatter_(2, column.long(), True)
@@ -170,7 +171,7 @@ def fork(rows, index, pool):
 def place_of(rows, token, exists, pool):
     """Where the pair of a token of each row lies in the pool, (..., N) int64; `nowhere` for a row
     where `exists` is False. rows: of all layers, or of one. token: (N,) positions, each one of the
-    last W that its row has seen. exists: (N,) bool."""
+    last W that have a slot in its row. exists: (N,) bool."""
     # (..., N, 1): a row's entry in its ring, the same in all layers
     entry = (token % rows.ring.shape[-1])[:, None].expand_as(rows.ring[..., :1])
     slot = rows.ring.gather(-1, entry).long()
@@ -212,16 +213,16 @@ def store(k, v, evict, new, rows, pool, window):
         survivors       x  y  z               the new tokens that are stored
         afterwards      a  x  c  y  e  z
 
-    No hole is left between the slots of a row. A hole is the slot of an evicted pair that leaves
-    the window now. Of the W pairs in the window at most min(new, W) leave it, since each new token
-    moves it by one. And at least as many new tokens survive, the last ones, since they are in it.
+    Every open slot between others is filled. There are at most min(new, W): one for each pair that
+    leaves the window now and was evicted, and each new token moves the window by one. And at least
+    as many new tokens survive, the last min(new, W), since these are in the window.
 
     k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
     (N,) int64, how many of the T are real. All of the rows' state is updated but `seen`. Pages that
     are written to must not be shared, and the tables must have room. Raises CacheFull, after which
     the rows must be released.
     """
-    # (N, S), S = M * page_size. Entries that name no page give anything, which in_use leaves out.
+    # (N, S), S = M * page_size. Behind a row's own pages this is anything; in_use leaves it out.
     position = pool.position[rows.table].flatten(1)
     evicted = pool.evicted[rows.table].flatten(1)
     slot = torch.arange(position.shape[1], device=k.device)
@@ -332,14 +333,14 @@ def steer(cache, part):
     """For a budget: set the threshold of sequences that have seen a multiple of PERIOD tokens.
 
     A head should hold the pairs of the window, and keep_rate times those behind it. What is
-    decided now shows in its length only after the window, W tokens later, and the next
-    correction comes after PERIOD. If the model keeps keep_rate of these PERIOD + W tokens by
-    itself, that is `usual`. With a threshold of x it keeps about
+    decided now shows in its length W tokens later, as the window ends, and the next correction
+    comes after PERIOD. We assume that of these PERIOD + W tokens the model by itself would keep
+    usual = keep_rate * (PERIOD + W). With a threshold of x it keeps about
 
         usual * exp(x / E)  ~  usual + usual * x / E        E = LOGITS_PER_E_FOLD
 
-    So x is chosen to make usual * x / E what the sequence's heads are lacking now, on average.
-    It depends only on what was seen and is held: it is the same in every cut of the input."""
+    The surplus, usual * x / E, shall be what the sequence's heads are lacking now, on average.
+    x depends only on what was seen and is held: it is the same in every cut of the input."""
     if cache.keep_rate is None:
         return
     W = cache.window + 1
@@ -476,8 +477,8 @@ class KVCache:
         return sorted(cuts - {0})
 
     def prepare(self, rows, tokens):
-        """Those of the cache's own rows that `rows`, a slice, names, with room in their table for
-        so many more tokens, and steered. They are views: what is written to them stays."""
+        """The cache's own rows that `rows`, a slice, names, with room in the table for so many more
+        tokens, and steered. They are views: what is written to them stays."""
         self.rows.widen(tokens, self.page_size)
         part = self.rows.part(rows=rows)
         steer(self, part)
@@ -499,7 +500,8 @@ class KVCache:
         next_slot = part.length.clone()
         add_pages(part, self.pool, next_slot + appends)
         row = torch.arange(len(token), device=self.device)
-        present = part.ring[:, row, token % W]  # already right where the slot is reused
+        # token and token - W have the same entry: where the slot is reused, it is right already
+        present = part.ring[:, row, token % W]
         part.ring[:, row, token % W] = next_slot.where(appends, present)
 
     def append_token(self, hidden, ids, count, rows=slice(None)):
@@ -508,7 +510,7 @@ class KVCache:
         part = self.rows.part(rows=rows)
         is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
         place = place_of(part, part.seen, is_new, self.pool)  # (L, N): of the new pairs
-        decided = self.first_decided(part, is_new)
+        subject = self.first_subject(part, is_new)
         # views: what is written to them is the pool's own
         keys, values, position, evicted = (slots.flatten(0, 1) for slots in self.pool.slots)
         position[place] = part.seen.int()
@@ -518,7 +520,7 @@ class KVCache:
             keys[place[layer]] = k.flatten(0, 2)
             values[place[layer]] = v.flatten(0, 2)
             if logits is not None:
-                evicted[decided[layer]] = logits.flatten() > part.threshold
+                evicted[subject[layer]] = logits.flatten() > part.threshold
             q_by_row = q.reshape(len(is_new), -1, q.shape[3])  # (N, G, D)
             y = self.kernels.attend_one(q_by_row, part.part(layer), self.pool)
             return y.reshape(q.shape)
@@ -531,7 +533,7 @@ class KVCache:
         T = ids.shape[1]
         part = self.prepare(rows, T)
         new = count.repeat_interleave(self.kv_heads)  # (N,)
-        decided = self.first_decided(part, new > 0)
+        subject = self.first_subject(part, new > 0)
         evicted = self.pool.evicted.flatten()
         # With shift 1 nothing is known yet about a row's last real token. (If padding follows it,
         # by_subject takes the logit of that.)
@@ -544,8 +546,8 @@ class KVCache:
                 z = logits.flatten(0, 1)  # (N, T)
                 evict = by_subject(z, self.shift) > part.threshold[:, None]
                 evict &= is_decided
-                if self.shift:
-                    evicted[decided[layer]] = z[:, 0] > part.threshold
+                if self.shift:  # the first logit is about a token that is stored already
+                    evicted[subject[layer]] = z[:, 0] > part.threshold
             block = (k.flatten(0, 1), v.flatten(0, 1), evict, new)
             where = (part.part(layer), self.pool, self.window)
             q_by_row = q.reshape(len(new), -1, *q.shape[2:])  # (N, G, T, D)
@@ -556,9 +558,9 @@ class KVCache:
         self.reads += ((part.length + new) * (new > 0)).sum()
         return self.run(hidden, ids, attend, part, new)
 
-    def first_decided(self, part, is_new):
+    def first_subject(self, part, is_new):
         """The place of the token that each row's first new logit is about, (L, N) int64: with shift
-        1 the newest one that is held, else the new one."""
+        1 the newest one that is held, else the first new one."""
         token = part.seen - self.shift
         return place_of(part, token, is_new & (token >= 0), self.pool)
 

@@ -58,15 +58,15 @@ class LatentAttention(nn.Module):
             self.q_proj = nn.Linear(C, H * D, bias=False)
         r = config.kv_lora_rank
         v = config.v_head_dim
-        self.kv_a_proj_with_mqa = nn.Linear(C, config.key_dim, bias=False)
+        # to c and k_rope together
+        self.kv_a_proj_with_mqa = nn.Linear(C, r + config.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = nn.RMSNorm(r, 1e-6)
         self.kv_b_proj = nn.Linear(r, H * (nope + v), bias=False)
         self.o_proj = nn.Linear(H * v, C, bias=False)
         # A score is mscale^2 q k / sqrt(D), where mscale is 1 without yarn. `attend` divides by
         # sqrt(key_dim), so q is multiplied by the rest.
         rope = config.rope_scaling or {}
-        factor = rope.get("factor", 1)
-        mscale = 1 + 0.1 * rope.get("mscale_all_dim", 0) * math.log(factor)
+        mscale = 1 + 0.1 * rope.get("mscale_all_dim", 0) * math.log(rope.get("factor", 1))
         self.scale = mscale**2 * (config.key_dim / D) ** 0.5
 
     def up(self):

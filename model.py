@@ -101,9 +101,9 @@ class ModelConfig:
 
     @property
     def context(self):
-        """The tokens that the model can take: what config.json states, or under linear and yarn
-        what these make of the original context, if that is more. (Qwen's instructions for YaRN
-        leave max_position_embeddings as it was.)"""
+        """The tokens that the model can take: max_position_embeddings, or under linear and yarn
+        the original context times their factor, whichever is more. (Who follows Qwen's instructions
+        adds the factor, and leaves max_position_embeddings as it was.)"""
         rope = self.rope_scaling or {}
         if rope.get("rope_type") not in ("linear", "yarn"):
             return self.max_position_embeddings
@@ -111,7 +111,8 @@ class ModelConfig:
         return max(self.max_position_embeddings, int(scaled))
 
 
-HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # has this PyTorch?
+# an operator of PyTorch's own, which a build or a later version may lack
+HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Linear(nn.Linear):
@@ -317,7 +318,9 @@ class Experts(nn.Module):
         y = torch.cat(outputs)[order.argsort()]
         y = y.view(*expert.shape, -1) * weight[..., None]  # (n, k, C)
         y = y.sum(1).to(x.dtype).view_as(x)
-        return y + self.shared_experts(x) if self.config.n_shared_experts else y
+        if self.config.n_shared_experts:
+            y = y + self.shared_experts(x)
+        return y
 
 
 class Block(nn.Module):
@@ -344,9 +347,9 @@ class Block(nn.Module):
     def forward(self, x, rotate, attend, recompute=False):
         """recompute: keep only each half's inputs for backward, and compute the half again there.
         (`attend` stands outside: it decides for itself what it keeps.)"""
-        inputs = dms.run(self.before, x, rotate, recompute=recompute)
+        inputs = dms.computed(self.before, x, rotate, recompute=recompute)
         y = attend(*inputs)
-        return dms.run(self.after, x, y, recompute=recompute)
+        return dms.computed(self.after, x, y, recompute=recompute)
 
 
 class Model(nn.Module):
@@ -416,7 +419,7 @@ class Model(nn.Module):
         return cache.append(self.hidden, ids, lengths, sequence)
 
     def forward(self, ids, cache=None, lengths=None, sequence=None, last_only=False):
-        """Next-token logits (B, T, V), or for last_only (B, 1, V), of column T - 1 alone. The other
-        arguments are those of `states`."""
+        """Next-token logits (B, T, V), or for last_only (B, 1, V), of column T - 1 alone, which is
+        of use where no sequence has padding. The other arguments are those of `states`."""
         x = self.states(ids, cache, lengths, sequence)
         return self.lm_head(x[:, -1:] if last_only else x)

@@ -46,6 +46,7 @@ def add_remote_code(config, out):
     model_type of our own, and our code, whose files import one another as parts of a package."""
     for name in ("dms", "mla", "model", "kv_cache", "modeling_dms"):
         text = read_text(Path(__file__).with_name(f"{name}.py"))
+        # from dms import ... becomes from .dms import ...
         text = re.sub(r"^from (dms|mla|model|kv_cache) imp", r"from .\1 imp", text, flags=re.M)
         text = re.sub(r"^import dms$", "from . import dms", text, flags=re.M)
         (out / f"{name}.py").write_text(text, encoding="utf-8")

@@ -102,8 +102,8 @@ def load_pair(options):
     if options.shard:
         shard(teacher)
     if options.train == "adapters":
-        # One model, which is its own teacher when attention ignores the decisions. It is sharded by
-        # now, so every process has the small adapters in whole.
+        # One model, which is its own teacher when attention ignores the decisions. The small
+        # adapters are added after sharding, so every process has them in whole.
         student = dms.start_retrofit(teacher, settings)
         trained = [p for name, p in student.named_parameters() if "dms_proj_alpha" in name]
     else:
@@ -146,7 +146,8 @@ class Distillation:
             cr = MARGIN * options.target_cr
         else:  # cold adapters, or the neuron, are led there
             cr = dms.scheduled_cr(step + 1, options.steps, options.target_cr)
-        kl, self.evicted_fraction = all_reduce(self.backward(step, ids, documents, cr)).tolist()
+        sums = all_reduce(self.backward(step, ids, documents, cr))
+        kl, self.evicted_fraction = sums.tolist()  # the latter for the next step
         for parameter in self.parameters.values():
             if not is_sharded(parameter.grad):  # FSDP has summed what it shards
                 all_reduce(parameter.grad)
@@ -311,8 +312,8 @@ def complete(options):
         # a quarter of what the target leaves, rounded down to a power of two
         quarter = max(int(seq_len / options.target_cr / 4), 1)
         window = min(512, 2 ** (quarter.bit_length() - 1))
-        # AdamW moves each of an adapter's C weights by lr in a step, so a logit by about lr * C:
-        # the same in models of any width
+        # AdamW moves each of an adapter's C weights by lr in a step, so its score by up to about
+        # lr * C: the same in models of any width
         defaults = dict(defaults, seq_len=seq_len, window=window, lr=0.06 / config.hidden_size)
     if options.decision == "neuron":  # there are no adapters to fit
         defaults = dict(defaults, warm_start=0)

@@ -33,7 +33,8 @@ from common import all_reduce, sharded_like, torchrun_place
 from data import long_documents
 from dms import attention
 
-SHARPNESS = 4.0  # logits for a nat of log(need) / 2: far above the noise of training
+# logits for a nat of log(need) / 2; training's noise has a standard deviation of 1.8 logits
+SHARPNESS = 4.0
 RIDGE = 0.1  # what is added to the diagonal of the sums, as a share of its mean
 FIRST = 30.0  # weight of a document's first token, the sink, which nearly all heads need
 
@@ -93,7 +94,7 @@ def warm_start(model, data, documents):
     settings = model.config.dms
     rank, world = torchrun_place()
     count = -(-documents // world)  # the same in each process, as sharding demands
-    least = (settings.window + 1) * max(settings.target_cr, 2)
+    least = (settings.window + 1) * max(settings.target_cr, 2)  # 2: or log_needs has no pair
     mine = itertools.islice(long_documents(data, least), rank, count * world, world)
 
     def log_needs(*inputs):
@@ -113,8 +114,8 @@ def warm_start(model, data, documents):
 def fit_adapters(model, documents, target):
     """Fit a model's fresh adapters to a target by ridge regression.
 
-    documents: token ids (1, T). target(q, k, v, residual, R), with the arguments of `needs`: y
-    (n, Hkv), the larger, the rather to be kept, of each document's first n pairs.
+    documents: token ids (1, T). target(q, k, v, residual, R), with the arguments of `needs`, gives
+    y (n, Hkv) for each document's first n pairs: a larger y speaks for keeping the pair.
     """
     config = model.config
     settings = config.dms

@@ -27,7 +27,7 @@ def block_sizes(x, width):
     """How many vectors of `width` channels in x's dtype a program takes: (own, other, few).
 
     A program holds `own` queries, or keys, and walks over the other side: `other` of them at a time
-    if it adds up one thing, or `few` if it adds up several, which need the registers.
+    in a kernel with one accumulator, `few` in one with several, which take the registers.
 
     The numbers were found by compiling: with them the kernels fit into the shared memory of every
     GPU that they cover, and up to 128 channels they spill at most a few registers on an A100 or
@@ -38,8 +38,8 @@ def block_sizes(x, width):
     if x.element_size() == 4:
         few = 32 if width <= 64 else 16
         return 32, few, few
-    own = {7: 32, 9: 128}.get(capability(x), 64)  # of up to 256 bytes: 128 channels in 16 bits
-    if size > 256:
+    own = {7: 32, 9: 128}.get(capability(x), 64)
+    if size > 256:  # more than 128 channels in 16 bits
         own //= 2
     other = min(64, 16384 // size)  # 16 KiB at a time
     return own, other, 32

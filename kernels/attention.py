@@ -122,8 +122,8 @@ def _attend(
 
 
 def parts_of(rows):
-    """How many programs share a row in decode: 256 in all occupy a GPU, and 16 for each row keep
-    the rest from waiting for one that is many times as long."""
+    """How many programs share a row in decode: 256 in all occupy a GPU, and at least 16 share each
+    row, so that one many times as long as the rest does not keep the GPU waiting."""
     return min(max(triton.next_power_of_2(256 // rows), 16), 128)
 
 
