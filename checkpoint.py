@@ -113,7 +113,6 @@ def check_supported(raw, rope, where):
         f"model_type {raw['model_type']}": raw["model_type"] not in FAMILIES,
         f"hidden_act {raw.get('hidden_act')}": raw.get("hidden_act", "silu") != "silu",
         f"RoPE {rope}": rope["rope_type"] not in ROPE_KINDS,
-        "a RoPE for each layer type": any(isinstance(value, dict) for value in rope.values()),
         "partial rotary embeddings": (raw | rope).get("partial_rotary_factor", 1) != 1,
         "rope_interleave false": not raw.get("rope_interleave", True),
         f"a sliding_window, {layer_types or ''}": slides}
@@ -324,9 +323,9 @@ def save_model(model, folder, dtype=torch.bfloat16, base=None):
     every process calls this. config.json comes last: a folder without it is not whole."""
     folder = Path(folder)
     rank, _ = torchrun_place()
-    place = "meta" if rank else "cpu"  # the other processes only help to gather
-    # a copy, since what was gathered is a view of something larger, which safetensors refuses
-    tensors = {name: whole(p.detach()).to(place, dtype).clone()
+    # The other processes only help to gather: "meta". A copy, since what was gathered is a view of
+    # something larger, which safetensors refuses.
+    tensors = {name: whole(p.detach()).to("meta" if rank else "cpu", dtype).clone()
                for name, p in model.named_parameters() if not base or "dms_proj_alpha" in name}
     if rank:
         return
@@ -436,8 +435,8 @@ def generation_defaults(folder, names):
     """{name: value} of what generation_config.json states under these names. What else it asks for
     is named on stderr."""
     raw = read_optional(folder / "generation_config.json")
-    # but for values that switch a thing off
-    asked = {key for key, value in raw.items() if value not in (0, 1, [], {}, "")}
+    # but for values that switch a thing off, such as 1 beam or a penalty of 1.0
+    asked = {key for key, value in raw.items() if value is True or value not in (0, 1, [], {}, "")}
     if ignored := sorted(asked.difference(KNOWN, names)):
         say(f"{folder}: generation_config.json asks for {', '.join(ignored)}, which is not done")
     if raw.get("do_sample") is False:

@@ -96,7 +96,7 @@ def parse_options(options, argv=None):
 
 def choose_device(options):
     """Make --device the current one, and fill in --dtype. Under torchrun "cuda" is this process's
-    own GPU. GPUs before Ampere (sm_80) compute float16, not bfloat16."""
+    own GPU. GPUs before Ampere (sm_80) have no bfloat16."""
     if options.device == "cuda":
         options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with explained(f"--device {options.device}: not to be had here", Exception):
@@ -105,8 +105,8 @@ def choose_device(options):
         torch.cuda.set_device(options.device)
         # cuDNN's attention plans for each new shape; 0.4 s each have been reported
         torch.backends.cuda.enable_cudnn_sdp(False)
-        has_bfloat16 = torch.cuda.get_device_capability()[0] >= 8
-        options.dtype = options.dtype or ("bfloat16" if has_bfloat16 else "float16")
+        is_ampere = torch.cuda.get_device_capability()[0] >= 8  # or newer
+        options.dtype = options.dtype or ("bfloat16" if is_ampere else "float16")
     options.dtype = options.dtype or "float32"
 
 

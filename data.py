@@ -85,8 +85,7 @@ def split_thought(message):
     """(the thought, the text behind it) of a message, each "" where there is none."""
     content = message["content"] if isinstance(message.get("content"), str) else ""
     before, _, text = content.rpartition("</think>")  # without the mark `before` is empty
-    thought = message.get("reasoning_content") or before.replace("<think>", "")
-    return thought.strip(), text
+    return (message.get("reasoning_content") or before.replace("<think>", "")).strip(), text
 
 
 def conversation(tokenizer, turns):
@@ -185,10 +184,6 @@ def long_documents(data, least):
                 yield ids
 
 
-def shuffled(things, key):
-    return random.Random(key).sample(things, len(things))
-
-
 @dataclass
 class TextData:
     """Documents as full sequences. A record that the chat template, the tokenizer or the model does
@@ -236,7 +231,8 @@ class TextData:
         out as they stand."""
         for epoch in itertools.count():
             found_any = False
-            order = sorted if held_out else partial(shuffled, key=f"{self.seed} {epoch}")
+            shuffle = lambda x: random.Random(f"{self.seed} {epoch}").sample(x, len(x))
+            order = sorted if held_out else shuffle
             for name in order(self.files):
                 file = self.fetch(name)
                 records = open_file(file)

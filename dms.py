@@ -91,8 +91,7 @@ def masked_attention(config):
         evict = by_subject(logits, config.dms.shift) > 0  # (B, Hkv, T)
         evict = evict.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, Hq, T)
         t = torch.arange(q.shape[2], device=q.device)
-        mask = visible(t[:, None], t, evict[:, :, None], config.dms.window)  # (B, Hq, T, T)
-        return attention(q, k, v, mask)
+        return attention(q, k, v, visible(t[:, None], t, evict[:, :, None], config.dms.window))
 
     return attend
 
@@ -161,8 +160,7 @@ def start_retrofit(model, settings):
             add_adapter(block.self_attn)
         else:  # silence what borrowed_score reads: s = 0 from now on
             for parameter in block.self_attn.q_proj.parameters():  # (Hq * D, C), perhaps (Hq * D)
-                by_group = parameter.data.unflatten(0, (config.kv_heads, -1, config.head_dim))
-                by_group[:, 0, -1] = 0
+                parameter.data.unflatten(0, (config.kv_heads, -1, config.head_dim))[:, 0, -1] = 0
     return model
 
 
@@ -183,8 +181,7 @@ class Packing:
     def __init__(self, lengths_by_sequence, T, device):
         """lengths_by_sequence: of each sequence's documents, in order, T tokens at most in all."""
         self.token = torch.arange(T, device=device)
-        shape = (len(lengths_by_sequence), T)
-        self.first = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.first = torch.zeros(len(lengths_by_sequence), T, dtype=torch.int32, device=device)
         self.end = torch.zeros_like(self.first)
         self.documents = []
         for b, lengths in enumerate(lengths_by_sequence):
@@ -193,19 +190,15 @@ class Packing:
                 end = begin + length
                 self.first[b, begin:end] = begin
                 self.end[b, begin:end] = end
-                document = (slice(b, b + 1), slice(None), slice(begin, end))
-                self.documents.append(document)
+                self.documents.append((slice(b, b + 1), slice(None), slice(begin, end)))
                 begin = end
             self.first[b, begin:] = begin
 
-    def predicts(self):
-        """(B, T) bool: the tokens with a next token in their document."""
-        return self.token < self.end - 1
-
-    def expires(self, window):
-        """(B, T) bool: the tokens that have left the window when their document ends. Only there
-        does a decision free memory."""
-        return self.token < self.end - 1 - window
+    def precedes(self, count):
+        """(B, T) bool: the tokens with `count` more tokens of their document behind them. With one
+        more they predict a token. With window + 1 more they have left the window when the document
+        ends, and only there does a decision free memory."""
+        return self.token < self.end - count
 
 
 def document_attention(packing):
@@ -261,13 +254,12 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
         unseen = (key > query) | (key < first[:, start:end, None])  # (B, n, S)
         added = added.masked_fill(unseen[:, None], float("-inf"))  # (B, Hkv, n, S)
         q_block = q_by_group[:, :, :, start:end]
-        score = torch.einsum("bhgid,bhjd->bhgij", q_block, k[:, :, begin:end])
-        score = score + added[:, :, None]
+        score = torch.einsum("bhgid,bhjd->bhgij", q_block, k[:, :, begin:end]) + added[:, :, None]
         y = torch.einsum("bhgij,bhjd->bhgid", score.softmax(dim=-1), v[:, :, begin:end])
         return y.flatten(1, 2)  # (B, Hq, n, D)
 
-    is_long = T > RECOMPUTE_ABOVE
-    blocks = [computed(attend, start, recompute=is_long) for start in range(0, T, block)]
+    recompute = T > RECOMPUTE_ABOVE
+    blocks = [computed(attend, start, recompute=recompute) for start in range(0, T, block)]
     return torch.cat(blocks, dim=2).to(q.dtype)
 
 
@@ -296,15 +288,11 @@ class RelaxedAttention:
     def __call__(self, layer, q, k, v, logits):
         """q (B, Hq, T, D); k, v (B, Hkv, T, D); logits (B, Hkv, T) float32 -> (B, Hq, T, D). Notes
         what this layer evicts, for evicted_pairs."""
-        noisy = self.noisy_logits(layer, logits)
+        noisy = (logits + self.noise(layer, logits)) / self.dms.tau  # (z + g1 - g2) / tau
+        noisy = by_subject(noisy, self.dms.shift)
         self.evicted_by_layer.append(self.count_evicted(noisy))
         bias = F.logsigmoid(-noisy)  # log(1 - p), (B, Hkv, T)
         return self.biased_attention(q, k, v, bias, self.packing.first, self.dms.window)
-
-    def noisy_logits(self, layer, logits):
-        """(z + g1 - g2) / tau by the token that the decision is about, (B, Hkv, T)."""
-        noisy = (logits + self.noise(layer, logits)) / self.dms.tau
-        return by_subject(noisy, self.dms.shift)
 
     def noise(self, layer, logits):
         """g1 - g2, a standard logistic, which is the logit of a uniform sample. It follows from a
@@ -326,7 +314,7 @@ class RelaxedAttention:
         """How many pairs of each head a cache no longer holds when their documents end, (Hkv,).
         The value is that of hard decisions, the gradient that of p."""
         hard = straight_through((noisy > 0).float(), torch.sigmoid(noisy))
-        expires = self.packing.expires(self.dms.window)  # (B, T)
+        expires = self.packing.precedes(self.dms.window + 1)  # (B, T)
         return (hard * expires[:, None]).sum((0, 2))  # of (B, Hkv, T)
 
     def evicted_pairs(self):
@@ -352,20 +340,15 @@ def distillation_loss(student, teacher, student_head, teacher_head, counts, reve
     """
     slices = (x.flatten(0, 1).split(KL_SLICE) for x in (student, teacher, counts))
     is_long = counts.numel() > KL_SLICE
-    total = 0
-    for of_slice in zip(*slices):
-        inputs = (*of_slice, student_head, teacher_head, reverse)
-        total += computed(slice_kl, *inputs, recompute=is_long)
-    return total
+    return sum(computed(slice_kl, *inputs, student_head, teacher_head, reverse, recompute=is_long)
+               for inputs in zip(*slices))
 
 
 def slice_kl(student, teacher, counts, student_head, teacher_head, reverse):
     """The same for one slice: student, teacher (n, C), counts (n,). Tokens that do not count are
     computed, too: to leave them out, the CPU would have to wait for the GPU to know the shapes."""
-    teacher = F.linear(teacher, teacher_head)
-    student = F.linear(student, student_head)
-    log_p = F.log_softmax(teacher.float(), dim=-1)
-    log_q = F.log_softmax(student.float(), dim=-1)
+    log_p = F.linear(teacher, teacher_head).float().log_softmax(-1)
+    log_q = F.linear(student, student_head).float().log_softmax(-1)
     if reverse:  # then p is the student's
         log_p, log_q = log_q, log_p
     nats = F.kl_div(log_q, log_p, log_target=True, reduction="none")  # p (log p - log q)

@@ -21,7 +21,6 @@ from kv_cache import KVCache
 
 MARGIN = 1.03  # to be compressed by more than asked for: other text may be compressed by less
 RATIOS = (2, 3, 4, 6, 8, 12)  # that one retrofit serves, each by an offset of its own
-PRINTED = "kl compression_ratio peak_pairs reads peak_page_bytes".split()  # of a measurement
 
 
 def settling_sequences(seq_len):
@@ -48,7 +47,7 @@ def kl_on_text(model, reference, data, count):
         packing = dms.Packing([[length]], length, model.device)
         target = reference.hidden(document, dms.document_attention(packing))
         heads = (model.lm_head.weight, reference.lm_head.weight)
-        nats.append(dms.distillation_loss(states, target, *heads, packing.predicts()))
+        nats.append(dms.distillation_loss(states, target, *heads, packing.precedes(1)))
         tokens += length - 1
     return sum(nats).item() / tokens, len(nats), cache
 
@@ -64,10 +63,9 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
     settings = model.config.dms
     ids, documents = data.held_out(settling_sequences(data.seq_len))
     packing = dms.Packing(documents, ids.shape[1], model.device)
-    expires = packing.expires(settings.window)  # (B, T)
+    expires = packing.precedes(settings.window + 1)  # (B, T)
     tokens = sum(map(sum, documents))
-    expired = expires.sum().item()
-    always_held = tokens - expired  # by a head, whatever is decided
+    expired = expires.sum().item()  # the others are always held, whatever is decided
 
     def logits_of_expired():
         """The logits about these tokens, of all heads and layers, with the lowest first."""
@@ -85,12 +83,13 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
     settings.offsets = []
     every = sorted({*ratios, settings.target_cr})
     for cr in tqdm(every, "settling", leave=False, disable=torchrun_place()[0] > 0):
-        kept = tokens / (MARGIN * cr) - always_held  # of the expired tokens, by a head
+        kept = tokens / (MARGIN * cr) - (tokens - expired)  # of the expired tokens, by a head
         if kept <= 0:
             continue
         for _ in range(2):
-            # A pair is kept where its logit is below 0. Of all logits kept / expired shall be: if
-            # the offset grows by the first one beyond these, that one becomes 0.
+            # A pair is kept where its logit is below 0. That shall hold for the lowest part,
+            # kept / expired, of all logits. If the offset grows by the first logit above that part,
+            # this one becomes 0.
             logits = logits_of_expired()
             change = logits[int(kept / expired * len(logits))]
             if distributed.is_initialized():
@@ -104,8 +103,7 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
 def sliding_window(model, pairs):
     """A dense model, which is changed, with a sliding window of so many pairs: a DMS model that
     evicts everything (s = 0 from a fresh adapter, so z = 1)."""
-    settings = dms.DMSConfig(window=pairs - 1, offset=-1.0)
-    return dms.start_retrofit(model, settings)
+    return dms.start_retrofit(model, dms.DMSConfig(window=pairs - 1, shift=0, offset=-1.0))
 
 
 def measure(model, data, options, reference=None):
@@ -134,20 +132,15 @@ def evaluate(data, options, out):
     reference = None if options.train == "adapters" else load(options.model)
     found = results["DMS"] = measure(load(out), data, options, reference)
     # the window's budget is what a head held at the end of an average sequence
-    length = found["tokens"] / found["sequences"]
-    budget = round(length / found["compression_ratio"])
+    budget = round(found["tokens"] / found["sequences"] / found["compression_ratio"])
     results["window"] = measure(sliding_window(load(options.model), budget), data, options)
-    on_gpu = options.device.startswith("cuda")
-    on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    hardware = torch.cuda.get_device_name() if on_gpu else on_cpu
+    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if "cuda" in options.device:
+        hardware = torch.cuda.get_device_name()
     # the last part of a path: local folders are nobody's business
     names = {key: Path(getattr(options, key)).name for key in ("model", "data")}
-    run = {
-        "settings": options.settings() | names,
-        "hardware": hardware,
-        "window_tokens": budget,
-        "results": results,
-    }
+    run = dict(settings=options.settings() | names, hardware=hardware, window_tokens=budget,
+               results=results)
     write_json(out / "results.json", run)
     print(table_of(run))
 
@@ -157,10 +150,8 @@ def table_of(run):
     columns = run["results"].values()
     lines = [f"{'':26}" + "".join(f"{name:>18}" for name in run["results"])]
     for task in run["results"]["dense"]["accuracy"]:
-        accuracies = (f"{x['accuracy'][task]:18.1%}" for x in columns)
-        lines.append(f"{task:26}" + "".join(accuracies))
-    for key in PRINTED:
-        counts = (f"{round(x[key], 4):18,}" for x in columns)
-        lines.append(f"{key:26}" + "".join(counts))
+        lines.append(f"{task:26}" + "".join(f"{x['accuracy'][task]:18.1%}" for x in columns))
+    for key in "kl compression_ratio reads peak_page_bytes".split():
+        lines.append(f"{key:26}" + "".join(f"{round(x[key], 4):18,}" for x in columns))
     lines.append(f"The window holds {run['window_tokens']} pairs. Measured on {run['hardware']}.")
     return "\n".join(lines)

@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from checkpoint import (end_ids, generation_defaults, load_model, load_tokenizer, resolve,
                         without_nulls)
-from common import InputError, choose_device, parse_options, read_text, require, run_script, say
+from common import (InputError, choose_device, explained, parse_options, read_text, require,
+                    run_script, say)
 from kv_cache import PLAIN, CacheFull, KVCache
 from show import show_evictions
 
@@ -125,8 +126,6 @@ class DecodeStep:
         self.captures = cache.device.type == "cuda" and not waits
         self.table = None  # the page table of the last run: the cache replaces it by wider ones
         self.graph = None  # what was captured on this table
-        self.inputs = None  # the graph's own (B, 2)
-        self.logits = None  # the graph's own (B, V)
 
     @torch.inference_mode()
     def __call__(self, model, cache, tokens):
@@ -142,7 +141,7 @@ class DecodeStep:
             self.graph = None
             return self.run(model, cache, inputs)
         if self.graph is None:
-            self.inputs = inputs
+            self.inputs = inputs  # the graph's own from now on, as its logits are
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):  # records, and runs nothing
                 self.logits = self.run(model, cache, inputs)
@@ -372,7 +371,6 @@ class Options(Sampling):
     adapter: str = None  # DMS adapters to lay over the model: a file, a folder or a hub id
     prompt: str = None  # text, or - for standard input (default: a problem of the toy world)
     raw: bool = False  # take the prompt as it is, without the chat template
-    task: Literal["needles", "variables", "arithmetic"] = "needles"  # the toy problem to ask
     chat: bool = False  # several turns, a line each, over one cache
     n: int = 1  # parallel chains of each prompt
     requests: str = None  # a file of JSON lines with "prompt" or "messages"
@@ -474,8 +472,8 @@ class Session:
         cut = sum(sequence.finish_reason == "length" for sequence in key_of)
         stats = self.cache.stats()
         say(f"\n[{tokens} new tokens in {time.perf_counter() - begin:.2f} s, {cut} of {len(key_of)}"
-            f" cut at --max-new-tokens; {stats['compression_ratio'] or 1:.2f}x compressed, at most "
-            f"{stats['peak_pairs']:,} pairs in {stats['peak_page_bytes']:,} bytes]")
+            f" cut at --max-new-tokens; {stats['compression_ratio'] or 1:.2f}x compressed, "
+            f"{stats['peak_page_bytes']:,} bytes in pages at most]")
 
     def finish(self, sequences, release):
         """Generate for one request. Returns its answer."""
@@ -516,8 +514,8 @@ def one_prompt(session):
     """Answer --prompt, -n times."""
     options = session.options
     sequences = session.sequences(session.prompt_ids({"prompt": options.prompt}), options)
-    texts = session.finish(sequences, release=not options.show_evictions)["texts"]
-    print("\n---\n".join(texts) if options.n > 1 else "")  # a single one was printed as it came
+    answer = session.finish(sequences, release=not options.show_evictions)
+    print("\n---\n".join(answer["texts"]) if options.n > 1 else "")  # or it was printed as it came
     if options.show_evictions:
         show_evictions(options.show_evictions, session.cache, sequences[0],
                        Stream(session.tokenizer, skip_special_tokens=False))
@@ -547,14 +545,12 @@ def answered_lines(out, requests):
     line}. A last answer without its line's end is cut off, to be made again. Raises InputError if
     the file holds anything else."""
     *lines, unfinished = read_text(out).split("\n")
-    try:
+    other = f"{out}: holds more than answers to these requests; give another --out"
+    with explained(other, LookupError, TypeError, ValueError):
         answers = [json.loads(line)["generated"] for line in lines]
-        is_ours = lines == [line_of(answer, requests[answer["line"]]) for answer in answers]
-    except (LookupError, TypeError, ValueError):
-        is_ours = False
-    # the rest is nothing, or the beginning of a line of ours
-    is_ours &= unfinished.startswith(BEGINNING) or BEGINNING.startswith(unfinished)
-    require(is_ours, f"{out}: holds more than answers to these requests; give another --out")
+        require(lines == [line_of(answer, requests[answer["line"]]) for answer in answers], "lines")
+        # the rest is nothing, or the beginning of a line of ours
+        require(BEGINNING.startswith(unfinished[: len(BEGINNING)]), "the last line")
     os.truncate(out, out.stat().st_size - len(unfinished))  # lines are written in ASCII
     return {answer["line"] for answer in answers}
 
@@ -604,7 +600,7 @@ def main(argv=None):
     elif not {"prompt", "chat", "requests"} & given.keys():
         from toy.tasks import question
 
-        options.prompt, expected = question(options.task, options.seed)
+        options.prompt, expected = question(options.seed)
         print(f"{options.prompt}\n[expected: {expected}]\n", file=sys.stderr)
         if options.n == 1 and "temperature" not in given:
             options.temperature = 0.0

@@ -93,8 +93,7 @@ class PagePool:
         free once no table names it: so the tables are asked, and nothing needs to count references.
         Raises CacheFull, freeing none, if that makes fewer than `needed`."""
         is_free = torch.ones_like(self.free, dtype=torch.bool)
-        in_use = rows.pages_in_use(self.page_size)
-        is_free[rows.table[in_use]] = False
+        is_free[rows.table[rows.pages_in_use(self.page_size)]] = False
         pages = is_free.nonzero()[:, 0]
         self.check(needed, len(pages))
         self.free[: len(pages)] = pages
@@ -119,10 +118,8 @@ class Rows:
 
     def pages_in_use(self, page_size):
         """Which entries of the table name a page, (L, N, M) bool."""
-        M = self.table.shape[-1]
-        column = torch.arange(M, device=self.table.device)
-        first_slot = column * page_size
-        return first_slot < self.length[..., None]
+        column = torch.arange(self.table.shape[-1], device=self.table.device)
+        return column * page_size < self.length[..., None]
 
     def widen(self, tokens, page_size):
         """Make room in the table for the longest row and `tokens` more. A table that must grow is
@@ -139,9 +136,8 @@ class Rows:
         A last page with room is among them, as a row's last slot holds a token of the window.
         Before a row has seen W tokens, some entries of its ring mean nothing, and may mark any
         page. But then all its tokens are in the window: all its pages are to be marked."""
-        column = self.ring // page_size
-        written = torch.zeros_like(self.table, dtype=torch.bool)
-        written.scatter_(2, column.long(), True)
+        column = (self.ring // page_size).long()
+        written = torch.zeros_like(self.table, dtype=torch.bool).scatter_(2, column, True)
         return written & self.pages_in_use(page_size)
 
 
@@ -151,8 +147,7 @@ def fork(rows, index, pool):
     copy: it shares the pages that are full and final, and gets its own of those that may still be
     written to. Raises CacheFull before anything has changed."""
     forked = rows.part(rows=index)
-    is_same = index[:, None] == index
-    is_copy = is_same.tril(-1).any(dim=1)  # of an earlier row
+    is_copy = (index[:, None] == index).tril(-1).any(dim=1)  # of an earlier row
     to_copy = forked.pages_to_be_written(pool.page_size) & is_copy[:, None]
     originals = forked.table[to_copy]
     # The pages of dropped rows are freed. The originals are not among them, as the first row that
@@ -175,10 +170,8 @@ def place_of(rows, token, exists, pool):
     # (..., N, 1): a row's entry in its ring, the same in all layers
     entry = (token % rows.ring.shape[-1])[:, None].expand_as(rows.ring[..., :1])
     slot = rows.ring.gather(-1, entry).long()
-    column = slot // pool.page_size
-    page = rows.table.gather(-1, column)
-    first_slot = page.long() * pool.page_size
-    place = first_slot + slot % pool.page_size
+    page = rows.table.gather(-1, slot // pool.page_size).long()
+    place = page * pool.page_size + slot % pool.page_size
     return place[..., 0].where(exists, pool.nowhere)
 
 
@@ -186,8 +179,7 @@ def held(slots, rows, row):
     """Copies of what the n slots of one row hold, in order: [(n, ...)] of tensors (P, page_size,
     ...) of the pool."""
     n = int(rows.length[row])
-    page_size = slots[0].shape[1]
-    pages = rows.table[row, : -(-n // page_size)]
+    pages = rows.table[row, : -(-n // slots[0].shape[1])]
     return [x[pages].flatten(0, 1)[:n] for x in slots]
 
 
@@ -196,9 +188,8 @@ def add_pages(rows, pool, length):
     CacheFull before anything has changed."""
     lacks = replace(rows, length=length).pages_in_use(pool.page_size)  # (..., N, M)
     lacks &= ~rows.pages_in_use(pool.page_size)
-    pages = pool.take(int(lacks.sum()))
+    rows.table[lacks] = pool.take(int(lacks.sum()))
     rows.length.copy_(length)
-    rows.table[lacks] = pages
 
 
 def store(k, v, evict, new, rows, pool, window):
@@ -227,14 +218,13 @@ def store(k, v, evict, new, rows, pool, window):
     evicted = pool.evicted[rows.table].flatten(1)
     slot = torch.arange(position.shape[1], device=k.device)
     in_use = slot < rows.length[:, None]
-    t = torch.arange(evict.shape[1], device=k.device)
-    token = (rows.seen[:, None] + t).int()  # (N, T): the new tokens' positions
+    # (N, T): the new tokens' positions
+    token = (rows.seen[:, None] + torch.arange(evict.shape[1], device=k.device)).int()
     last = (rows.seen + new - 1)[:, None]  # (N, 1): that of the last real one
     stays = in_use & visible(last, position, evicted, window)  # (N, S)
     survives = visible(last, token, evict, window)  # (N, T); padding comes after `last`: False
 
-    length = stays.sum(1) + survives.sum(1)
-    add_pages(rows, pool, length)
+    add_pages(rows, pool, stays.sum(1) + survives.sum(1))
     open_slots = stays.byte().argsort(dim=1, stable=True)  # (N, S): first those that do not stay
     rank = survives.cumsum(1) - 1  # (N, T): a survivor's place among those of its row
     row, i = survives.nonzero(as_tuple=True)  # (n,) each: the survivors of all rows
@@ -247,8 +237,7 @@ def store(k, v, evict, new, rows, pool, window):
     # a kept token may be older than the window, and the ring has no entry for it
     recent = i >= new[row] - W
     row = row[recent]
-    entry = token[row, i[recent]] % W
-    rows.ring[row, entry] = target[recent].int()
+    rows.ring[row, token[row, i[recent]] % W] = target[recent].int()
 
 
 # ------------------------------------------------------------------- Attention, of one layer's rows
@@ -267,16 +256,14 @@ def attend_block(q, k, v, evict, new, rows, pool, window):
         if n == 0:
             continue
         old = held(pool.slots, rows, row)  # S pairs
-        t = torch.arange(n, device=k.device)
-        token = rows.seen[row] + t  # (n,): the new tokens' positions
+        token = rows.seen[row] + torch.arange(n, device=k.device)  # (n,): the new ones' positions
         block = (k[row, :n], v[row, :n], token, evict[row, :n])
         # keys and values (S + n, D), position and evicted (S + n,): what is held, then the block
         keys, values, position, evicted = (torch.cat(pair) for pair in zip(old, block))
         mask = visible(token[:, None], position, evicted, window)  # (n, S + n)
         # as a batch of one, and of one KV head
         query = q[None, row, :, :n]
-        out = attention(query, keys[None, None], values[None, None], mask)
-        y[row, :, :n] = out[0]
+        y[row, :, :n] = attention(query, keys[None, None], values[None, None], mask)[0]
     return y
 
 
@@ -286,8 +273,7 @@ def attend_one(q, rows, pool):
     y = torch.zeros_like(q)
     for row in rows.length.nonzero()[:, 0].tolist():
         keys, values = held((pool.keys, pool.values), rows, row)
-        out = F.scaled_dot_product_attention(q[None, row], keys[None], values[None])
-        y[row] = out[0]
+        y[row] = F.scaled_dot_product_attention(q[None, row], keys[None], values[None])[0]
     return y
 
 
@@ -319,8 +305,7 @@ def usable_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # it may say "max"
-        container = Path("/sys/fs/cgroup/memory.max").read_text()
-        memory = min(memory, int(container))
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return memory
 
 
@@ -346,13 +331,11 @@ def steer(cache, part):
     W = cache.window + 1
     behind = (part.seen - W).clamp(min=0)
     wanted = part.seen.clamp(max=W) + cache.keep_rate * behind  # (N,)
-    by_row = part.length.float().mean(0)  # (N,), over layers
-    by_sequence = by_row.view(-1, cache.kv_heads).mean(1)  # (B,)
+    by_sequence = part.length.float().mean(0).view(-1, cache.kv_heads).mean(1)  # (B,)
     lacking = wanted - by_sequence.repeat_interleave(cache.kv_heads)
-    usual = cache.keep_rate * (PERIOD + W)  # what is kept in that time
+    usual = cache.keep_rate * (PERIOD + W)
     threshold = LOGITS_PER_E_FOLD * lacking / usual
-    is_due = part.seen % PERIOD == 0
-    part.threshold.copy_(threshold.where(is_due, part.threshold))
+    part.threshold.copy_(threshold.where(part.seen % PERIOD == 0, part.threshold))
 
 
 class KVCache:
@@ -395,9 +378,8 @@ class KVCache:
         N = batch_size * self.kv_heads  # rows of a layer
         # a slot has a key, a value unless that is the key, a position (4 bytes), a decision (1)
         of_latents = bool(config.kv_lora_rank)
-        key_bytes = config.key_dim * dtype.itemsize
-        slot_bytes = key_bytes * (1 if of_latents else 2) + 5
-        self.page_bytes = page_size * slot_bytes
+        vectors = 1 if of_latents else 2
+        self.page_bytes = page_size * (vectors * config.key_dim * dtype.itemsize + 5)
         pages = L * N * -(-config.context // page_size)  # the whole context
         if memory is None:
             memory = min(pages * self.page_bytes, 0.8 * usable_memory(self.device))
@@ -409,9 +391,8 @@ class KVCache:
                 seen=torch.zeros(N, dtype=torch.int64),
                 threshold=torch.zeros(N),
                 length=zeros(L, N), table=zeros(L, N, 1), ring=zeros(L, N, self.window + 1))
-            # counted on the device, since a replayed CUDA graph adds to them; see stats
+            # counted on the device, since a replayed CUDA graph adds to it; see stats
             self.reads = torch.zeros(1, dtype=torch.int64)
-            self.peak_pairs = torch.zeros(1, dtype=torch.int64)
         self.ended_tokens = 0
         self.ended_pairs = 0
 
@@ -427,8 +408,7 @@ class KVCache:
     def rows_of(self, sequences):
         """The numbers of the rows of sequences, in order, (n * Hkv,) int64."""
         rows = torch.arange(len(self.rows.seen), device=self.device)
-        by_sequence = rows.view(-1, self.kv_heads)  # (B, Hkv)
-        return by_sequence[list(sequences)].flatten()
+        return rows.view(-1, self.kv_heads)[list(sequences)].flatten()  # of (B, Hkv)
 
     # ----------------------------------------------------------------------------------- Appending
 
@@ -449,8 +429,7 @@ class KVCache:
         B, T = ids.shape
         lengths = [T] * B if lengths is None else lengths
         count = torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
-        is_possible = count.clamp(0, T).equal(count)
-        if not (is_possible and len(count) == B == len(sequences)):
+        if not (count.clamp(0, T).equal(count) and len(count) == B == len(sequences)):
             raise ValueError(f"ids, lengths: {len(sequences)} are wanted, of 0 to {T} tokens each")
         rows = slice(sequences.start * self.kv_heads, sequences.stop * self.kv_heads)
         if T == 1:  # outside of `try`: if this raises, nothing has changed
@@ -499,10 +478,9 @@ class KVCache:
         appends = is_new & ~reuses
         next_slot = part.length.clone()
         add_pages(part, self.pool, next_slot + appends)
-        row = torch.arange(len(token), device=self.device)
         # token and token - W have the same entry: where the slot is reused, it is right already
-        present = part.ring[:, row, token % W]
-        part.ring[:, row, token % W] = next_slot.where(appends, present)
+        entry = (slice(None), torch.arange(len(token), device=self.device), token % W)
+        part.ring[entry] = next_slot.where(appends, part.ring[entry])
 
     def append_token(self, hidden, ids, count, rows=slice(None)):
         """Append the token ids (B, 1) of every sequence whose count (B,) is 1, after `begin_step`.
@@ -522,8 +500,7 @@ class KVCache:
             if logits is not None:
                 evicted[subject[layer]] = logits.flatten() > part.threshold
             q_by_row = q.reshape(len(is_new), -1, q.shape[3])  # (N, G, D)
-            y = self.kernels.attend_one(q_by_row, part.part(layer), self.pool)
-            return y.reshape(q.shape)
+            return self.kernels.attend_one(q_by_row, part.part(layer), self.pool).reshape(q.shape)
 
         self.reads += (part.length * is_new).sum()
         return self.run(hidden, ids, attend, part, is_new)
@@ -560,7 +537,8 @@ class KVCache:
 
     def first_subject(self, part, is_new):
         """The place of the token that each row's first new logit is about, (L, N) int64: with shift
-        1 the newest one that is held, else the first new one."""
+        1 the newest one that is held, else the first new one. (That has a place in a step; in a
+        block it has none yet, and nobody asks.)"""
         token = part.seen - self.shift
         return place_of(part, token, is_new & (token >= 0), self.pool)
 
@@ -568,7 +546,6 @@ class KVCache:
         """The states (B, T, C) of ids; afterwards they count as seen."""
         states = hidden(ids, attend, part.seen[:: self.kv_heads, None])
         part.seen += new  # a view of the cache's own
-        self.peak_pairs.clamp_(min=self.rows.length.sum())  # a running maximum, in place
         return states
 
     # -------------------------------------------------------------------------- Ending and forking
@@ -587,10 +564,8 @@ class KVCache:
         """From now on sequence i continues what sequences[i] has seen: name one several times to
         fork it, do not name it to drop it. Forks share the pages that they will not write to.
         Raises CacheFull before anything has changed."""
-        index = self.rows_of(sequences)
-        chosen = fork(self.rows, index, self.pool)
-        dropped = set(range(self.batch_size)).difference(sequences)
-        self.count_ended(self.rows_of(dropped))
+        chosen = fork(self.rows, self.rows_of(sequences), self.pool)
+        self.count_ended(self.rows_of(set(range(self.batch_size)).difference(sequences)))
         if len(sequences) != self.batch_size:
             self.rows = chosen
             return
@@ -603,16 +578,13 @@ class KVCache:
     def positions(self, sequence, layer, head):
         """The positions of the tokens whose pairs a KV head holds, ascending, (n,) int32."""
         row = sequence * self.kv_heads + head
-        rows = self.rows.part(layer)
-        [position] = held([self.pool.position], rows, row)
+        [position] = held([self.pool.position], self.rows.part(layer), row)
         return position.sort().values
 
     def count_ended(self, rows):
         """Note what sequences hold that end now. rows: the numbers of their rows."""
-        tokens = self.rows.seen[rows].sum() // self.kv_heads  # each has a row for every head
-        pairs = self.rows.length[:, rows].sum()
-        self.ended_tokens += int(tokens)
-        self.ended_pairs += int(pairs)
+        self.ended_tokens += int(self.rows.seen[rows].sum()) // self.kv_heads  # a row for each head
+        self.ended_pairs += int(self.rows.length[:, rows].sum())
 
     def compression_ratio(self):
         """Tokens seen so far x L x Hkv / the pairs held at their ends, None before any token."""
@@ -627,18 +599,16 @@ class KVCache:
             pages           in use, and page_bytes
         Of all so far, ended ones included:
             compression_ratio
-            peak_pairs      the most held at once, and peak_page_bytes
+            peak_page_bytes
             reads           pairs attended to, summed over steps (a block counts as one step)
         """
         pages = len(self.pool) - self.pool.free_count
         most_pages = len(self.pool) - self.pool.least_free
-        by_sequence = self.rows.length.view(self.layers, -1, self.kv_heads)  # (L, B, Hkv)
-        by_head = by_sequence.sum(1)  # (L, Hkv)
+        by_head = self.rows.length.view(self.layers, -1, self.kv_heads).sum(1)  # (L, Hkv)
         return {
             "tokens": int(self.seen.sum()),
             "pairs": int(by_head.sum()),
             "compression_ratio": self.compression_ratio(),
-            "peak_pairs": int(self.peak_pairs),
             "reads": int(self.reads),
             "pages": pages,
             "page_bytes": pages * self.page_bytes,

@@ -36,8 +36,7 @@ def in_halves(x):
     """x (B, T, H, D) with its even channels first. DeepSeek's RoPE pairs channels 2i and 2i + 1,
     model.py's pairs i and i + D/2. Products of q and k do not change if both are reordered, so the
     channels need not go back."""
-    pairs = x.unflatten(3, (-1, 2))
-    return pairs.mT.flatten(3)
+    return x.unflatten(3, (-1, 2)).mT.flatten(3)
 
 
 class LatentAttention(nn.Module):
@@ -58,8 +57,7 @@ class LatentAttention(nn.Module):
             self.q_proj = nn.Linear(C, H * D, bias=False)
         r = config.kv_lora_rank
         v = config.v_head_dim
-        # to c and k_rope together
-        self.kv_a_proj_with_mqa = nn.Linear(C, r + config.qk_rope_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(C, config.key_dim, bias=False)  # to c and k_rope
         self.kv_a_layernorm = nn.RMSNorm(r, 1e-6)
         self.kv_b_proj = nn.Linear(r, H * (nope + v), bias=False)
         self.o_proj = nn.Linear(H * v, C, bias=False)
@@ -72,10 +70,8 @@ class LatentAttention(nn.Module):
     def up(self):
         """W_UK (H, nope, r) and W_UV (H, v, r)."""
         config = self.config
-        sizes = (config.qk_nope_head_dim, config.v_head_dim)
-        weight = self.kv_b_proj.weight
-        by_head = weight.unflatten(0, (config.num_attention_heads, -1))
-        return by_head.split(sizes, dim=1)
+        by_head = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
+        return by_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
 
     def project(self, residual, x, rotate):
         """q (B, H, T, r + rope), k (B, 1, T, r + rope), the same as values, and the decision
@@ -100,8 +96,7 @@ class LatentAttention(nn.Module):
         """y (B, H, T, r + rope), the result of `attend` -> what the residual gains, (B, T, C)."""
         _, W_UV = self.up()
         y = y[..., : W_UV.shape[2]] @ W_UV.mT  # (B, H, T, v)
-        y = y.transpose(1, 2)
-        return self.o_proj(y.flatten(2))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def output_weight(self):
         """The output projection by head, (H, C, r + rope), for warm_start.py."""

@@ -96,8 +96,7 @@ class ModelConfig:
         """Does the layer, counted from 0, have experts in place of one MLP?"""
         if layer < (self.first_k_dense_replace or 0) or layer in (self.mlp_only_layers or ()):
             return False
-        is_turn = (layer + 1) % (self.decoder_sparse_step or 1) == 0
-        return is_turn and bool(self.num_experts_per_tok)
+        return bool(self.num_experts_per_tok) and (layer + 1) % (self.decoder_sparse_step or 1) == 0
 
     @property
     def context(self):
@@ -247,8 +246,7 @@ class Attention(nn.Module):
 
     def output(self, y):
         """y (B, Hq, T, D), the result of `attend` -> what the residual gains, (B, T, C)."""
-        y = y.transpose(1, 2)
-        return self.o_proj(y.flatten(2))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def output_weight(self):
         """The output projection by head, (Hq, C, D), for warm_start.py."""
@@ -347,8 +345,7 @@ class Block(nn.Module):
     def forward(self, x, rotate, attend, recompute=False):
         """recompute: keep only each half's inputs for backward, and compute the half again there.
         (`attend` stands outside: it decides for itself what it keeps.)"""
-        inputs = dms.computed(self.before, x, rotate, recompute=recompute)
-        y = attend(*inputs)
+        y = attend(*dms.computed(self.before, x, rotate, recompute=recompute))
         return dms.computed(self.after, x, y, recompute=recompute)
 
 

@@ -68,9 +68,9 @@ def write_release(options, out):
     if base and ((folder / base).is_dir() or Path(base).is_dir()):  # no other machine has it
         require(not only_adapters, f"{base}: is a folder; give its hub id: --base")
         base = None
-    base_keys = {"dms_base_model": base} if only_adapters else None
-    if only_adapters and not options.base:  # else the commit may belong to another repository
-        base_keys["dms_base_revision"] = raw.get("dms_base_revision")
+    # the commit, unless it may belong to another repository
+    revision = None if options.base else raw.get("dms_base_revision")
+    base_keys = {"dms_base_model": base, "dms_base_revision": revision} if only_adapters else None
 
     copy_tokenizer(folder, out)
     run = read_optional(folder / "results.json")

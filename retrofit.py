@@ -51,8 +51,8 @@ GPU_DEFAULTS = dict(data=DEFAULT, train="adapters", warm_start=32, steps=200, ba
                     seq_len=8192, compression_weight=4.0, eval_sequences=32)
 # and for text on a CPU
 CPU_DEFAULTS = dict(GPU_DEFAULTS, warm_start=24, batch_size=1, seq_len=1024, eval_sequences=8)
-TOKENS_AT_A_TIME = 4096  # of a step; its sequences are taken one by one, or a few if short
 MAX_KL = 10.0  # nats; a step beyond it ends the run
+TOKENS_AT_A_TIME = 4096  # of a step; its sequences are taken one by one, or a few if short
 
 
 @dataclass
@@ -86,8 +86,8 @@ class Options:
 
     def settings(self):
         """What is written down of a run: all but the options that --resume may change."""
-        changing = ("resume", "out", "device", "shard")
-        return {k: v for k, v in vars(self).items() if k not in changing}
+        may_change = "resume out device shard".split()
+        return {k: v for k, v in vars(self).items() if k not in may_change}
 
 
 # ------------------------------------------------------------------------------------ Distillation
@@ -152,7 +152,7 @@ class Distillation:
             if not is_sharded(parameter.grad):  # FSDP has summed what it shards
                 all_reduce(parameter.grad)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)).item()
-        require(math.isfinite(kl + norm) and kl <= MAX_KL,
+        require(kl <= MAX_KL and math.isfinite(norm),  # NaN is not below it either
                 f"step {step + 1} diverged (KL {kl:.3g}); begin anew with a lower --lr")
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, options.steps, options.lr)
         self.optimizer.step()
@@ -168,8 +168,7 @@ class Distillation:
         predictions = tokens - sum(map(len, documents))  # a document's last token predicts none
         sums = torch.zeros(2, device=self.student.device)
         B, T = ids.shape
-        mine = torch.arange(rank, B, world)
-        for part in mine.split(max(TOKENS_AT_A_TIME // T, 1)):
+        for part in torch.arange(rank, B, world).split(max(TOKENS_AT_A_TIME // T, 1)):
             part = part.tolist()
             packing = dms.Packing([documents[b] for b in part], T, sums.device)
             seeds = [f"{self.options.seed} {step} {b}" for b in part]
@@ -194,7 +193,7 @@ class Distillation:
         states = self.student.hidden(ids, relaxed, start, recompute=is_long)
         # read here and not before: FSDP2 has put these weights together for the forward pass
         heads = (self.student.lm_head.weight, self.teacher.lm_head.weight)
-        counts = packing.predicts()
+        counts = packing.precedes(1)
         kl = dms.distillation_loss(states, target, *heads, counts, self.options.reverse_kl)
         return kl, relaxed.evicted_pairs()
 
@@ -302,16 +301,14 @@ def config_of(model):
 def complete(options):
     """Fill in what the command line leaves open, by the data, device, context and width."""
     choose_device(options)
-    is_teacher = options.data is None and Path(options.model).resolve() == TEACHER
-    if options.data == "toy" or is_teacher:
+    if options.data == "toy" or options.data is None and Path(options.model).resolve() == TEACHER:
         defaults = TOY_DEFAULTS
     else:
         config = config_of(options.model)
         defaults = CPU_DEFAULTS if options.device == "cpu" else GPU_DEFAULTS
         seq_len = options.seq_len or min(defaults["seq_len"], config.context)
         # a quarter of what the target leaves, rounded down to a power of two
-        quarter = max(int(seq_len / options.target_cr / 4), 1)
-        window = min(512, 2 ** (quarter.bit_length() - 1))
+        window = min(512, 2 ** (max(int(seq_len / options.target_cr / 4), 1).bit_length() - 1))
         # AdamW moves each of an adapter's C weights by lr in a step, so its score by up to about
         # lr * C: the same in models of any width
         defaults = dict(defaults, seq_len=seq_len, window=window, lr=0.06 / config.hidden_size)
@@ -343,14 +340,13 @@ def check(options):
     require(read_settings(folder, read_json(folder / "config.json")) is None,
             f"{folder}: is already a DMS checkpoint; give the model that it came from")
     config = config_of(options.model)
-    context = config.context
-    require(options.seq_len <= context, f"--seq-len: the model's context is {context} tokens")
-    require(options.decision == "adapter" or not config.kv_lora_rank,
-            "neuron: latent attention has no groups of query heads to borrow from; use adapters")
+    require(options.seq_len <= config.context, f"--seq-len: the context is {config.context} tokens")
     require((options.window + 1) * options.target_cr <= options.seq_len,
             f"--window {options.window} is too much of {options.seq_len} tokens; take less")
-    require(options.decision == "adapter" or options.train == "all" and not options.warm_start,
-            "neuron needs --train all, and no --warm-start")
+    if options.decision == "neuron":
+        require(not config.kv_lora_rank, "neuron: latent attention has no groups to borrow from")
+        require(options.train == "all" and not options.warm_start,
+                "neuron needs --train all, and no --warm-start")
     require(not options.device.startswith("cuda") or torch.cuda.get_device_capability()[0] >= 8,
             "no kernel trains on a GPU before Ampere (sm_80); use --device cpu")
     world = torchrun_place()[1]
@@ -365,7 +361,7 @@ def check_window(options, data):
     _, documents = data.held_out(settling_sequences(options.seq_len))
     lengths = sum(documents, [])
     in_windows = sum(min(n, options.window + 1) for n in lengths)
-    require(sum(lengths) / in_windows >= options.target_cr,
+    require(sum(lengths) / in_windows > MARGIN * options.target_cr,
             f"--window {options.window} is too much of documents so short; take less")
 
 

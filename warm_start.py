@@ -42,8 +42,7 @@ FIRST = 30.0  # weight of a document's first token, the sink, which nearly all h
 def small_output(output, kv_heads):
     """R (Hkv, G, D, D) for output matrices W_o (Hq, C, D): |R u| = |W_o u|. Only lengths matter
     here, and D is much less than C."""
-    by_group = output.float().unflatten(0, (kv_heads, -1))  # (Hkv, G, C, D)
-    return torch.linalg.qr(by_group, mode="r").R
+    return torch.linalg.qr(output.float().unflatten(0, (kv_heads, -1)), mode="r").R
 
 
 def needs(q, k, v, residual, R, window, block=128):
@@ -65,16 +64,13 @@ def needs(q, k, v, residual, R, window, block=128):
         score = q[:, :, query] @ keys.mT  # (Hkv, G, n, T)
         score = score.masked_fill(age < 0, float("-inf"))
         a = score.softmax(-1)
-        o = a @ v
-        change = torch.cdist(o, v)
+        change = torch.cdist(a @ v, v)  # |o - v_j|
         change *= a / (1 - a)
         top, exact = change_of_likeliest(score, a, v)
         change.scatter_(-1, top, exact)
         share = change.square() / squared_norm[query]
-        missed = share.where(age > window, 0)
-        total += missed.sum((1, 2))
-    queries = T - 1 - window - position  # that would miss a pair
-    return total / queries.clamp(min=1)
+        total += share.where(age > window, 0).sum((1, 2))
+    return total / (T - 1 - window - position).clamp(min=1)  # the queries that would miss a pair
 
 
 def change_of_likeliest(score, a, v):
@@ -135,8 +131,7 @@ def fit_adapters(model, documents, target):
     def attend(layer, q, k, v, logits):
         inputs = (x[0].float() for x in (q, k, v, of_adapter["residual"]))
         y = target(*inputs, small_output_of(layer))
-        x = of_adapter["normed"][0, settings.shift :]
-        x = x[: len(y)]  # (n, C)
+        x = of_adapter["normed"][0, settings.shift :][: len(y)]  # (n, C)
         both = torch.cat((x, y), dim=1)
         both[0] *= FIRST**0.5
         sums[layer] += both[:, :C].T @ both
@@ -145,8 +140,7 @@ def fit_adapters(model, documents, target):
     def note(norm, inputs, normed):
         of_adapter.update(residual=inputs[0], normed=normed)
 
-    norms = [block.self_attn.dms_proj_alpha_norm for block in layers]
-    hooks = [norm.register_forward_hook(note) for norm in norms]
+    hooks = [block.self_attn.dms_proj_alpha_norm.register_forward_hook(note) for block in layers]
     for ids in documents:
         model.hidden(ids.to(model.device), attend)
     for hook in hooks:
@@ -155,8 +149,7 @@ def fit_adapters(model, documents, target):
     xx, xy = all_reduce(sums).split((C, Hkv), dim=2)
     squares = xx.diagonal(dim1=1, dim2=2)  # (L, C), a view of xx
     squares += RIDGE * squares.mean()
-    W = torch.linalg.solve(xx, xy)  # (L, C, Hkv)
     settings.offset = 0.0
-    for block, w in zip(layers, W):
+    for block, w in zip(layers, torch.linalg.solve(xx, xy)):  # (C, Hkv)
         weight = block.self_attn.dms_proj_alpha.weight
         weight.copy_(sharded_like(-SHARPNESS / settings.scale * w.T, weight))

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import retrofit
 from common import run_script
 from evaluate import settling_sequences
-from dms import (UNDECIDED, Packing, RelaxedAttention, attention, distillation_loss,
+from dms import (UNDECIDED, Packing, RelaxedAttention, attention, by_subject, distillation_loss,
                  document_attention)
 
 LEAST = -50.0  # of log a
@@ -71,7 +71,7 @@ class MergingAttention(RelaxedAttention):
     def __call__(self, layer, q, k, v, logits):
         gate, importance = gate_and_importance(logits, self.dms)
         # about token t: does t + 1 take its place?
-        noisy = self.noisy_logits(layer, gate)
+        noisy = by_subject((gate + self.noise(layer, gate)) / self.dms.tau, self.dms.shift)
         self.evicted_by_layer.append(self.count_evicted(noisy))
         merging = F.pad(noisy[..., :-1], (1, 0), value=UNDECIDED)
         k, v = merge(k, v, merging, importance)
@@ -87,7 +87,7 @@ class MergingDistillation(retrofit.Distillation):
             target = self.teacher.hidden(ids, document_attention(packing), -packing.first)
         states, merged = self.student_states(ids, packing, seeds)
         heads = (self.student.lm_head.weight, self.teacher.lm_head.weight)
-        return distillation_loss(states, target, *heads, packing.predicts()), merged
+        return distillation_loss(states, target, *heads, packing.precedes(1)), merged
 
     def student_states(self, ids, packing, seeds):
         """Final states (B, T, C), and the pairs that were merged into others, mean over heads."""

@@ -76,7 +76,7 @@ def imitation(model, teacher, ids, packing):
         teacher.hidden(ids, document_attention(packing))
     for hook in hooks:
         hook.remove()
-    counts = packing.predicts()
+    counts = packing.precedes(1)
     rotate = model.rope(ids.shape[1], 0, torch.float32)
     errors = []
     for block, (residual, x), target in zip(model.model.layers, inputs, targets):
@@ -92,7 +92,7 @@ def divergence(model, teacher, ids, packing):
     with torch.no_grad():
         target = teacher.hidden(ids, attend)
     heads = (model.lm_head.weight, teacher.lm_head.weight)
-    counts = packing.predicts()
+    counts = packing.precedes(1)
     return distillation_loss(model.hidden(ids, attend), target, *heads, counts) / counts.sum()
 
 

@@ -47,14 +47,12 @@ def attend_to(q, k_ptr, v_ptr, key, is_key, sees, top, total, out, D: tl.constex
     mask = is_key[:, None] & (d < D)
     k = tl.load(k_ptr + at, mask, 0.0)
     v = tl.load(v_ptr + at, mask, 0.0)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee")
-    score = score * (LOG2E * D**-0.5)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * (LOG2E * D**-0.5)
     score = tl.where(sees, score, float("-inf"))
     highest = tl.maximum(top, tl.max(score, 1))
     weight = tl.exp2(score - highest[:, None])
     fade = tl.exp2(top - highest)
-    total = total * fade
-    total = total + tl.sum(weight, 1)
+    total = total * fade + tl.sum(weight, 1)
     out = out * fade[:, None]
     out = tl.dot(weight.to(v.dtype), v, out, input_precision="ieee")
     return highest, total, out

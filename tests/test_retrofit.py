@@ -395,7 +395,7 @@ def test_a_resumed_run_keeps_its_own_options_and_refuses_others(random_teacher, 
 
 @pytest.mark.parametrize("more, message", [
     ("--target-cr 64", "--window 4 is too much of 64"), ("--shard", "needs several processes"),
-    ("--decision neuron", "neuron needs --train all"), ("--seq-len 5000", "the model's context is"),
+    ("--decision neuron", "neuron needs --train all"), ("--seq-len 5000", "the context is"),
     ("--model /no/such", "/no/such"), ("--data /no/such.txt", "/no/such.txt"),
     (f"--model {REPOSITORY}/toy/retrofitted", "already a DMS checkpoint"), ("", "holds something"),
     ("--data short.txt", "--window 4 is too much of documents so short"),

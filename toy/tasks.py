@@ -197,8 +197,9 @@ def is_correct(problem, text):
     return final_answer(problem, text) == " ".join(value for _, value in problem.expected)
 
 
-def question(task, seed):
-    """The text of a test problem, and the answer that is expected."""
+def question(seed):
+    """The text of a test problem, of another task for each seed, and the answer that is expected."""
+    task = TASKS[seed % len(TASKS)]
     problem = make_problem(task, random.Random(f"generate {seed}"), "test")
     return problem.prompt, final_answer(problem, problem.answer)
 
