@@ -145,7 +145,8 @@ def attend_block(q, k, v, evict, new, rows, pool, window, is_block=True):
     blocks = triton.cdiv(T * G, queries)
     _attend[N, parts, blocks](
         *tensors, y, lse, T, window, rows.table.stride(0),
-        G=G, D=D, WIDTH=width, PAGE=pool.page_size, NEW=is_block,
+        G=G, D=D, WIDTH=width,
+        PAGE=pool.page_size, NEW=is_block,
         QUERIES=queries, KEYS=keys,
         num_warps=warps, num_stages=3)
     if parts > 1:
