@@ -95,6 +95,7 @@ def read_rope(raw, where):
 
     found = [complete(raw[key]) for key in ("rope_parameters", "rope_scaling") if key in raw]
     rope = found[0] if found else complete({})
+    # a rope's own theta has won over the one beside it, which must be the same
     theta = raw.get("rope_theta", rope["rope_theta"])
     require(theta == rope["rope_theta"] and all(other == rope for other in found),
             f"{where}: rope_parameters, rope_scaling and rope_theta contradict each other")
@@ -193,12 +194,13 @@ def resolve(path_or_hub_id, relative_to=".", revision=None):
     for folder in (Path(relative_to) / path_or_hub_id, Path(path_or_hub_id)):
         if folder.is_dir():
             return folder
-    files = ("*.json", "*.jinja", WEIGHTS, "*-of-*.safetensors", "*adapter*.safetensors")
     # any Exception, since the errors of its HTTP library differ between versions
     with explained(f"{path_or_hub_id}: no such folder, and not on the hub", Exception):
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        return Path(download(str(path_or_hub_id), revision=revision, allow_patterns=files,
-                             ignore_patterns="*/*", local_files_only=offline))
+        return Path(download(
+            str(path_or_hub_id), revision=revision, ignore_patterns="*/*",
+            allow_patterns=("*.json", "*.jinja", WEIGHTS,
+                            "*-of-*.safetensors", "*adapter*.safetensors"),
+            local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE))
 
 
 def find_adapters(path_or_hub_id):

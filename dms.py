@@ -195,9 +195,9 @@ class Packing:
             self.first[b, begin:] = begin
 
     def precedes(self, count):
-        """(B, T) bool: the tokens with `count` more tokens of their document behind them. With one
-        more they predict a token. With window + 1 more they have left the window when the document
-        ends, and only there does a decision free memory."""
+        """(B, T) bool: the tokens that at least `count` more tokens of their document follow. Where
+        one follows, there is one to predict. Where window + 1 follow, a token has left the window
+        when the document ends, and only there does a decision free memory."""
         return self.token < self.end - count
 
 
@@ -237,7 +237,7 @@ def relaxed_attention(q, k, v, bias, first, window, block=128):
 
     q: (B, Hq, T, D); k, v: (B, Hkv, T, D); bias: (B, Hkv, T) float32; first: (B, T) int32. Returns
     (B, Hq, T, D) in q's dtype; in between all is float32. Queries are taken `block` at a time. In
-    a long sequence backward computes each block again. So T x T numbers are never in memory at
+    a long sequence backward computes each block again, so that T x T numbers are never in memory at
     once. kernels/training.py computes the same on a GPU.
     """
     T, D = q.shape[2:]

@@ -81,8 +81,8 @@ def settle_offsets(model, data, ratios=RATIOS, biased_attention=dms.relaxed_atte
         return torch.cat(by_layer).sort().values
 
     settings.offsets = []
-    every = sorted({*ratios, settings.target_cr})
-    for cr in tqdm(every, "settling", leave=False, disable=torchrun_place()[0] > 0):
+    for cr in tqdm(sorted({*ratios, settings.target_cr}), "settling", leave=False,
+                   disable=torchrun_place()[0] > 0):
         kept = tokens / (MARGIN * cr) - (tokens - expired)  # of the expired tokens, by a head
         if kept <= 0:
             continue

@@ -324,8 +324,8 @@ class Stream:
         self.show = show
         self.text = ""
         self.stopped = False
-        # The tokens that wait, behind the last one whose text is out. Without that one in front
-        # some decoders (Llama 2's) would drop a space at the beginning of the text that waits.
+        # The last token whose text is out, then those that wait. Without that one in front some
+        # decoders (Llama 2's) would drop a space at the beginning of the text that waits.
         self.pending = []
         self.out = 0  # characters of the text of `pending` that are out
 
@@ -457,12 +457,14 @@ class Session:
         key_of = {sequence: key for key, every in requests.items() for sequence in every}
         model = self.model
         if self.cache is None:
-            memory = self.options.memory and self.options.memory * 1e9
             places = max(min(self.options.batch, len(key_of)), 1)
             longest = max((len(x.ids) + x.max_new_tokens for x in key_of), default=0)
-            budget = self.options.budget and (self.options.budget, longest)
-            self.cache = KVCache(model.config, places, model.device, model.dtype, memory=memory,
-                                 budget=budget)
+            if self.options.chat:  # later turns make it longer
+                longest = model.config.context
+            self.cache = KVCache(
+                model.config, places, model.device, model.dtype,
+                memory=self.options.memory and self.options.memory * 1e9,
+                budget=self.options.budget and (self.options.budget, longest))
         begin = time.perf_counter()
         for new in generate(model, self.cache, list(key_of), self.end_ids, release):
             for key in {key_of[sequence] for sequence, _ in new if sequence.over}:
@@ -545,6 +547,7 @@ def answered_lines(out, requests):
     line}. A last answer without its line's end is cut off, to be made again. Raises InputError if
     the file holds anything else."""
     *lines, unfinished = read_text(out).split("\n")
+    # which also explains an InputError, as it is a ValueError
     other = f"{out}: holds more than answers to these requests; give another --out"
     with explained(other, LookupError, TypeError, ValueError):
         answers = [json.loads(line)["generated"] for line in lines]

@@ -165,8 +165,8 @@ def fork(rows, index, pool):
 
 def place_of(rows, token, exists, pool):
     """Where the pair of a token of each row lies in the pool, (..., N) int64; `nowhere` for a row
-    where `exists` is False. rows: of all layers, or of one. token: (N,) positions, each one of the
-    last W that have a slot in its row. exists: (N,) bool."""
+    where `exists` is False. rows: of all layers, or of one. token: (N,), the position of a token
+    whose slot the row's ring knows, if it exists. exists: (N,) bool."""
     # (..., N, 1): a row's entry in its ring, the same in all layers
     entry = (token % rows.ring.shape[-1])[:, None].expand_as(rows.ring[..., :1])
     slot = rows.ring.gather(-1, entry).long()
@@ -204,9 +204,9 @@ def store(k, v, evict, new, rows, pool, window):
         survivors       x  y  z               the new tokens that are stored
         afterwards      a  x  c  y  e  z
 
-    Every open slot between others is filled. There are at most min(new, W): one for each pair that
-    leaves the window now and was evicted, and each new token moves the window by one. And at least
-    as many new tokens survive, the last min(new, W), since these are in the window.
+    Every open slot between others is filled. Each is that of an evicted pair that leaves the window
+    now, and at most min(new, W) pairs leave it, one for each new token. At least as many new tokens
+    survive, since the last min(new, W) are in the window.
 
     k, v: (N, T, D), the pool's dtype; evict: (N, T) bool, what was decided about these tokens; new:
     (N,) int64, how many of the T are real. All of the rows' state is updated but `seen`. Pages that
@@ -317,10 +317,10 @@ LOGITS_PER_E_FOLD = 8.0
 def steer(cache, part):
     """For a budget: set the threshold of sequences that have seen a multiple of PERIOD tokens.
 
-    A head should hold the pairs of the window, and keep_rate times those behind it. What is
-    decided now shows in its length W tokens later, as the window ends, and the next correction
-    comes after PERIOD. We assume that of these PERIOD + W tokens the model by itself would keep
-    usual = keep_rate * (PERIOD + W). With a threshold of x it keeps about
+    A head should hold the pairs of the window, and keep_rate times those behind it. A threshold
+    holds for the next PERIOD tokens, and shows in the lengths W tokens later, as they leave the
+    window. We assume that over these PERIOD + W tokens the model by itself would keep usual =
+    keep_rate * (PERIOD + W). With a threshold of x it keeps about
 
         usual * exp(x / E)  ~  usual + usual * x / E        E = LOGITS_PER_E_FOLD
 
@@ -467,7 +467,7 @@ class KVCache:
     def begin_step(self, count, rows=slice(None)):
         """Give one token of every sequence whose count (B,) is 1 its slot, in all layers: that of
         the token that leaves the window, if it was evicted, else the row's next one. rows: a slice.
-        Raises CacheFull before anything has changed. It waits for a GPU, twice."""
+        Raises CacheFull before any page is taken. It waits for a GPU."""
         part = self.prepare(rows, 1)
         is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
         token = part.seen  # the new token's position
@@ -512,8 +512,8 @@ class KVCache:
         new = count.repeat_interleave(self.kv_heads)  # (N,)
         subject = self.first_subject(part, new > 0)
         evicted = self.pool.evicted.flatten()
-        # With shift 1 nothing is known yet about a row's last real token. (If padding follows it,
-        # by_subject takes the logit of that.)
+        # With shift 1 a row's last real token is not decided yet: the logit that by_subject gives
+        # it may be that of padding.
         t = torch.arange(T, device=self.device)
         is_decided = t < (new - self.shift)[:, None]  # (N, T)
 
@@ -537,8 +537,8 @@ class KVCache:
 
     def first_subject(self, part, is_new):
         """The place of the token that each row's first new logit is about, (L, N) int64: with shift
-        1 the newest one that is held, else the first new one. (That has a place in a step; in a
-        block it has none yet, and nobody asks.)"""
+        1 the newest one that is held, else the first new one. In a block with shift 0, where that
+        has no place yet, the result means nothing and is not used."""
         token = part.seen - self.shift
         return place_of(part, token, is_new & (token >= 0), self.pool)
 

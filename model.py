@@ -73,7 +73,7 @@ class ModelConfig:
     qk_rope_head_dim: int = None
     v_head_dim: int = None
     dms: DMSConfig | None = None  # None: a dense model
-    extra: dict = field(default_factory=dict, compare=False)  # whatever else config.json has
+    extra: dict = field(default_factory=dict, compare=False)  # the bos, eos and pad ids, if stated
 
     @property
     def eviction(self):

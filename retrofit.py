@@ -1,7 +1,7 @@
 """
 Retrofit a checkpoint with DMS by distillation.
 
-    loss = KL(teacher || student) + max(1 - 1/CR(step) - evicted fraction, 0)
+    loss = KL(teacher || student) + weight * max(1 - 1/CR(step) - evicted fraction, 0)
 
 The teacher is the model as it was, the student the same with relaxed eviction decisions (dms.py).
 Adapters begin with a regression (warm_start.py); then the target holds from the first step on. At
@@ -64,7 +64,7 @@ class Options:
     out: str = None  # folder for the checkpoint (default: out/NAME-dms-CRx)
     resume: bool = False  # continue the interrupted run in --out
     target_cr: float = 8.0  # compression ratio to reach
-    window: int = None  # tokens that stay readable (default: 16 for toy, else 512 or what fits)
+    window: int = None  # tokens that stay readable (default: 16 for toy, else up to 512)
     train: Literal["adapters", "all"] = None  # (default: all for toy data, else adapters)
     decision: Literal["adapter", "neuron"] = "adapter"  # where decisions come from
     warm_start: int = None  # documents that adapters are fitted to before the first step; 0: none
