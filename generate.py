@@ -381,7 +381,7 @@ class Options(Sampling):
     # generation_config.json may have another default for this, and for the rest of Sampling
     temperature: float = 1.0  # 0 is greedy
     stop: list = ()  # a string or special token that ends the text; may be repeated
-    seed: int = 0
+    seed: int = 0  # of sampling, and of the toy problem
     cr: float = None  # compression ratio, of those that the retrofit has settled, or between
     budget: int = None  # pairs a head holds on average where the longest text ends
     dense: bool = False  # switch eviction off
