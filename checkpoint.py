@@ -114,6 +114,7 @@ def check_supported(raw, rope, where):
         f"model_type {raw['model_type']}": raw["model_type"] not in FAMILIES,
         f"hidden_act {raw.get('hidden_act')}": raw.get("hidden_act", "silu") != "silu",
         f"RoPE {rope}": rope["rope_type"] not in ROPE_KINDS,
+        "a RoPE for each layer type": dict in map(type, rope.values()),
         "partial rotary embeddings": (raw | rope).get("partial_rotary_factor", 1) != 1,
         "rope_interleave false": not raw.get("rope_interleave", True),
         f"a sliding_window, {layer_types or ''}": slides}

@@ -134,9 +134,8 @@ def evaluate(data, options, out):
     # the window's budget is what a head held at the end of an average sequence
     budget = round(found["tokens"] / found["sequences"] / found["compression_ratio"])
     results["window"] = measure(sliding_window(load(options.model), budget), data, options)
-    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    if "cuda" in options.device:
-        hardware = torch.cuda.get_device_name()
+    on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name() if "cuda" in options.device else on_cpu
     # the last part of a path: local folders are nobody's business
     names = {key: Path(getattr(options, key)).name for key in ("model", "data")}
     run = dict(settings=options.settings() | names, hardware=hardware, window_tokens=budget,

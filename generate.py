@@ -446,9 +446,10 @@ class Session:
         if length > config.max_position_embeddings:
             say("warning: longer than the context that config.json states, as its RoPE allows")
         sampling = Sampling(**{name: getattr(options, name) for name in Sampling.__annotations__})
-        show = options.n == 1 and not options.requests  # as it comes
+        # a single text is shown as it comes
         return [Sequence(ids, options.max_new_tokens, f"{options.seed} {i}",
-                         Stream(self.tokenizer, options.stop, show), sampling)
+                         Stream(self.tokenizer, options.stop,
+                                options.n == 1 and not options.requests), sampling)
                 for i in range(options.n)]
 
     def run(self, requests, release=True):
@@ -548,8 +549,8 @@ def answered_lines(out, requests):
     the file holds anything else."""
     *lines, unfinished = read_text(out).split("\n")
     # which also explains an InputError, as it is a ValueError
-    other = f"{out}: holds more than answers to these requests; give another --out"
-    with explained(other, LookupError, TypeError, ValueError):
+    with explained(f"{out}: holds more than answers to these requests; give another --out",
+                   LookupError, TypeError, ValueError):
         answers = [json.loads(line)["generated"] for line in lines]
         require(lines == [line_of(answer, requests[answer["line"]]) for answer in answers], "lines")
         # the rest is nothing, or the beginning of a line of ours

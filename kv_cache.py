@@ -488,7 +488,8 @@ class KVCache:
         part = self.rows.part(rows=rows)
         is_new = count.repeat_interleave(self.kv_heads) > 0  # (N,)
         place = place_of(part, part.seen, is_new, self.pool)  # (L, N): of the new pairs
-        subject = self.first_subject(part, is_new)
+        # of the tokens that the logits are about
+        subject = self.newest_place(part, is_new) if self.shift else place
         # views: what is written to them is the pool's own
         keys, values, position, evicted = (slots.flatten(0, 1) for slots in self.pool.slots)
         position[place] = part.seen.int()
@@ -510,12 +511,11 @@ class KVCache:
         T = ids.shape[1]
         part = self.prepare(rows, T)
         new = count.repeat_interleave(self.kv_heads)  # (N,)
-        subject = self.first_subject(part, new > 0)
+        newest = self.newest_place(part, new > 0)
         evicted = self.pool.evicted.flatten()
         # With shift 1 a row's last real token is not decided yet: the logit that by_subject gives
         # it may be that of padding.
-        t = torch.arange(T, device=self.device)
-        is_decided = t < (new - self.shift)[:, None]  # (N, T)
+        is_decided = torch.arange(T, device=self.device) < (new - self.shift)[:, None]  # (N, T)
 
         def attend(layer, q, k, v, logits):
             evict = torch.zeros_like(is_decided)
@@ -524,23 +524,21 @@ class KVCache:
                 evict = by_subject(z, self.shift) > part.threshold[:, None]
                 evict &= is_decided
                 if self.shift:  # the first logit is about a token that is stored already
-                    evicted[subject[layer]] = z[:, 0] > part.threshold
+                    evicted[newest[layer]] = z[:, 0] > part.threshold
             block = (k.flatten(0, 1), v.flatten(0, 1), evict, new)
             where = (part.part(layer), self.pool, self.window)
-            q_by_row = q.reshape(len(new), -1, *q.shape[2:])  # (N, G, T, D)
-            y = self.kernels.attend_block(q_by_row, *block, *where)
+            # q as (N, G, T, D)
+            y = self.kernels.attend_block(q.reshape(len(new), -1, *q.shape[2:]), *block, *where)
             store(*block, *where)
             return y.reshape(q.shape)
 
         self.reads += ((part.length + new) * (new > 0)).sum()
         return self.run(hidden, ids, attend, part, new)
 
-    def first_subject(self, part, is_new):
-        """The place of the token that each row's first new logit is about, (L, N) int64: with shift
-        1 the newest one that is held, else the first new one. In a block with shift 0, where that
-        has no place yet, the result means nothing and is not used."""
-        token = part.seen - self.shift
-        return place_of(part, token, is_new & (token >= 0), self.pool)
+    def newest_place(self, part, is_new):
+        """Where the newest token that each row has seen lies, (L, N) int64. With shift 1 it is the
+        one that a row's first new logit is about."""
+        return place_of(part, part.seen - 1, is_new & (part.seen > 0), self.pool)
 
     def run(self, hidden, ids, attend, part, new):
         """The states (B, T, C) of ids; afterwards they count as seen."""

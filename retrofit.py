@@ -157,8 +157,9 @@ class Distillation:
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, options.steps, options.lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        held = max(1 - self.evicted_fraction, 1e-6)  # all may be evicted
-        return dict(step=step + 1, kl=kl, target_cr=round(cr, 4), cr=1 / held, grad_norm=norm)
+        return dict(step=step + 1, kl=kl, target_cr=round(cr, 4),
+                    cr=1 / max(1 - self.evicted_fraction, 1e-6),  # all may be evicted
+                    grad_norm=norm)
 
     def backward(self, step, ids, documents, cr):
         """Make the gradients of this process's share of a step. Returns its share of the KL and of
@@ -269,8 +270,8 @@ def train(options, data, out):
     if is_main:
         lines = log.read_text().splitlines(keepends=True)[:done] if done else []
         log.write_text("".join(lines))  # what comes after the saved state will come again
-    steps = range(done, options.steps)
-    bar = tqdm(steps, "retrofit", options.steps, initial=done, disable=not is_main)
+    bar = tqdm(range(done, options.steps), "retrofit", options.steps,
+               initial=done, disable=not is_main)
     for step, (ids, documents) in zip(bar, data.batches(done)):
         begin = time.time()
         metrics = run.step(step, ids, documents)

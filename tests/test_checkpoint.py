@@ -108,6 +108,7 @@ def test_what_may_be_absent_or_null(kind, head_dim, tmp_path):
     (dict(rope_scaling={"type": "llama3", "factor": 8.0}), "low_freq_factor"),
     (dict(partial_rotary_factor=0.5), "partial rotary"),
     (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial rotary"),
+    (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "for each layer type"),
     (dict(rope_interleave=False), "rope_interleave"),
     (dict(hidden_act="gelu"), "gelu"), (dict(vocab_size=None), "vocab_size"),
     (dict(rope_parameters={**YARN, "rope_theta": 1e4}, rope_scaling={**YARN, "factor": 2.0}), TWO),
